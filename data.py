@@ -1,0 +1,446 @@
+"""Examples in, batches out: files, hub datasets or the built-in task; token ids; the one layout; a stream that can be resumed.
+
+    row             prompt ids + response ids (+ EOS), right padded
+    attention_mask  1 for real tokens        response_mask   1 for the tokens that the model is responsible for
+
+Prompt and response are tokenised apart and their ids joined, for SFT and PPO alike, so that no merge ever crosses the
+border. Masks come from lengths, never from `ids != pad`: EOS is trained even when it doubles as the pad token.
+Left out on purpose: packing, streaming of endless corpora, workers (tokenising is not the bottleneck at this size).
+
+    python data.py reviews        # print some examples of a source
+"""
+
+import csv
+import hashlib
+import itertools
+import json
+import logging
+import random
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+
+from engine import UserError
+
+PROMPT_FIELDS = ("prompt", "instruction", "question", "query")
+TARGET_FIELDS = ("target", "completion", "response", "output", "answer")
+BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training example. `columns` are the record's other fields; rewards receive them by name."""
+
+    prompt: str
+    target: str
+    columns: dict = field(default_factory=dict)
+
+
+# ------------------------------------------------------------------------------------------------ the layout
+
+
+@dataclass
+class Batch:
+    """Rows of prompt + response, right padded. Everything is (B, T) and indexed by the token it is about."""
+
+    input_ids: torch.Tensor  # (B, T) long
+    attention_mask: torch.Tensor  # (B, T) bool, True for real tokens
+    response_mask: torch.Tensor  # (B, T) bool, True for the tokens that the model is responsible for
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def rows(self, index: torch.Tensor) -> "Batch":
+        """The rows named by index (n,), without the columns that are padding in all of them."""
+        width = int(self.attention_mask[index].sum(1).max())
+        return type(self)(**{f.name: getattr(self, f.name)[index, :width] for f in fields(self)})
+
+    def to(self, device: torch.device) -> "Batch":
+        return type(self)(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+
+def make_batch(tokenizer, prompts: list[list[int]], responses: list[list[int]], max_length: int) -> Batch:
+    """Join prompt and response ids into a Batch of at most `max_length` columns.
+
+    A row that is too long loses the oldest tokens of its prompt first; only if one prompt token and the response still do not
+    fit does the response lose its end, EOS included. Nothing is added: a caller that wants EOS trained puts it into the response.
+    Raises ValueError for an empty prompt (nothing would predict the first response token) or an empty response.
+
+    >>> batch = make_batch(None, [[1, 2, 3], [4]], [[5, 6], [7]], max_length=4)
+    >>> batch.input_ids.tolist(), batch.response_mask.int().tolist()
+    ([[2, 3, 5, 6], [4, 7, 0, 0]], [[0, 0, 1, 1], [0, 1, 0, 0]])
+    """
+    if max_length < 2:
+        raise ValueError(f"max_length is {max_length}, but a row needs a prompt token and a response token")
+    rows, prompt_lengths = [], []
+    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        if not prompt or not response:
+            raise ValueError(f"row {i} has an empty {'response' if prompt else 'prompt'}")
+        response = response[: max_length - 1]
+        prompt = prompt[-(max_length - len(response)) :]
+        rows.append(prompt + response)
+        prompt_lengths.append(len(prompt))
+    lengths = torch.tensor([len(row) for row in rows])  # (B,)
+    width = int(lengths.max())
+    filler = pad_id(tokenizer)
+    input_ids = torch.tensor([row + [filler] * (width - len(row)) for row in rows])  # (B, T)
+    column = torch.arange(width)[None]  # (1, T)
+    attention_mask = column < lengths[:, None]  # (B, T)
+    response_mask = attention_mask & (column >= torch.tensor(prompt_lengths)[:, None])  # (B, T)
+    return Batch(input_ids, attention_mask, response_mask)
+
+
+def pad_id(tokenizer) -> int:
+    """Any legal id will do, since masks and not ids say what is padding: the pad token, else EOS, else 0."""
+    for name in ("pad_token_id", "eos_token_id"):
+        if getattr(tokenizer, name, None) is not None:
+            return getattr(tokenizer, name)
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------ text to ids
+
+
+def encode_prompt(tokenizer, example: Example) -> list[int]:
+    """Token ids of the prompt, with the BOS that the tokenizer wants, exactly once. Never empty.
+
+    A dialogue (`columns["messages"]`) goes through the tokenizer's own chat template if it has one; otherwise
+    `example.prompt` already holds the plain rendering of `render_dialogue`.
+    """
+    text = example.prompt
+    if "messages" in example.columns and tokenizer.chat_template:
+        text = tokenizer.apply_chat_template(example.columns["messages"], tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False).input_ids  # the template has written BOS itself
+    else:
+        starts_with_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+        ids = tokenizer(text, add_special_tokens=not starts_with_bos).input_ids
+        if ids and ids[-1] == tokenizer.eos_token_id and len(ids) > 1 and not text.endswith(tokenizer.eos_token):
+            ids = ids[:-1]  # some tokenizers close every text; a prompt is to be continued
+    if not ids:  # an unconditional sample still needs a first token to be predicted from
+        ids = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
+    return ids
+
+
+def encode_target(tokenizer, text: str) -> list[int]:
+    """Token ids of a complete response, EOS at the end.
+
+    SentencePiece-like tokenizers put a space before whatever they are given; a text that brings its own loses one of the two.
+    """
+    if text.startswith(" ") and tokenizer.tokenize("a")[0].startswith("\u2581"):
+        text = text[1:]
+    return tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+
+
+def decode(tokenizer, response: list[int]) -> str:
+    """Text of a response for rewards and for people. Training never uses it: ids are kept from end to end."""
+    return tokenizer.decode(response, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+# ------------------------------------------------------------------------------------------------ sources
+
+
+def load_examples(
+    source: str,
+    *,
+    limit: int | None = None,
+    prompt_field: str | None = None,
+    target_field: str | None = None,
+    prompt_words: int = 12,
+    encoding: str = "utf-8",
+    config: str | None = None,
+    split: str = "train",
+    seed: int = 0,
+) -> list[Example]:
+    """Examples from `reviews` (built in), a .jsonl / .json / .csv / .parquet / .txt file, or a hub dataset id.
+
+    A record is one of: prompt + target (aliases above; Alpaca's instruction / input / output); `messages`, one example for
+    every assistant turn, with its history as prompt; `text`, whose first `prompt_words` words are the prompt. A .txt file has
+    one record a line, or is cut at `<|endoftext|>` where it has that. At most `limit` records are read.
+    Raises UserError naming file and line, or what else was wrong.
+    """
+    if source == "reviews":
+        return make_reviews(limit or 4000, seed)
+    examples = []
+    for number, record in enumerate(_read_records(source, limit, encoding, config, split)):
+        try:
+            examples += to_examples(record, prompt_field, target_field, prompt_words)
+        except UserError as problem:
+            raise UserError(f"{_where(source, number)}: {problem}") from None
+    if not examples:
+        raise UserError(f"--data {source} holds no record")
+    return examples
+
+
+def to_examples(record: dict, prompt_field: str | None = None, target_field: str | None = None, prompt_words: int = 12) -> list[Example]:
+    """One record to its examples (several for a dialogue). Raises UserError that says what is missing or of the wrong type."""
+    record = {name: value for name, value in record.items() if value is not None}  # readers fill absent fields with None
+    if prompt_field is None and target_field is None:
+        if "messages" in record:
+            return _dialogue_examples(record)
+        if "text" in record and not any(name in record for name in TARGET_FIELDS):
+            return [_text_example(record, prompt_words)]
+    prompt_field = _pick_field(record, prompt_field, PROMPT_FIELDS, "prompt")
+    target_field = _pick_field(record, target_field, TARGET_FIELDS, "target")
+    prompt, target = _string(record, prompt_field), _string(record, target_field)
+    columns = {name: value for name, value in record.items() if name not in (prompt_field, target_field)}
+    if prompt_field == "instruction" and record.get("input"):  # Alpaca
+        prompt = f"{prompt}\n\n{_string(columns, 'input')}"
+    if not target.strip():
+        raise UserError(f"field '{target_field}' is empty, so there is nothing to learn from it")
+    return [Example(prompt, target, columns)]
+
+
+def render_dialogue(messages: list[dict]) -> str:
+    """The plain template for models without one: `Role:`, a line break, the content, a blank line; then `Assistant:`."""
+    turns = "".join(f"{message['role'].capitalize()}:\n{message['content']}\n\n" for message in messages)
+    return turns + "Assistant:\n"
+
+
+def _dialogue_examples(record: dict) -> list[Example]:
+    messages = record["messages"]
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise UserError("field 'messages' must be a list of {role, content} objects")
+    for message in messages:
+        if message.get("role") not in ROLES:
+            raise UserError(f"unknown role {message.get('role')!r} in 'messages' (known: {', '.join(ROLES)})")
+        _string(message, "content")
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and message["content"].strip()]
+    if not turns:
+        raise UserError("'messages' has no assistant turn with content, so there is nothing to learn from it")
+    return [Example(render_dialogue(messages[:i]), messages[i]["content"], {**record, "messages": messages[:i]}) for i in turns]
+
+
+def _text_example(record: dict, prompt_words: int) -> Example:
+    """Cut after `prompt_words` words, or in the middle of a text that is shorter than two such prompts."""
+    text = _string(record, "text")
+    ends = [i for i in range(1, len(text) + 1) if not text[i - 1].isspace() and (i == len(text) or text[i].isspace())]  # word ends
+    if len(ends) < 2:
+        raise UserError("field 'text' has fewer than two words, so it cannot be cut into prompt and target")
+    cut = ends[min(prompt_words, len(ends) // 2) - 1]
+    return Example(text[:cut], text[cut:].rstrip(), {name: value for name, value in record.items() if name != "text"})
+
+
+def _pick_field(record: dict, wanted: str | None, known: tuple[str, ...], kind: str) -> str:
+    names = [wanted] if wanted else known
+    found = next((name for name in names if name in record), None)
+    if found is None:
+        have = ", ".join(record) or "nothing"
+        raise UserError(f"no {kind} field: looked for {', '.join(names)}; the record has {have} (see --{kind}-field)")
+    return found
+
+
+def _string(record: dict, name: str) -> str:
+    value = record.get(name)
+    if not isinstance(value, str):
+        raise UserError(f"field '{name}' must be a string, found {type(value).__name__}")
+    return value
+
+
+def _read_records(source: str, limit: int | None, encoding: str, config: str | None, split: str):
+    """Yield dicts, through `datasets`. When it cannot read a local file, the file is looked at again for the line to blame."""
+    path = Path(source)
+    is_file = path.suffix in BUILDERS or path.exists()
+    if is_file and not path.is_file():
+        raise UserError(f"--data {source} " + ("is a folder; give a file in it" if path.is_dir() else "does not exist"))
+    if is_file and path.suffix not in BUILDERS:
+        raise UserError(f"--data {source} has an unknown ending; known are {', '.join(BUILDERS)}")
+    if is_file:
+        _check_local(path, encoding)
+    import datasets  # slow to import, and the built-in task does without it
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    try:
+        if is_file:
+            options = {} if path.suffix == ".parquet" else {"encoding": encoding}
+            if path.suffix == ".txt":
+                options["sample_by"] = "document"
+            records = datasets.load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train", streaming=True, **options)
+        else:
+            records = datasets.load_dataset(source, config, split=split, streaming=limit is not None)
+        if path.suffix == ".txt":
+            records = _text_records(next(iter(records), {"text": ""})["text"])
+        yield from itertools.islice(records, limit)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, datasets.exceptions.DatasetsError) as problem:
+        reason = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
+        if is_file:
+            raise UserError(f"--data {source} cannot be read: {reason}") from None
+        raise UserError(
+            f"--data {source} is no local file and could not be fetched from the Hugging Face hub ({reason}); "
+            "check the name, --data-config, --data-split and the network, give a file, or use the built-in --data reviews"
+        ) from None
+
+
+def _text_records(text: str):
+    """Cut at `<|endoftext|>` where the file has that, else at line breaks; blank records are dropped."""
+    pieces = text.split("<|endoftext|>") if "<|endoftext|>" in text else text.split("\n")
+    return ({"text": piece.strip()} for piece in pieces if piece.strip())
+
+
+def _check_local(path: Path, encoding: str) -> None:
+    """Raises UserError naming byte and line of what is not `encoding`, and the line of a broken JSON record."""
+    if path.suffix == ".parquet":
+        return
+    raw = path.read_bytes()
+    if not raw.strip():
+        raise UserError(f"--data {path} is empty")
+    try:
+        text = raw.decode(encoding)
+    except UnicodeDecodeError as problem:
+        line = raw[: problem.start].count(b"\n") + 1
+        raise UserError(
+            f"{path}:{line}: byte 0x{raw[problem.start]:02x} at offset {problem.start} is not {encoding}; "
+            "name the file's encoding, for example --encoding latin-1"
+        ) from None
+    except LookupError:
+        raise UserError(f"--encoding {encoding} is not an encoding that Python knows") from None
+    if path.suffix not in (".json", ".jsonl"):
+        return
+    whole = path.suffix == ".json" and text.lstrip().startswith("[")  # one array, not one object a line
+    for number, line in enumerate([text] if whole else text.split("\n"), start=1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as problem:
+                raise UserError(f"{path}:{number + problem.lineno - 1}: not valid JSON ({problem.msg}, column {problem.colno})") from None
+            if not whole and not isinstance(record, dict):
+                raise UserError(f"{path}:{number}: expected a JSON object, found {type(record).__name__}")
+
+
+def _where(source: str, number: int) -> str:
+    """`file:line` of a record in a line-based file, `source, record n` elsewhere."""
+    path = Path(source)
+    if path.suffix == ".jsonl" and path.is_file():
+        lines = (i for i, line in enumerate(path.read_bytes().split(b"\n"), start=1) if line.strip())
+        return f"{path}:{next(itertools.islice(lines, number, None))}"
+    if path.suffix == ".csv" and path.is_file():
+        with path.open(newline="", errors="replace") as file:
+            reader = csv.reader(file)
+            next(itertools.islice(reader, number + 1, None))
+            return f"{path}:{reader.line_num}"
+    return f"{source}, record {number + 1}"
+
+
+# ------------------------------------------------------------------------------------------------ split and stream
+
+
+def split_examples(examples: list[Example], holdout: float = 0.1) -> tuple[list[Example], list[Example]]:
+    """(train, held out) by a hash of the record, so that membership depends neither on order nor on what else there is.
+
+    The turns of a dialogue share a side. If a side would be empty, the example with the smallest hash is held out; a single
+    example serves on both sides.
+    """
+
+    def place(example: Example) -> float:  # in [0, 1)
+        key = example.columns["messages"][:1] if "messages" in example.columns else [example.prompt, example.target]
+        digest = hashlib.sha256(json.dumps(key, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")).digest()
+        return int.from_bytes(digest[:8], "big") / 2**64
+
+    places = [place(example) for example in examples]
+    cut = holdout if min(places) < holdout <= max(places) else min(places) + 1e-12
+    train = [example for example, p in zip(examples, places) if p >= cut]
+    held_out = [example for example, p in zip(examples, places) if p < cut]
+    return train or held_out, held_out
+
+
+class BatchStream:
+    """Endless batches of items, reshuffled every epoch; each item is drawn once an epoch, and no remainder is dropped.
+
+    Its position is two numbers (`state_dict`), since every epoch's order follows from `seed` and the epoch.
+    """
+
+    def __init__(self, items: list, batch_size: int, seed: int):
+        self.items, self.batch_size, self.seed = items, batch_size, seed
+        self.epoch, self.index = 0, 0
+        self._order = self._shuffle()
+
+    def _shuffle(self) -> list[int]:
+        order = list(range(len(self.items)))
+        random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
+        return order
+
+    def next(self) -> list:
+        """The next `batch_size` items; a batch may straddle two epochs, and a small source repeats within one batch."""
+        batch = []
+        while len(batch) < self.batch_size:
+            if self.index == len(self._order):
+                self.epoch, self.index = self.epoch + 1, 0
+                self._order = self._shuffle()
+            batch.append(self.items[self._order[self.index]])
+            self.index += 1
+        return batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "index": self.index}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.index = state["epoch"], state["index"]
+        self._order = self._shuffle()
+
+
+# ------------------------------------------------------------------------------------------------ the built-in task
+
+# review := clause (joint clause){1,3} "."        clause := "the" noun verb [adverb] adjective
+NOUNS = "plot music acting ending script cast story humor dialogue pacing photography soundtrack hero villain finale opening".split()
+VERBS = "was felt seemed remained".split()
+ADVERBS = "really very quite truly often always".split()
+PRAISE = "clever moving funny brilliant charming gripping delightful superb warm fresh elegant wonderful".split()
+BLAME = "dull clumsy boring awful flat tedious silly weak messy stale lifeless terrible".split()
+JOINTS = "and but while yet".split()
+
+
+def make_reviews(n: int, seed: int = 0) -> list[Example]:
+    """`n` reviews of two to four clauses in mixed sentiment; the prompt is the first two to seven words, the target the rest."""
+    rng = random.Random(seed)
+
+    def clause() -> list[str]:
+        adverb = [rng.choice(ADVERBS)] if rng.random() < 0.5 else []
+        return ["the", rng.choice(NOUNS), rng.choice(VERBS), *adverb, rng.choice(PRAISE if rng.random() < 0.5 else BLAME)]
+
+    examples = []
+    for _ in range(n):
+        words = clause()
+        for _ in range(rng.randint(1, 3)):
+            words += [rng.choice(JOINTS), *clause()]
+        cut = rng.randint(2, 7)
+        examples.append(Example(" ".join(words[:cut]), " " + " ".join(words[cut:] + ["."])))
+    return examples
+
+
+def is_fluent_review(text: str) -> bool:
+    """Does the text parse under the grammar above? Exact, so fluency is measured and not guessed."""
+    words, i, clauses = text.split(" "), 0, 0
+    while True:
+        if [word in part for word, part in zip(words[i : i + 3], (["the"], NOUNS, VERBS))] != [True] * 3:
+            return False
+        i += 3
+        i += i < len(words) and words[i] in ADVERBS
+        if i >= len(words) or words[i] not in PRAISE + BLAME:
+            return False
+        i, clauses = i + 1, clauses + 1
+        if words[i:] == ["."]:
+            return 2 <= clauses <= 4
+        if i >= len(words) or words[i] not in JOINTS:
+            return False
+        i += 1
+
+
+def review_metrics(prompts: list[str], completions: list[str]) -> dict[str, float]:
+    """Shares of completions that make a grammatical review with their prompt, that praise more than they blame, and both."""
+    fluent = [is_fluent_review(prompt + completion) for prompt, completion in zip(prompts, completions, strict=True)]
+    positive = [sum((w in PRAISE) - (w in BLAME) for w in completion.split()) > 0 for completion in completions]
+    both = [f and p for f, p in zip(fluent, positive)]
+    n = len(completions)
+    return {"fluent": sum(fluent) / n, "positive": sum(positive) / n, "fluent_and_positive": sum(both) / n}
+
+
+if __name__ == "__main__":
+    try:
+        for shown in load_examples(sys.argv[1] if len(sys.argv) > 1 else "reviews", limit=3):
+            print(json.dumps({"prompt": shown.prompt, "target": shown.target, **shown.columns}, ensure_ascii=False))
+    except UserError as problem:
+        sys.exit(f"error: {problem}")

@@ -1,0 +1,63 @@
+"""What every algorithm here shares and no paper talks about: the device, the split into micro-batches, the guarded optimiser step.
+
+Left out on purpose: anything algorithmic. This file imports none of ours, so that `sft.py` and `ppo.py` can be read
+without it: `accumulate` is "backward over the rows", `apply_gradients` is "optimizer.step()".
+"""
+
+import math
+
+import torch
+
+
+class UserError(ValueError):
+    """Something that the user can mend. `train.py` prints it as one line, `error: ...`, and exits with status 2."""
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto` takes CUDA, then Apple's MPS, then the CPU. Raises UserError for a device that this machine lacks."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as problem:  # torch says "not compiled with CUDA" by an AssertionError
+        reason = str(problem).splitlines()[0]
+        raise UserError(f"--device {name} cannot be used here ({reason}); try --device cpu") from None
+    return device
+
+
+def accumulate(batch, rows: torch.Tensor, micro_batch_size: int | None, loss_fn) -> dict[str, float]:
+    """Backward of one optimiser step over `rows`, `micro_batch_size` rows at a time (None: all at once).
+
+    `loss_fn(part) -> (loss, stats)` must return means over the response tokens of `part`. Each part counts by its share of
+    the tokens of the whole step, so the gradient is that of ONE mean over all tokens: 1x8 == 8x1 == 4x2 rows, also when
+    lengths differ. (A mean of means would overweight the tokens of short rows.) Returns the same means of `stats`;
+    a name that ends in `_max` is joined by maximum instead.
+    """
+    total: dict[str, float] = {}
+    n_tokens = batch.response_mask[rows].sum()  # scalar
+    for part_rows in rows.split(micro_batch_size or len(rows)):
+        part = batch.rows(part_rows)
+        share = part.response_mask.sum() / n_tokens  # scalar
+        loss, stats = loss_fn(part)
+        (loss * share).backward()
+        for name, value in stats.items():
+            if name.endswith("_max"):
+                total[name] = max(total.get(name, -math.inf), float(value))
+            else:
+                total[name] = total.get(name, 0.0) + float(value * share)
+    return total
+
+
+def apply_gradients(model: torch.nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> dict[str, float]:
+    """Clip the gradient, step, and forget the gradient. `grad_norm` is the norm BEFORE the clip.
+
+    A gradient that is not finite never reaches weights or optimiser state: the step is skipped and says so
+    (`skipped_steps` 1, no `grad_norm`, which would not be a number).
+    """
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    finite = bool(torch.isfinite(grad_norm))
+    if finite:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)  # None, not 0: a parameter without gradient is not touched, not even by weight decay
+    return {"grad_norm": float(grad_norm), "skipped_steps": 0.0} if finite else {"skipped_steps": 1.0}

@@ -1,0 +1,269 @@
+"""The model that SFT and PPO share: a Hugging Face causal LM, one linear value head, and one `forward` that scores tokens.
+
+Everything is indexed by the token it is about. The hidden state at column t-1 has read the tokens before t, so it gives both
+the distribution of token t (through `lm_head`) and the value of the state just before token t (through `value_head`).
+
+    column          0    1    2    3    4    5    6
+    input_ids       q0   q1   q2   r0   r1  EOS  PAD
+    response_mask   0    0    0    1    1    1    0
+    logprobs        0    0    0    *    *    *    0        taken from hidden column 2, 3, 4
+
+Left out on purpose: a separate critic (the trunk is shared, as in Ziegler et al. 1909.08593), dropout (it would make the PPO ratio
+differ from 1 before the first update), half-precision weights. Try a folder: `python sample.py PATH "some prompt"`.
+"""
+
+import copy
+import inspect
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, PreTrainedTokenizerFast
+
+from engine import UserError
+
+LOGIT_CHUNK = 1024  # response tokens that pass through lm_head together: bounds the memory at (LOGIT_CHUNK, V)
+VALUE_HEAD = "value_head.safetensors"
+
+
+class TokenScores(NamedTuple):
+    """Each (B, T) float32, indexed by the token it is about, 0 where `response_mask` is 0."""
+
+    logprobs: torch.Tensor  # log pi(token t | tokens < t), nats
+    entropy: torch.Tensor  # entropy of that distribution, nats; carries no gradient
+    values: torch.Tensor  # V(state just before token t)
+
+
+def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of x over the True positions of mask (any equal shapes); 0 when there are none. Returns a scalar.
+
+    >>> masked_mean(torch.tensor([1.0, 2.0, 9.0]), torch.tensor([True, True, False])).item()
+    1.5
+    """
+    return torch.where(mask, x, 0).sum() / mask.sum().clamp(min=1)  # where, not *: whatever lies off the mask, NaN too, is gone
+
+
+class HybridModel(nn.Module):
+    """`lm` is any Hugging Face causal LM; `value_head` starts at zero, so the first advantages are the rewards themselves.
+
+    Raises UserError when the LM does something between hidden states and logits that `logits` cannot repeat.
+    """
+
+    def __init__(self, lm: nn.Module):
+        super().__init__()
+        disable_dropout(lm)
+        self.lm = lm
+        self._accepts = set(inspect.signature(lm.base_model.forward).parameters)
+        # Renamed across transformers releases; None means that the architecture keeps no cache.
+        self._cache_name = next((name for name in ("cache", "past_key_values", "cache_params") if name in self._accepts), None)
+        self.logit_scale, self.logit_cap = find_logit_transform(lm)
+        head = lm.get_output_embeddings()
+        self.value_head = nn.Linear(head.weight.shape[1], 1, device=head.weight.device)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        response_mask: torch.Tensor,
+        temperature: float = 1.0,
+    ) -> TokenScores:
+        """Score every response token. input_ids (B, T) long; attention_mask, response_mask (B, T) bool -> TokenScores.
+
+        Only response positions reach `lm_head`, LOGIT_CHUNK at a time; a (B, T, V) tensor never exists.
+        Raises ValueError when column 0 is a response token: nothing comes before it that could predict it.
+        """
+        if response_mask[:, 0].any():
+            raise ValueError("response_mask is True in column 0, but a response needs at least one token before it")
+        hidden = self.hidden_states(input_ids, attention_mask)  # (B, T, H)
+        predicts = response_mask[:, 1:]  # (B, T-1) hidden column t-1 scores token t
+        before = hidden[:, :-1][predicts]  # (N, H) the state just before each response token
+        targets = input_ids[:, 1:][predicts]  # (N,)
+        recompute = torch.is_grad_enabled() and len(targets) > LOGIT_CHUNK  # one chunk alone is bounded already
+        logprobs, entropy = [], []
+        for hidden_chunk, target_chunk in zip(before.split(LOGIT_CHUNK), targets.split(LOGIT_CHUNK)):  # (n, H), (n,)
+            if recompute:
+                scored = checkpoint(self._score, hidden_chunk, target_chunk, temperature, use_reentrant=False)
+            else:
+                scored = self._score(hidden_chunk, target_chunk, temperature)
+            logprobs.append(scored[0])
+            entropy.append(scored[1])
+        values = self.value_head(before).squeeze(-1)  # (N,)
+
+        def place(x: torch.Tensor) -> torch.Tensor:  # (N,) -> (B, T)
+            return torch.zeros_like(response_mask, dtype=torch.float32).masked_scatter(response_mask, x.float())
+
+        return TokenScores(place(torch.cat(logprobs)), place(torch.cat(entropy)), place(values))
+
+    def _score(self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """hidden (n, H), targets (n,) -> log-probability of the targets and entropy, each (n,) float32."""
+        logp = torch.log_softmax(self.logits(hidden, temperature), dim=-1)  # (n, V)
+        with torch.no_grad():
+            entropy = torch.special.entr(logp.exp()).sum(-1)  # (n,) entr(p) = -p log p, and 0 at p = 0
+        return logp.gather(1, targets[:, None]).squeeze(1), entropy
+
+    def logits(self, hidden: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+        """`lm_head` and what the architecture does after it, in float32. hidden (..., H) -> (..., V)."""
+        logits = self.lm.get_output_embeddings()(hidden).float()  # (..., V)
+        if self.logit_scale != 1.0:
+            logits = logits * self.logit_scale
+        if self.logit_cap is not None:
+            logits = self.logit_cap * torch.tanh(logits / self.logit_cap)
+        return logits if temperature == 1.0 else logits / temperature
+
+    def hidden_states(self, input_ids, attention_mask, position_ids=None, cache=None) -> torch.Tensor:
+        """The LM without its head: (B, T) ids -> (B, T, H), what `lm_head` would read. A `cache` is filled in place."""
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask.long(),
+            "position_ids": position_ids,
+            "use_cache": cache is not None,
+            self._cache_name: cache,
+        }
+        return self.lm.base_model(**{k: v for k, v in inputs.items() if k in self._accepts and v is not None}).last_hidden_state
+
+    def new_cache(self):
+        """An empty key-value cache for `hidden_states`, or None when the architecture has none."""
+        return DynamicCache(config=self.lm.config) if self._cache_name else None
+
+    def frozen_copy(self) -> "HybridModel":
+        """This model as it is now, never to change: the reference of the KL penalty."""
+        return copy.deepcopy(self).requires_grad_(False).eval()
+
+    def save(self, folder: str | Path, tokenizer) -> None:
+        """A plain Hugging Face folder (AutoModelForCausalLM and AutoTokenizer read it) with the value head as a file beside."""
+        self.lm.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        save_file(self.value_head.state_dict(), Path(folder) / VALUE_HEAD)
+
+    @classmethod
+    def load(cls, name: str) -> tuple["HybridModel", PreTrainedTokenizerFast]:
+        """Model and tokenizer from a folder or a hub id, in float32; with its value head if the folder has one.
+
+        Raises UserError for whatever is missing, not causal, damaged or out of reach.
+        """
+        lm, tokenizer = load_lm(name)
+        model = cls(lm)
+        if (Path(name) / VALUE_HEAD).is_file():
+            try:
+                model.value_head.load_state_dict(load_file(Path(name) / VALUE_HEAD))
+            except (SafetensorError, RuntimeError) as problem:
+                raise UserError(f"{Path(name) / VALUE_HEAD} does not fit the model: {_first_line(problem)}") from None
+        return model, tokenizer
+
+
+def disable_dropout(lm: nn.Module) -> None:
+    """Set every dropout and layer-drop rate to 0, for training too: modules, plain attributes and the config alike."""
+    for holder in [lm.config, *lm.modules()]:
+        for name, value in vars(holder).items():
+            if isinstance(value, float) and ("drop" in name or (isinstance(holder, nn.modules.dropout._DropoutNd) and name == "p")):
+                setattr(holder, name, 0.0)
+
+
+@torch.no_grad()
+def find_logit_transform(lm: nn.Module) -> tuple[float, float | None]:
+    """(scale, cap) such that the LM's own logits == cap * tanh(scale * lm_head(hidden) / cap), or scale * lm_head(hidden).
+
+    Gemma caps its logits, Cohere and Granite scale them. The cap is read from the config, the scale is measured on eight
+    tokens against the LM's own forward, and so is the whole claim. Raises UserError if it does not hold.
+    """
+    head, config = lm.get_output_embeddings(), lm.config.get_text_config()
+    if head is None or lm.base_model is lm:
+        raise UserError(f"{type(lm).__name__} has no separate lm_head, so it cannot be trained here")
+    was_training = lm.training
+    lm.eval()
+    ids = torch.arange(8, device=head.weight.device)[None] % config.vocab_size  # (1, 8)
+    mask = torch.ones_like(ids)
+    theirs = lm(input_ids=ids, attention_mask=mask).logits.double()  # (1, 8, V)
+    ours = head(lm.base_model(input_ids=ids, attention_mask=mask).last_hidden_state).double()  # (1, 8, V)
+    lm.train(was_training)
+    caps = [getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")]
+    cap = next((float(c) for c in caps if c), None)
+    linear = theirs if cap is None else cap * torch.atanh(theirs / cap)  # undo the cap, then the rest is one factor
+    scale = float((linear * ours).sum() / (ours * ours).sum().clamp(min=1e-30))  # least squares
+    scale = float(f"{scale:.5g}") if scale else 1.0  # 1.0000003 -> 1
+    again = scale * ours if cap is None else cap * torch.tanh(scale * ours / cap)
+    if not torch.allclose(again, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max())):
+        raise UserError(
+            f"{type(lm).__name__} changes its logits after lm_head in a way that is neither a factor nor a soft cap; "
+            "teach it to find_logit_transform and HybridModel.logits in hybrid.py"
+        )
+    return scale, cap
+
+
+def load_lm(name: str) -> tuple[nn.Module, PreTrainedTokenizerFast]:
+    """Causal LM (float32) and tokenizer from a local folder or a hub id. Raises UserError with what to do."""
+    folder = Path(name)
+    looks_local = folder.exists() or name.startswith((".", "/", "~"))
+    if looks_local and not (folder / "config.json").is_file():
+        raise UserError(f"--model {name}: expected a Hugging Face model folder with a config.json, found none there")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are no news; the outcome is
+    try:
+        lm, report = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as problem:
+        if looks_local:
+            raise UserError(f"--model {name} cannot be read as a causal LM: {_first_line(problem)}") from None
+        raise UserError(
+            f"--model {name} is no local folder and could not be fetched from the Hugging Face hub ({_first_line(problem)}); "
+            "check the name and the network, give a downloaded folder, or use the built-in --model tiny"
+        ) from None
+    if report["missing_keys"]:
+        some = ", ".join(sorted(report["missing_keys"])[:3])
+        raise UserError(f"--model {name} lacks {len(report['missing_keys'])} of its weights ({some} ...); is it a causal LM, and complete?")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError, ImportError, AttributeError) as problem:
+        raise UserError(f"--model {name} has no tokenizer that can be read: {_first_line(problem)}") from None
+    check_tokenizer(name, lm, tokenizer)
+    return lm, tokenizer
+
+
+def check_tokenizer(name: str, lm: nn.Module, tokenizer) -> None:
+    """Raises UserError unless every id that the tokenizer can produce has an embedding, and there is an EOS token."""
+    rows = lm.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(f"--model {name}: the tokenizer has {len(tokenizer)} tokens but the model embeds only {rows}; they do not belong together")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"--model {name}: the tokenizer has no EOS token, so a response could never end; set eos_token in tokenizer_config.json")
+
+
+def _first_line(problem: BaseException) -> str:
+    return next(iter(str(problem).strip().splitlines()), type(problem).__name__).rstrip(".")
+
+
+def build_tiny(texts: list[str], seed: int = 0) -> tuple[nn.Module, PreTrainedTokenizerFast]:
+    """A Llama of about 1 M random parameters and a byte-level BPE of at most 512 tokens trained on `texts`, in seconds.
+
+    Any text can be encoded (all bytes are tokens); EOS is `<|endoftext|>`; there is no pad token, as in GPT-2.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>", clean_up_tokenization_spaces=False)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):  # the caller's random state is not ours to move
+        torch.manual_seed(seed)
+        lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return lm, tokenizer

@@ -1,0 +1,51 @@
+"""Supervised fine-tuning: raise the log-probability of the target, token by token, and of nothing else.
+
+    loss = - mean over target tokens of log pi(token | everything before it)          (cross-entropy, Radford et al. 2018, eq. 1)
+
+The prompt is read but not trained on, the EOS of a complete target is trained like any other token (a model that never
+learns to stop is the most common SFT bug), and the mean is over the tokens of the whole optimiser step.
+Left out on purpose: packing, label smoothing, anything that needs a Trainer. Run it alone with `python train.py --ppo-ratio 0`.
+"""
+
+import torch
+
+from data import Batch
+from engine import accumulate, apply_gradients
+from hybrid import HybridModel, masked_mean
+
+
+def sft_loss(logprobs: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
+    """Mean negative log-likelihood of the response tokens, in nats.
+
+    logprobs (B, T): log pi(token t | tokens < t); response_mask (B, T) bool. Returns a scalar.
+
+    >>> mask = torch.tensor([[False, True, True]])
+    >>> round(sft_loss(torch.tensor([[-9.0, -1.0, -3.0]]), mask).item(), 4)
+    2.0
+    """
+    return -masked_mean(logprobs, response_mask)
+
+
+def sft_step(
+    model: HybridModel,
+    batch: Batch,
+    optimizer: torch.optim.Optimizer,
+    *,
+    micro_batch_size: int | None = None,
+    max_grad_norm: float = 1.0,
+) -> dict[str, float]:
+    """One optimiser step on one batch. Returns `sft/loss`, `sft/entropy` (nats per token), `sft/tokens`, `sft/grad_norm`.
+
+    The value head is not part of the loss and comes out unchanged.
+    """
+
+    def loss_fn(part: Batch):
+        scores = model(part.input_ids, part.attention_mask, part.response_mask)
+        loss = sft_loss(scores.logprobs, part.response_mask)  # scalar
+        return loss, {"loss": loss.detach(), "entropy": masked_mean(scores.entropy, part.response_mask)}
+
+    rows = torch.arange(len(batch), device=batch.input_ids.device)  # (B,)
+    stats = accumulate(batch, rows, micro_batch_size, loss_fn)
+    stats["tokens"] = float(batch.response_mask.sum())
+    stats |= apply_gradients(model, optimizer, max_grad_norm)
+    return {f"sft/{name}": value for name, value in stats.items()}

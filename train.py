@@ -1,0 +1,359 @@
+"""Train any Hugging Face causal LM by alternating supervised fine-tuning and PPO. The whole run is the loop in `run`.
+
+    python train.py                                     # built-in task, tiny model, no download, about a minute on a laptop
+    python train.py --model gpt2 --ppo-ratio 0.5        # any hub id or local folder
+
+Every step is one optimiser cycle of one phase: an SFT step on demonstrations, or a PPO rollout with its updates. Both phases
+share one model, one optimiser and one step counter. Left out on purpose: a Trainer, callbacks, config files.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm import tqdm
+
+from data import BatchStream, Example, encode_prompt, encode_target, load_examples, make_batch, split_examples
+from engine import UserError, pick_device
+from evaluate import evaluate
+from hybrid import HybridModel, build_tiny
+from ppo import AdaptiveKLController, FixedKLController, collect_rollout, columns_of, ppo_step
+from rewards import Reward, build_reward
+from sft import sft_step
+
+MAX_SKIPPED = 10  # cycles in a row without a finite gradient, after which a run is lost and says so
+
+
+def is_ppo_step(step: int, ppo_ratio: float | tuple[float, float], steps: int | None = None) -> bool:
+    """Is cycle `step` (from 0) a PPO cycle? Error diffusion: of the first k cycles, floor(k * ppo_ratio) are PPO, for every k.
+
+    A pair (start, end) is a ramp over `steps` cycles, the curriculum: the k * ratio above becomes the area under the ramp.
+
+    >>> [is_ppo_step(step, 0.5) for step in range(4)]
+    [False, True, False, True]
+    """
+
+    def owed(k: int) -> float:  # PPO cycles due among the first k
+        if isinstance(ppo_ratio, tuple):
+            start, end = ppo_ratio
+            return k * start + (end - start) * k * k / (2 * steps)
+        return k * ppo_ratio
+
+    return math.floor(owed(step + 1)) > math.floor(owed(step))
+
+
+# ------------------------------------------------------------------------------------------------ the run
+
+
+def run(args: argparse.Namespace) -> dict[str, float]:
+    """Data in, phases alternate, metrics and checkpoints out. Returns the last evaluation."""
+    model, tokenizer, train_examples, held_out, reward, reference = prepare(args)
+    device = next(model.parameters()).device
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / args.warmup_steps) * (1 - step / args.steps)
+    )  # linear up, linear down to 0
+    if args.kl_target is None:
+        kl_controller = FixedKLController(args.kl_coef)
+    else:
+        kl_controller = AdaptiveKLController(args.kl_coef, args.kl_target, args.kl_horizon)
+    sft_stream = BatchStream(train_examples, args.batch_size, seed=args.seed)
+    ppo_stream = BatchStream(train_examples, args.batch_size, seed=args.seed + 1)
+    sampling_generator = torch.Generator(device).manual_seed(args.seed)  # draws the responses
+    order_generator = torch.Generator().manual_seed(args.seed)  # orders the rows of PPO's minibatches
+    update = dict(micro_batch_size=args.micro_batch_size, max_grad_norm=args.max_grad_norm)
+    sampling = dict(max_length=args.max_length, max_new_tokens=args.max_new_tokens, temperature=args.temperature)
+    out = open_run_folder(args)
+
+    def evaluate_now(step: int) -> tuple[dict, list[dict]]:
+        options = dict(sampling, micro_batch_size=args.micro_batch_size, seed=args.seed, is_reviews=args.data == "reviews")
+        metrics, samples = evaluate(model, tokenizer, held_out, reward=reward, reference=reference, **options)
+        append_rows(out / "metrics.jsonl", [{"step": step, "phase": "eval", **finite(metrics)}])
+        append_rows(out / "samples.jsonl", [{"step": step, **sample} for sample in samples[:3]])
+        return metrics, samples
+
+    before, samples_before = after, samples_after = evaluate_now(0)
+    ppo_steps = skipped = 0
+    bar = tqdm(total=args.steps, desc="train", dynamic_ncols=True)
+    for step in range(args.steps):
+        started = time.perf_counter()
+        since_warmup = step - args.sft_warmup
+        if since_warmup < 0 or not is_ppo_step(since_warmup, args.ppo_ratio, args.steps - args.sft_warmup):
+            # ---- SFT: learn from demonstrations
+            phase = "sft"
+            metrics = sft_step(model, sft_batch(tokenizer, sft_stream.next(), args.max_length).to(device), optimizer, **update)
+        else:
+            # ---- PPO: learn from the reward. The rollout is taken here, after the SFT steps before it, so it is on-policy.
+            phase = "ppo"
+            if reference is None or (args.ref_refresh and ppo_steps and ppo_steps % args.ref_refresh == 0):
+                reference = model.frozen_copy()  # the policy as PPO first meets it: the KL must not undo what SFT has taught
+            rollout, metrics, _ = collect_rollout(
+                model, reference, tokenizer, ppo_stream.next(), reward, **sampling,
+                kl_coef=kl_controller.value, kl_estimator=args.kl_estimator, gamma=args.gamma, lam=args.lam,
+                missing_eos_penalty=args.missing_eos_penalty, whiten_rewards=args.whiten_rewards,
+                micro_batch_size=args.micro_batch_size, generator=sampling_generator,
+            )  # fmt: skip
+            metrics |= {f"reward/{name}": float(values.mean()) for name, values in reward.parts.items()}
+            metrics |= ppo_step(
+                model, rollout, optimizer, **update, ppo_epochs=args.ppo_epochs, minibatches=args.minibatches,
+                temperature=args.temperature, cliprange=args.cliprange, cliprange_value=args.cliprange_value,
+                vf_coef=args.vf_coef, target_kl=args.target_kl, generator=order_generator,
+            )  # fmt: skip
+            kl_controller.update(metrics["ppo/kl_k1"], args.batch_size)
+            ppo_steps += 1
+        # ---- bookkeeping
+        metrics |= {"lr": scheduler.get_last_lr()[0], "seconds": time.perf_counter() - started}
+        scheduler.step()
+        append_rows(out / "metrics.jsonl", [{"step": step + 1, "phase": phase, **finite(metrics)}])
+        show_progress(bar, metrics)
+        skipped = 0 if f"{phase}/grad_norm" in metrics else skipped + 1
+        if skipped == MAX_SKIPPED:
+            raise UserError(f"no finite gradient in {MAX_SKIPPED} steps in a row (now step {step + 1}); a smaller --lr may help")
+        if step + 1 == args.steps or (args.eval_every and (step + 1) % args.eval_every == 0):
+            after, samples_after = evaluate_now(step + 1)
+            print_evaluation(step + 1, after, samples_after)
+        if args.save_every and (step + 1) % args.save_every == 0:
+            save_checkpoint(out / f"checkpoint-{step + 1:06d}", model, tokenizer, {"step": step + 1})
+    bar.close()
+    save_checkpoint(out / "final", model, tokenizer, {"step": args.steps})
+    print_summary(out, before, after, samples_before, samples_after)
+    return after
+
+
+def prepare(args: argparse.Namespace):
+    """Whatever can be wrong is wrong here, before the first step. -> model, tokenizer, examples, held-out examples, reward, reference."""
+    device = pick_device(args.device)
+    torch.manual_seed(args.seed)
+    examples = load_examples(
+        args.data, limit=args.limit, prompt_field=args.prompt_field, target_field=args.target_field,
+        prompt_words=args.prompt_words, encoding=args.encoding, config=args.data_config, split=args.data_split, seed=args.seed,
+    )  # fmt: skip
+    train_examples, held_out = split_examples(examples)
+    held_out = held_out[: args.eval_size]
+    if args.model == "tiny":
+        lm, tokenizer = build_tiny([example.prompt + example.target for example in train_examples], args.seed)
+        model = HybridModel(lm)
+    else:
+        model, tokenizer = HybridModel.load(args.model)
+    model.to(device).train()
+    resolve_defaults(args, model)
+    reward = reference = None  # pure SFT loads neither; a reward that is named is measured all the same
+    if args.reward is not None:
+        starting_lm = model.frozen_copy().lm if "perplexity" in args.reward else None
+        reward = build_reward(args.reward, device=device, **({"model": starting_lm, "tokenizer": tokenizer} if starting_lm else {}))
+        probe = held_out[:1]  # a reward that cannot work on this data says so now, not at step 100
+        reward([example.prompt for example in probe], [example.target for example in probe], **columns_of(probe))
+    if args.ref_model is not None and args.ppo_ratio != 0:
+        reference, ref_tokenizer = HybridModel.load(args.ref_model)
+        if ref_tokenizer.get_vocab() != tokenizer.get_vocab():
+            raise UserError(f"--ref-model {args.ref_model} has another vocabulary than --model {args.model}, so their KL is undefined")
+        reference = reference.frozen_copy().to(device)
+    return model, tokenizer, train_examples, held_out, reward, reference
+
+
+def resolve_defaults(args: argparse.Namespace, model: HybridModel) -> None:
+    """Fill in the flags whose default depends on the model, and check those that must fit it and each other."""
+    tiny = args.model == "tiny"
+    context = getattr(model.lm.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if args.max_length is None:
+        args.max_length = int(min(256, context))
+    if args.max_length > context:
+        raise UserError(f"--max-length {args.max_length} is beyond the model's context of {context} tokens")
+    if args.max_new_tokens >= args.max_length:
+        raise UserError(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt in --max-length {args.max_length}")
+    if args.lr is None:
+        args.lr = 3e-3 if tiny else 1e-5
+    if args.sft_warmup is None:  # a model that has not learnt to write yet has nothing for PPO to improve
+        args.sft_warmup = round(0.3 * args.steps) if tiny and args.ppo_ratio not in (0, 1) else 0
+    if args.micro_batch_size is None:
+        args.micro_batch_size = args.batch_size
+    if args.reward is None and args.ppo_ratio != 0:
+        args.reward = "sentiment"
+
+
+def sft_batch(tokenizer, examples: list[Example], max_length: int):
+    prompts = [encode_prompt(tokenizer, example) for example in examples]
+    targets = [encode_target(tokenizer, example.target) for example in examples]
+    return make_batch(tokenizer, prompts, targets, max_length)
+
+
+# ------------------------------------------------------------------------------------------------ what a run leaves behind
+
+
+def open_run_folder(args: argparse.Namespace) -> Path:
+    """Create `--out` with its config.json. Raises UserError rather than write over another run."""
+    out = Path(args.out)
+    try:
+        if (out / "config.json").exists() and not args.overwrite:
+            raise UserError(f"--out {out} already holds a run; choose another folder, or pass --overwrite to replace it")
+        out.mkdir(parents=True, exist_ok=True)
+        for old in [out / "metrics.jsonl", out / "samples.jsonl", *out.glob("checkpoint-*"), out / "final"]:
+            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+        versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
+        config = {**vars(args), "versions": versions, "git_commit": commit or None}
+        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    except OSError as problem:
+        raise UserError(f"--out {out} cannot be written: {problem.strerror or problem}") from None
+    return out
+
+
+def save_checkpoint(folder: Path, model: HybridModel, tokenizer, trainer_state: dict) -> None:
+    """A folder that has this name is complete: it is written under another one and renamed."""
+    unfinished = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save(unfinished, tokenizer)
+    torch.save(trainer_state, unfinished / "trainer_state.pt")
+    os.replace(unfinished, folder)
+
+
+def append_rows(path: Path, rows: list[dict]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+
+
+def finite(metrics: dict[str, float]) -> dict[str, float]:
+    """JSON knows no NaN: a number that is none, as the loss of a skipped step may be, is left out."""
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+
+# ------------------------------------------------------------------------------------------------ what a person sees
+
+
+def show_progress(bar: tqdm, metrics: dict[str, float]) -> None:
+    """Latest loss, reward and KL: the bar keeps the values of the phase that is not running."""
+    shown = {"loss": "sft/loss", "score": "ppo/score", "kl": "ppo/kl"}
+    bar.hybrid_values = getattr(bar, "hybrid_values", {}) | {k: f"{metrics[name]:.3f}" for k, name in shown.items() if name in metrics}
+    bar.set_postfix(bar.hybrid_values, refresh=False)
+    bar.update()
+
+
+def print_evaluation(step: int, metrics: dict[str, float], samples: list[dict]) -> None:
+    numbers = "  ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in metrics.items())
+    tqdm.write(f"step {step}  {numbers}")
+    for sample in samples[:3]:
+        marks = "  ".join(f"{name} {sample[name]:+.2f}" for name in ("score", "kl") if name in sample)
+        tqdm.write(f"    {one_line(sample['prompt'])} >>> {one_line(sample['response'])}    {marks}")
+
+
+def print_summary(out: Path, before: dict, after: dict, samples_before: list[dict], samples_after: list[dict]) -> None:
+    """What changed, in three lines."""
+    reward = f"reward {before['eval/reward']:+.3f} -> {after['eval/reward']:+.3f}, " if "eval/reward" in after else ""
+    kl = f", KL to the reference {after['eval/kl']:.2f} nats a response" if "eval/kl" in after else ""
+    print(f"{reward}held-out NLL {before['eval/nll']:.3f} -> {after['eval/nll']:.3f}{kl}; model in {out / 'final'}")
+    for label, samples in (("before", samples_before), ("after ", samples_after)):
+        print(f"{label}: " + " | ".join(one_line(sample["prompt"] + " >>> " + sample["response"]) for sample in samples[:2]))
+
+
+def one_line(text: str, width: int = 160) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+# ------------------------------------------------------------------------------------------------ the flags
+
+
+def number(kind: type, low: float, high: float = math.inf, above: bool = False):
+    """An argparse type: a finite `kind` in low..high (`above`: low itself excluded), or one clear line."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or not low <= value <= high or (above and value == low):
+            bounds = f"above {low:g}" if above else f"at least {low:g}"
+            bounds += f" and at most {high:g}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"expected {'a whole number' if kind is int else 'a number'} {bounds}, found {text!r}")
+        return value
+
+    return parse
+
+
+def ratio(text: str) -> float | tuple[float, float]:
+    """`0.5`, or a ramp `0.1:0.9`."""
+    parts = [number(float, 0, 1)(part) for part in text.split(":")]
+    if len(parts) > 2:
+        raise argparse.ArgumentTypeError(f"expected a number or start:end, found {text!r}")
+    return parts[0] if len(parts) == 1 else tuple(parts)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message} (python train.py --help lists the flags)")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    count, positive, share = number(int, 1), number(float, 0, above=True), number(float, 0, 1)
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default="tiny", help="'tiny' (built here, 1 M parameters), a local folder, or a hub id such as gpt2")
+    group.add_argument("--ref-model", help="reference of the KL penalty: a folder or hub id (default: the policy when PPO first starts)")
+    group.add_argument("--ref-refresh", type=number(int, 0), default=0, help="renew the reference every N PPO steps; 0 never does")
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", default="reviews", help="'reviews' (built in), a .jsonl .json .csv .parquet .txt file, or a hub dataset id")
+    group.add_argument("--data-config", help="configuration of a hub dataset, such as wikitext-2-raw-v1")
+    group.add_argument("--data-split", default="train", help="split of a hub dataset; a tenth of it is held out by hash")
+    group.add_argument("--prompt-field", help="column with the prompt (default: prompt, instruction, question or query)")
+    group.add_argument("--target-field", help="column with the target (default: target, completion, response, output or answer)")
+    group.add_argument("--prompt-words", type=count, default=12, help="plain text: the first N words are the prompt")
+    group.add_argument("--encoding", default="utf-8", help="encoding of a local file")
+    group.add_argument("--limit", type=count, help="read at most N records")
+    group.add_argument("--max-length", type=number(int, 2), help="tokens of prompt and response together (default: 256, or the model's context)")
+    group = parser.add_argument_group("schedule and optimiser")
+    group.add_argument("--steps", type=count, default=700, help="optimiser cycles, SFT and PPO together")
+    group.add_argument("--ppo-ratio", type=ratio, default=0.5, help="share of cycles that are PPO: 0 pure SFT, 1 pure PPO, 0.1:0.9 a ramp")
+    group.add_argument("--sft-warmup", type=number(int, 0), help="SFT cycles before the first PPO one (default: 30%% of a mixed run of 'tiny', else 0)")
+    group.add_argument("--batch-size", type=count, default=32, help="demonstrations of an SFT step, episodes of a PPO step")
+    group.add_argument("--micro-batch-size", type=count, help="rows in memory at a time; changes memory, not results (default: the batch)")
+    group.add_argument("--lr", type=positive, help="peak learning rate, linear to 0 (default: 3e-3 for 'tiny', else 1e-5; 1e-6 to 1e-3)")
+    group.add_argument("--warmup-steps", type=count, default=20, help="steps over which the learning rate rises")
+    group.add_argument("--max-grad-norm", type=positive, default=1.0, help="gradient clipping")
+    group = parser.add_argument_group("ppo")
+    group.add_argument("--reward", help="reward expression, such as '0.7*rouge_l + 0.3*bleu' or my.py:function (default: sentiment)")
+    group.add_argument("--max-new-tokens", type=count, default=32, help="length limit of a response, EOS included")
+    group.add_argument("--temperature", type=positive, default=1.0, help="divides the logits of policy, old policy and reference (0.7 to 1)")
+    group.add_argument("--kl-coef", type=number(float, 0), default=0.05, help="price of one nat of KL, in units of reward (0.01 to 0.2)")
+    group.add_argument("--kl-target", type=positive, help="adapt the price until a response has this KL, in nats (1 to 10)")
+    group.add_argument("--kl-horizon", type=positive, default=10000, help="episodes over which the price adapts")
+    group.add_argument("--kl-estimator", choices=("k1", "k2", "k3"), default="k1", help="per-token KL in the reward; k1 is unbiased in value")
+    group.add_argument("--ppo-epochs", type=count, default=2, help="passes over each rollout (1 to 4)")
+    group.add_argument("--minibatches", type=count, default=2, help="optimiser steps per pass (1 to 8)")
+    group.add_argument("--cliprange", type=positive, default=0.2, help="the ratio may leave 1 by this much (0.1 to 0.3)")
+    group.add_argument("--cliprange-value", type=positive, default=0.2, help="a value may leave its old self by this much")
+    group.add_argument("--vf-coef", type=number(float, 0), default=0.1, help="weight of the value loss")
+    group.add_argument("--gamma", type=share, default=1.0, help="discount per token; 1 for text")
+    group.add_argument("--lam", type=share, default=0.95, help="GAE lambda: 1 unbiased, 0 smallest variance (0.9 to 1)")
+    group.add_argument("--target-kl", type=positive, help="stop the passes over a rollout once approxkl exceeds this (0.01 to 0.1)")
+    group.add_argument("--whiten-rewards", action="store_true", help="scale per-token rewards to unit variance")
+    group.add_argument("--missing-eos-penalty", type=number(float, 0), default=0.0, help="taken off the score of a response that hit the length limit")
+    group = parser.add_argument_group("run")
+    group.add_argument("--out", default="out", help="run folder: config, metrics, samples, checkpoints, final model")
+    group.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
+    group.add_argument("--eval-every", type=number(int, 0), default=100, help="steps between evaluations; 0 only at the start and the end")
+    group.add_argument("--eval-size", type=count, default=256, help="held-out examples per evaluation")
+    group.add_argument("--save-every", type=number(int, 0), default=0, help="steps between checkpoints; 0 only the final model")
+    group.add_argument("--seed", type=number(int, 0), default=0, help="of model, data order and sampling: the same seed, the same run")
+    group.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Run with command-line flags; returns the metrics of the last evaluation. A user's mistake exits with status 2 and one line."""
+    try:
+        return run(parse_args(argv))
+    except UserError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
