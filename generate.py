@@ -64,7 +64,7 @@ def generate(
         if not alive.any():
             break
         attention_mask = torch.cat([attention_mask, torch.ones_like(attention_mask[:, :1])], dim=1)  # (B, P + step)
-        if cache is None:  # an architecture without a cache reads the whole row again
+        if cache is None:  # no cache: read the whole row again
             input_ids = torch.cat([input_ids, token[:, None]], dim=1)
             position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
         else:

@@ -59,8 +59,10 @@ class HybridModel(nn.Module):
         disable_dropout(lm)
         self.lm = lm
         self._accepts = set(inspect.signature(lm.base_model.forward).parameters)
-        # Renamed across transformers releases; None means that the architecture keeps no cache.
-        self._cache_name = next((name for name in ("cache", "past_key_values", "cache_params") if name in self._accepts), None)
+        # The argument was renamed across transformers releases. None, so that sampling reads whole rows again, where there is no
+        # cache, and for recurrent architectures (Mamba, ...): their decoding step cannot be told about left padding.
+        names = [] if getattr(lm, "_is_stateful", False) else ["cache", "past_key_values"]
+        self._cache_name = next((name for name in names if name in self._accepts), None)
         self.logit_scale, self.logit_cap = find_logit_transform(lm)
         head = lm.get_output_embeddings()
         self.value_head = nn.Linear(head.weight.shape[1], 1, device=head.weight.device)
@@ -129,7 +131,7 @@ class HybridModel(nn.Module):
         return self.lm.base_model(**{k: v for k, v in inputs.items() if k in self._accepts and v is not None}).last_hidden_state
 
     def new_cache(self):
-        """An empty key-value cache for `hidden_states`, or None when the architecture has none."""
+        """An empty key-value cache for `hidden_states`, or None where the sampler has to do without."""
         return DynamicCache(config=self.lm.config) if self._cache_name else None
 
     def frozen_copy(self) -> "HybridModel":

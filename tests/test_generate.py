@@ -1,0 +1,112 @@
+"""The sampler: what it draws is what the scorer scores, whatever the model's own generation settings say."""
+
+from collections import Counter
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, build_lm, ragged_batch
+
+from data import make_batch
+from generate import generate
+from hybrid import HybridModel
+
+EOS = 2
+
+
+def rescored(model, prompts, responses, temperature):
+    batch = make_batch(None, prompts, responses, max_length=64)
+    with torch.no_grad():
+        scores = model(batch.input_ids, batch.attention_mask, batch.response_mask, temperature)
+    return [row[mask].tolist() for row, mask in zip(scores.logprobs, batch.response_mask)]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_sampler_equals_scorer(architecture, temperature):
+    model = HybridModel(build_lm(architecture))
+    prompts, _ = ragged_batch()
+    generation = generate(
+        model, prompts, max_new_tokens=12, eos_token_id=EOS, temperature=temperature, generator=torch.Generator().manual_seed(0)
+    )
+    for seen, scored in zip(generation.logprobs, rescored(model, prompts, generation.responses, temperature), strict=True):
+        torch.testing.assert_close(torch.tensor(seen), torch.tensor(scored), atol=1e-4, rtol=0)
+
+
+def test_a_hostile_generation_config_changes_nothing(model):
+    def sample():
+        return generate(
+            model, [[5, 6, 7]] * 64, max_new_tokens=8, eos_token_id=EOS, generator=torch.Generator().manual_seed(0)
+        ).responses
+
+    kind = sample()
+    settings = dict(do_sample=True, top_k=1, top_p=0.1, temperature=0.1, repetition_penalty=2.0, min_length=5, no_repeat_ngram_size=2)
+    for name, value in settings.items():
+        setattr(model.lm.generation_config, name, value)
+    assert sample() == kind
+    assert len({tuple(response) for response in kind}) > 1
+
+
+def test_greedy_equals_hugging_face_one_prompt_at_a_time(model):
+    """The KV cache, the left padding and the positions are right if batched greedy tokens are those of HF's own loop."""
+    prompts, _ = ragged_batch(seed=3)
+    ours = generate(model, prompts, max_new_tokens=10, eos_token_id=EOS, temperature=0).responses
+    for prompt, response in zip(prompts, ours):
+        theirs = model.lm.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)).long(), do_sample=False, max_new_tokens=10, eos_token_id=EOS, pad_token_id=0
+        )
+        assert response == theirs[0, len(prompt) :].tolist()
+
+
+def test_an_architecture_without_a_cache_gives_the_same_tokens(model):
+    prompts, _ = ragged_batch(seed=4)
+    options = dict(max_new_tokens=6, eos_token_id=EOS, temperature=0)
+    cached = generate(model, prompts, **options).responses
+    model._cache_name = None
+    assert generate(model, prompts, **options).responses == cached
+
+
+class Rigged(torch.nn.Module):
+    """Stands in for HybridModel: the next token is 0, 1 or 2 with fixed probabilities."""
+
+    def __init__(self, probabilities):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(probabilities).log())
+
+    def new_cache(self):
+        return object()
+
+    def hidden_states(self, input_ids, attention_mask, position_ids=None, cache=None):
+        return torch.zeros(*input_ids.shape, 1)
+
+    def logits(self, hidden, temperature):
+        return self.weight.expand(len(hidden), -1) / temperature
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_frequencies_are_the_probabilities(temperature):
+    probabilities = torch.tensor([0.2, 0.5, 0.3]) ** (1 / temperature)
+    probabilities = (probabilities / probabilities.sum()).tolist()
+    n = 20_000
+    generation = generate(
+        Rigged([0.2, 0.5, 0.3]), [[1]] * n, max_new_tokens=1, eos_token_id=9, temperature=temperature, generator=torch.Generator().manual_seed(0)
+    )
+    counts = Counter(response[0] for response in generation.responses)
+    for token, p in enumerate(probabilities):
+        assert abs(counts[token] / n - p) < 3 * (p * (1 - p) / n) ** 0.5
+
+
+def test_rows_stop_at_their_first_eos_and_the_limit_cuts_the_rest():
+    generation = generate(
+        Rigged([0.5, 0.25, 0.25]), [[1]] * 200, max_new_tokens=5, eos_token_id=0, generator=torch.Generator().manual_seed(0)
+    )
+    assert any(response == [0] for response in generation.responses), "an immediate EOS is a response"
+    for response, logprobs in zip(generation.responses, generation.logprobs):
+        assert len(response) == len(logprobs) <= 5 and 0 not in response[:-1]
+        assert response[-1] == 0 or len(response) == 5
+
+
+def test_training_mode_and_global_random_state_are_left_alone(model):
+    model.train()
+    state = torch.get_rng_state()
+    generate(model, [[5]], max_new_tokens=3, eos_token_id=EOS, generator=torch.Generator().manual_seed(0))
+    assert model.training and torch.equal(state, torch.get_rng_state())

@@ -1,0 +1,208 @@
+"""HybridModel against the model's own full-logits path, Hugging Face's own loss, and itself under padding."""
+
+import copy
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, build_lm, ragged_batch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hybrid
+from data import make_batch
+from engine import UserError
+from hybrid import HybridModel, load_lm, masked_mean
+from sft import sft_loss
+
+
+def full_logits_scores(lm, batch, temperature=1.0):
+    """The definition: the LM's own (B, T, V) logits, shifted by one, masked."""
+    lm.eval()
+    logits = lm(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long()).logits.double()[:, :-1] / temperature
+    logp = torch.log_softmax(logits, -1)
+    mask = batch.response_mask[:, 1:]
+    logprobs, entropy = torch.zeros(2, *batch.input_ids.shape, dtype=torch.float64)
+    logprobs[:, 1:] = logp.gather(2, batch.input_ids[:, 1:, None]).squeeze(2) * mask
+    entropy[:, 1:] = -(logp.exp() * logp).sum(-1) * mask
+    return logprobs, entropy
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@torch.no_grad()
+def test_forward_equals_the_full_logits_path(architecture):
+    lm = build_lm(architecture)
+    batch = make_batch(None, *ragged_batch(), max_length=32)
+    scores = HybridModel(lm)(batch.input_ids, batch.attention_mask, batch.response_mask, temperature=0.7)
+    logprobs, entropy = full_logits_scores(lm, batch, temperature=0.7)
+    assert logprobs.std() > 0.5, "the oracle must be able to tell tokens apart"
+    torch.testing.assert_close(scores.logprobs.double(), logprobs, atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(scores.entropy.double(), entropy, atol=2e-4, rtol=1e-4)
+    for x in scores:
+        assert x.dtype == torch.float32 and (x[~batch.response_mask] == 0).all()
+
+
+@pytest.mark.parametrize("architecture, scale, cap", [("gemma2", 1, 5), ("granite", 1 / 7, None), ("cohere", 0.0625, None), ("gpt2", 1, None)])
+def test_logit_transform_is_found(architecture, scale, cap):
+    found_scale, found_cap = hybrid.find_logit_transform(build_lm(architecture))
+    assert found_scale == pytest.approx(scale, rel=1e-4) and found_cap == cap
+
+
+def test_unknown_logit_transform_is_refused():
+    lm = build_lm("llama")
+    lm.lm_head.register_forward_hook(lambda module, inputs, output: output)  # harmless
+    HybridModel(lm)
+    original = lm.forward
+
+    def forward(**inputs):
+        output = original(**inputs)
+        output.logits = output.logits.abs()
+        return output
+
+    lm.forward = forward
+    with pytest.raises(UserError, match="neither a factor nor a soft cap"):
+        HybridModel(lm)
+
+
+def test_sft_loss_and_gradient_equal_hugging_face(model):
+    """HF: labels -100 on prompt and padding; the same mean over target tokens, the same gradient for every parameter."""
+    batch = make_batch(None, *ragged_batch(), max_length=32)
+    oracle = copy.deepcopy(model.lm)
+    labels = batch.input_ids.masked_fill(~batch.response_mask, -100)
+    hf_loss = oracle(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), labels=labels).loss
+    hf_loss.backward()
+    loss = sft_loss(model(batch.input_ids, batch.attention_mask, batch.response_mask).logprobs, batch.response_mask)
+    loss.backward()
+    torch.testing.assert_close(loss, hf_loss, atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(model.lm.parameters(), oracle.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-3)
+    assert model.value_head.weight.grad is None
+
+
+@torch.no_grad()
+def test_a_row_alone_equals_the_row_in_a_padded_batch(model):
+    prompts, responses = ragged_batch()
+    batch = make_batch(None, prompts, responses, max_length=64)
+    together = model(batch.input_ids, batch.attention_mask, batch.response_mask)
+    for i, (prompt, response) in enumerate(zip(prompts, responses)):
+        alone = make_batch(None, [prompt], [response], max_length=64)
+        scores = model(alone.input_ids, alone.attention_mask, alone.response_mask)
+        width = alone.input_ids.shape[1]
+        for x, y in zip(scores, together):
+            torch.testing.assert_close(x[0], y[i, :width], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("filler", [0, 2, 17])
+def test_what_the_padding_is_made_of_does_not_matter(model, filler):
+    batch = make_batch(None, *ragged_batch(), max_length=32)
+    other = batch.input_ids.masked_fill(~batch.attention_mask, filler)
+    for x, y in zip(
+        model(batch.input_ids, batch.attention_mask, batch.response_mask), model(other, batch.attention_mask, batch.response_mask)
+    ):
+        torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-6)
+
+
+@torch.no_grad()
+def test_values_belong_to_the_state_just_before_the_token(model):
+    batch = make_batch(None, [[5, 6]], [[7, 8, 9]], max_length=8)
+    values = model(batch.input_ids, batch.attention_mask, batch.response_mask).values
+    hidden = model.lm.base_model(input_ids=batch.input_ids).last_hidden_state
+    expected = (hidden[0, 1:4] @ model.value_head.weight[0]) + model.value_head.bias
+    torch.testing.assert_close(values[0, 2:], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_chunks_change_memory_and_nothing_else(model, monkeypatch):
+    batch = make_batch(None, *ragged_batch(), max_length=32)
+    seen = []
+    model.lm.get_output_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+
+    def gradients(chunk):
+        monkeypatch.setattr(hybrid, "LOGIT_CHUNK", chunk)
+        model.zero_grad()
+        scores = model(batch.input_ids, batch.attention_mask, batch.response_mask)
+        (scores.logprobs.sum() + scores.values.sum()).backward()
+        return [scores.logprobs.detach(), *(p.grad.clone() for p in model.parameters())]
+
+    whole = gradients(10_000)
+    assert seen == [int(batch.response_mask.sum())], "only response positions may reach lm_head"
+    seen.clear()
+    for x, y in zip(whole, gradients(7)):
+        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-4)
+    assert max(seen) == 7
+
+
+def test_no_tensor_of_all_logits_is_kept():
+    """Bytes kept for backward: with chunks the vocabulary counts once a chunk, not once a token."""
+    lm = build_lm("llama", vocab_size=5000)
+    model = HybridModel(lm)
+    batch = make_batch(None, [[5]] * 16, [[7] * 60] * 16, max_length=64)
+    old, hybrid.LOGIT_CHUNK = hybrid.LOGIT_CHUNK, 64
+    kept = []
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+            model(batch.input_ids, batch.attention_mask, batch.response_mask)
+    finally:
+        hybrid.LOGIT_CHUNK = old
+    assert max(x.numel() for x in kept) <= 5000 * 64, "one tensor of 960 x 5000 logits would be 4.8 M"
+
+
+def test_a_response_in_column_0_is_refused(model):
+    with pytest.raises(ValueError, match="column 0"):
+        model(torch.ones(1, 3).long(), torch.ones(1, 3).bool(), torch.ones(1, 3).bool())
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "opt", "falcon", "gpt_neox"])
+def test_dropout_is_zero_in_training_too(architecture):
+    rates = {
+        "gpt2": dict(resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5),
+        "llama": dict(attention_dropout=0.5),
+        "opt": dict(dropout=0.5, attention_dropout=0.5, layerdrop=0.5),
+        "falcon": dict(hidden_dropout=0.5, attention_dropout=0.5),
+        "gpt_neox": dict(hidden_dropout=0.5, attention_dropout=0.5),
+    }[architecture]
+    model = HybridModel(build_lm(architecture, **rates)).train()
+    batch = make_batch(None, *ragged_batch(), max_length=32)
+    first, second = (model(batch.input_ids, batch.attention_mask, batch.response_mask).logprobs for _ in range(2))
+    assert torch.equal(first, second)
+    assert model.training, "train() mode, since gradient checkpointing needs it"
+
+
+def test_the_value_head_starts_at_zero():
+    model = HybridModel(build_lm("llama"))
+    batch = make_batch(None, *ragged_batch(), max_length=32)
+    assert not model(batch.input_ids, batch.attention_mask, batch.response_mask).values.any()
+
+
+def test_a_frozen_copy_does_not_move(model):
+    reference = model.frozen_copy()
+    before = [p.clone() for p in reference.parameters()]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    assert all(torch.equal(x, y) for x, y in zip(before, reference.parameters()))
+    assert not any(p.requires_grad for p in reference.parameters())
+
+
+def test_saved_folder_is_a_plain_hugging_face_folder(tiny, tmp_path):
+    model, tokenizer = HybridModel(copy.deepcopy(tiny[0])), tiny[1]
+    torch.nn.init.normal_(model.value_head.weight)
+    model.save(tmp_path, tokenizer)
+    lm, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ids = tokenizer("the plot was", return_tensors="pt").input_ids
+    assert torch.equal(lm.eval()(ids).logits, model.lm.eval()(ids).logits)
+    assert AutoTokenizer.from_pretrained(tmp_path)("the plot was").input_ids == ids[0].tolist()
+    again, _ = HybridModel.load(str(tmp_path))
+    assert all(torch.equal(x, y) for x, y in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_weights_are_loaded_as_float32_even_if_saved_in_half(tiny, tmp_path):
+    copy.deepcopy(tiny[0]).half().save_pretrained(tmp_path)
+    tiny[1].save_pretrained(tmp_path)
+    lm, _ = load_lm(str(tmp_path))
+    assert {p.dtype for p in lm.parameters()} == {torch.float32}
+
+
+def test_masked_mean_ignores_whatever_is_off_the_mask():
+    x = torch.tensor([[1.0, float("nan")], [3.0, float("inf")]])
+    mask = torch.tensor([[True, False], [True, False]])
+    assert masked_mean(x, mask) == 2 and masked_mean(x, torch.zeros_like(mask)) == 0
