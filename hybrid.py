@@ -227,7 +227,9 @@ def load_lm(name: str) -> tuple[nn.Module, PreTrainedTokenizerFast]:
 
 
 def check_tokenizer(name: str, lm: nn.Module, tokenizer) -> None:
-    """Raises UserError unless every id that the tokenizer can produce has an embedding, and there is an EOS token."""
+    """Raises UserError unless there is a vocabulary, every id that it can produce has an embedding, and there is an EOS token."""
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes an empty one where a folder holds none
+        raise UserError(f"--model {name} has no tokenizer; save one beside the weights with tokenizer.save_pretrained")
     rows = lm.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise UserError(f"--model {name}: the tokenizer has {len(tokenizer)} tokens but the model embeds only {rows}; they do not belong together")

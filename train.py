@@ -29,6 +29,7 @@ from ppo import AdaptiveKLController, FixedKLController, collect_rollout, column
 from rewards import Reward, build_reward
 from sft import sft_step
 
+ON_THE_BAR = {"loss": "sft/loss", "reward": "ppo/score", "kl": "ppo/kl"}
 MAX_SKIPPED = 10  # cycles in a row without a finite gradient, after which a run is lost and says so
 
 
@@ -82,6 +83,7 @@ def run(args: argparse.Namespace) -> dict[str, float]:
 
     before, samples_before = after, samples_after = evaluate_now(0)
     ppo_steps = skipped = 0
+    shown = {}  # what stands behind the bar: the latest value of each, whichever phase is running
     bar = tqdm(total=args.steps, desc="train", dynamic_ncols=True)
     for step in range(args.steps):
         started = time.perf_counter()
@@ -113,7 +115,9 @@ def run(args: argparse.Namespace) -> dict[str, float]:
         metrics |= {"lr": scheduler.get_last_lr()[0], "seconds": time.perf_counter() - started}
         scheduler.step()
         append_rows(out / "metrics.jsonl", [{"step": step + 1, "phase": phase, **finite(metrics)}])
-        show_progress(bar, metrics)
+        shown |= {name: f"{metrics[key]:.3f}" for name, key in ON_THE_BAR.items() if key in metrics}
+        bar.set_postfix(shown, refresh=False)
+        bar.update()
         skipped = 0 if f"{phase}/grad_norm" in metrics else skipped + 1
         if skipped == MAX_SKIPPED:
             raise UserError(f"no finite gradient in {MAX_SKIPPED} steps in a row (now step {step + 1}); a smaller --lr may help")
@@ -226,14 +230,6 @@ def finite(metrics: dict[str, float]) -> dict[str, float]:
 
 
 # ------------------------------------------------------------------------------------------------ what a person sees
-
-
-def show_progress(bar: tqdm, metrics: dict[str, float]) -> None:
-    """Latest loss, reward and KL: the bar keeps the values of the phase that is not running."""
-    shown = {"loss": "sft/loss", "score": "ppo/score", "kl": "ppo/kl"}
-    bar.hybrid_values = getattr(bar, "hybrid_values", {}) | {k: f"{metrics[name]:.3f}" for k, name in shown.items() if name in metrics}
-    bar.set_postfix(bar.hybrid_values, refresh=False)
-    bar.update()
 
 
 def print_evaluation(step: int, metrics: dict[str, float], samples: list[dict]) -> None:
@@ -349,6 +345,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Run with command-line flags; returns the metrics of the last evaluation. A user's mistake exits with status 2 and one line."""
     try:
+        transformers.utils.logging.disable_progress_bar()  # one bar is enough: ours
+        transformers.utils.logging.set_verbosity_error()
         return run(parse_args(argv))
     except UserError as problem:
         print(f"error: {problem}", file=sys.stderr)
