@@ -138,8 +138,14 @@ class AdaptiveKLController:
         error = min(max(current_kl / self.target - 1, -0.2), 0.2)
         self.value *= 1 + error * n_steps / self.horizon
 
+    def state_dict(self) -> dict[str, float]:
+        return {"value": self.value}
 
-class FixedKLController:
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.value = state["value"]
+
+
+class FixedKLController(AdaptiveKLController):
     """The same face, a constant coefficient."""
 
     def __init__(self, kl_coef: float):

@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from rewards import Reward, build_reward
 from sft import sft_step
 
 ON_THE_BAR = {"loss": "sft/loss", "reward": "ppo/score", "kl": "ppo/kl"}
+MAY_CHANGE = ("steps", "eval_every", "eval_size", "save_every", "out", "device")  # what a resumed run may do differently
 MAX_SKIPPED = 10  # cycles in a row without a finite gradient, after which a run is lost and says so
 
 
@@ -72,20 +74,33 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     order_generator = torch.Generator().manual_seed(args.seed)  # orders the rows of PPO's minibatches
     update = dict(micro_batch_size=args.micro_batch_size, max_grad_norm=args.max_grad_norm)
     sampling = dict(max_length=args.max_length, max_new_tokens=args.max_new_tokens, temperature=args.temperature)
-    out = open_run_folder(args)
+    stateful = dict(optimizer=optimizer, scheduler=scheduler, sft_stream=sft_stream, ppo_stream=ppo_stream, kl_controller=kl_controller)
+    generators = dict(sampling=sampling_generator, order=order_generator)
+    out = Path(args.resume) if args.resume else open_run_folder(args)
 
     def evaluate_now(step: int) -> tuple[dict, list[dict]]:
         options = dict(sampling, micro_batch_size=args.micro_batch_size, seed=args.seed, is_reviews=args.data == "reviews")
         metrics, samples = evaluate(model, tokenizer, held_out, reward=reward, reference=reference, **options)
         append_rows(out / "metrics.jsonl", [{"step": step, "phase": "eval", **finite(metrics)}])
         append_rows(out / "samples.jsonl", [{"step": step, **sample} for sample in samples[:3]])
-        return metrics, samples
+        return metrics, samples[:3]
 
-    before, samples_before = after, samples_after = evaluate_now(0)
-    ppo_steps = skipped = 0
+    def save(name: str, step: int) -> None:
+        counters = dict(step=step, ppo_steps=ppo_steps, skipped=skipped, before=before, samples_before=samples_before)
+        save_checkpoint(out / name, model, tokenizer, reference, counters, stateful, generators)
+
+    if args.resume:
+        counters, reference = load_checkpoint(newest_checkpoint(out), model, reference, stateful, generators)
+        if counters["step"] >= args.steps:
+            raise UserError(f"--resume {out}: the run has done its {counters['step']} steps; give more --steps to go on")
+        forget_after(out, counters["step"])
+    else:
+        before, samples_before = evaluate_now(0)
+        counters = dict(step=0, ppo_steps=0, skipped=0, before=before, samples_before=samples_before)
+    first_step, ppo_steps, skipped, before, samples_before = counters.values()
     shown = {}  # what stands behind the bar: the latest value of each, whichever phase is running
-    bar = tqdm(total=args.steps, desc="train", dynamic_ncols=True)
-    for step in range(args.steps):
+    bar = tqdm(total=args.steps, initial=first_step, desc="train", dynamic_ncols=True)
+    for step in range(first_step, args.steps):
         started = time.perf_counter()
         since_warmup = step - args.sft_warmup
         if since_warmup < 0 or not is_ppo_step(since_warmup, args.ppo_ratio, args.steps - args.sft_warmup):
@@ -125,9 +140,9 @@ def run(args: argparse.Namespace) -> dict[str, float]:
             after, samples_after = evaluate_now(step + 1)
             print_evaluation(step + 1, after, samples_after)
         if args.save_every and (step + 1) % args.save_every == 0:
-            save_checkpoint(out / f"checkpoint-{step + 1:06d}", model, tokenizer, {"step": step + 1})
+            save(f"checkpoint-{step + 1:06d}", step + 1)
     bar.close()
-    save_checkpoint(out / "final", model, tokenizer, {"step": args.steps})
+    save("final", args.steps)
     print_summary(out, before, after, samples_before, samples_after)
     return after
 
@@ -210,13 +225,55 @@ def open_run_folder(args: argparse.Namespace) -> Path:
     return out
 
 
-def save_checkpoint(folder: Path, model: HybridModel, tokenizer, trainer_state: dict) -> None:
-    """A folder that has this name is complete: it is written under another one and renamed."""
+def save_checkpoint(folder: Path, model, tokenizer, reference, counters: dict, stateful: dict, generators: dict) -> None:
+    """The model as a plain Hugging Face folder, and `trainer_state.pt`: everything else that the next step depends on.
+
+    A folder that has this name is complete: it is written under another one and renamed.
+    """
     unfinished = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save(unfinished, tokenizer)
-    torch.save(trainer_state, unfinished / "trainer_state.pt")
+    state = {
+        "counters": counters,
+        "stateful": {name: thing.state_dict() for name, thing in stateful.items()},
+        "generators": {name: generator.get_state() for name, generator in generators.items()},
+        "rng": {"python": random.getstate(), "torch": torch.get_rng_state()},  # for the sake of rewards that users write
+        "reference": reference and reference.state_dict(),
+    }
+    torch.save(state, unfinished / "trainer_state.pt")
+    shutil.rmtree(folder, ignore_errors=True)  # only `final` is ever there already, after a resume
     os.replace(unfinished, folder)
+
+
+def load_checkpoint(folder: Path, model: HybridModel, reference: HybridModel | None, stateful: dict, generators: dict):
+    """The inverse: everything is put back in place. -> counters, reference."""
+    state = torch.load(folder / "trainer_state.pt", weights_only=True)
+    model.load_state_dict(HybridModel.load(str(folder))[0].state_dict())
+    for name, thing in stateful.items():
+        thing.load_state_dict(state["stateful"][name])
+    for name, generator in generators.items():
+        generator.set_state(state["generators"][name])
+    random.setstate(state["rng"]["python"])
+    torch.set_rng_state(state["rng"]["torch"])
+    if state["reference"] is not None:
+        reference = reference or model.frozen_copy()
+        reference.load_state_dict(state["reference"])
+    return state["counters"], reference
+
+
+def newest_checkpoint(out: Path) -> Path | None:
+    """The complete checkpoint, `final` included, with the most steps."""
+    states = [*out.glob("checkpoint-*/trainer_state.pt"), *out.glob("final/trainer_state.pt")]
+    newest = max(states, key=lambda path: torch.load(path, weights_only=True, mmap=True)["counters"]["step"], default=None)
+    return newest and newest.parent
+
+
+def forget_after(out: Path, step: int) -> None:
+    """Drop the rows of metrics.jsonl and samples.jsonl that the resumed run will write again, and a line torn by a crash."""
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        lines = (out / name).read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        (out / name).write_text("".join(kept), encoding="utf-8")
 
 
 def append_rows(path: Path, rows: list[dict]) -> None:
@@ -334,12 +391,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("run")
     group.add_argument("--out", default="out", help="run folder: config, metrics, samples, checkpoints, final model")
     group.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
+    group.add_argument("--resume", metavar="OUT", help="go on from the newest checkpoint of this run folder, with its flags")
     group.add_argument("--eval-every", type=number(int, 0), default=100, help="steps between evaluations; 0 only at the start and the end")
     group.add_argument("--eval-size", type=count, default=256, help="held-out examples per evaluation")
     group.add_argument("--save-every", type=number(int, 0), default=0, help="steps between checkpoints; 0 only the final model")
     group.add_argument("--seed", type=number(int, 0), default=0, help="of model, data order and sampling: the same seed, the same run")
     group.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.resume is None:
+        return args
+    config_file = Path(args.resume) / "config.json"
+    if not config_file.is_file() or newest_checkpoint(Path(args.resume)) is None:
+        raise UserError(f"--resume {args.resume}: nothing to resume there; expected a run folder with config.json and a checkpoint")
+    config = json.loads(config_file.read_text())
+    config["ppo_ratio"] = tuple(config["ppo_ratio"]) if isinstance(config["ppo_ratio"], list) else config["ppo_ratio"]
+    flags = {name: config[name] for name in vars(args) if name not in ("resume", "overwrite")}
+    parser.set_defaults(**flags)
+    args = parser.parse_args(argv)
+    for name, value in flags.items():
+        if getattr(args, name) != value and name not in MAY_CHANGE:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} {getattr(args, name)} contradicts the run that is resumed, which has {value}; leave the flag out")
+    return args
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:

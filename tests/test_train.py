@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -185,6 +186,35 @@ def test_micro_batches_change_memory_not_results(tmp_path):
         torch.testing.assert_close(a[name], b[name], atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("cut", [3, 5])  # inside the SFT stretch; between two PPO steps
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(tmp_path, cut):
+    flags = ["--steps", 8, "--sft-warmup", 3, "--ppo-ratio", 0.7, "--kl-target", 2, "--micro-batch-size", 3, "--ref-refresh", 3]
+    run(tmp_path, *flags, name="whole")
+    run(tmp_path, *flags, "--save-every", cut, name="cut")
+    out = tmp_path / "cut"
+    for later in [folder for folder in out.glob("checkpoint-*") if folder.name != f"checkpoint-{cut:06d}"] + [out / "final"]:
+        shutil.rmtree(later)
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "torn')  # a crash in the middle of a line
+    main(["--resume", str(out)])
+    rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in read_rows(tmp_path / name / "metrics.jsonl")] for name in ("whole", "cut")]
+    assert rows[0] == rows[1]
+    assert (tmp_path / "whole" / "samples.jsonl").read_text() == (out / "samples.jsonl").read_text()
+    a, b = weights(tmp_path / "whole" / "final"), weights(out / "final")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_resumed_run_may_not_contradict_itself(tmp_path, capsys):
+    run(tmp_path, "--save-every", 3)
+    out = tmp_path / "run"
+    assert "--lr 0.1 contradicts the run that is resumed, which has 0.003" in fails(capsys, "--resume", out, "--lr", 0.1)
+    assert "nothing to resume there" in fails(capsys, "--resume", tmp_path / "nowhere")
+    assert "the run has done its 6 steps" in fails(capsys, "--resume", out)
+    main(["--resume", str(out), "--steps", "8"])
+    assert read_rows(out / "metrics.jsonl")[-1]["step"] == 8
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of")
 def test_ten_lost_steps_in_a_row_end_the_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "sft_step", lambda *a, **k: {"sft/loss": math.nan, "sft/skipped_steps": 1.0})
     with pytest.raises(SystemExit) as caught:
