@@ -16,27 +16,34 @@ import itertools
 import json
 import logging
 import random
+import re
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+import jinja2  # comes with torch; chat templates are written in it
 import torch
 
-from engine import UserError
+from engine import UserError, one_line_errors
 
 PROMPT_FIELDS = ("prompt", "instruction", "question", "query")
 TARGET_FIELDS = ("target", "completion", "response", "output", "answer")
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+SPACE = "\u2581"  # how SentencePiece-like tokenizers write the space that starts a word
 ROLES = ("system", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
 class Example:
-    """One training example. `columns` are the record's other fields; rewards receive them by name."""
+    """One training example. `columns` are the record's other fields; rewards receive them by name.
+
+    `messages` is set where the prompt is the history of a dialogue: a list of {role, content}.
+    """
 
     prompt: str
     target: str
     columns: dict = field(default_factory=dict)
+    messages: list[dict] | None = None
 
 
 # ------------------------------------------------------------------------------------------------ the layout
@@ -107,12 +114,15 @@ def pad_id(tokenizer) -> int:
 def encode_prompt(tokenizer, example: Example) -> list[int]:
     """Token ids of the prompt, with the BOS that the tokenizer wants, exactly once. Never empty.
 
-    A dialogue (`columns["messages"]`) goes through the tokenizer's own chat template if it has one; otherwise
-    `example.prompt` already holds the plain rendering of `render_dialogue`.
+    A dialogue goes through the tokenizer's own chat template if it has one; otherwise `example.prompt` already holds the plain
+    rendering of `render_dialogue`. Raises UserError where the template refuses the dialogue.
     """
     text = example.prompt
-    if "messages" in example.columns and tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(example.columns["messages"], tokenize=False, add_generation_prompt=True)
+    if example.messages is not None and tokenizer.chat_template:
+        try:
+            text = tokenizer.apply_chat_template(example.messages, tokenize=False, add_generation_prompt=True)
+        except jinja2.TemplateError as problem:
+            raise UserError(f"the model's chat template refuses the dialogue {example.prompt[:80]!r}: {problem}") from None
         ids = tokenizer(text, add_special_tokens=False).input_ids  # the template has written BOS itself
     else:
         starts_with_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
@@ -129,14 +139,31 @@ def encode_target(tokenizer, text: str) -> list[int]:
 
     SentencePiece-like tokenizers put a space before whatever they are given; a text that brings its own loses one of the two.
     """
-    if text.startswith(" ") and tokenizer.tokenize("a")[0].startswith("\u2581"):
+    if text.startswith(" ") and tokenizer.tokenize("a")[0].startswith(SPACE):
         text = text[1:]
-    return tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    return ids if ids[-1:] == [tokenizer.eos_token_id] else ids + [tokenizer.eos_token_id]
 
 
 def decode(tokenizer, response: list[int]) -> str:
     """Text of a response for rewards and for people. Training never uses it: ids are kept from end to end."""
-    return tokenizer.decode(response, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    text = tokenizer.decode(response, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    first = tokenizer.convert_ids_to_tokens(response[0]) if response else ""
+    return " " + text if first.startswith(SPACE) and not text.startswith(" ") else text  # decoders strip it: "a text starts here"
+
+
+def demonstration_batch(tokenizer, examples: list[Example], max_length: int) -> Batch:
+    """Prompts and targets of the examples as one Batch: what an SFT step and the held-out NLL look at."""
+    prompts = [encode_prompt(tokenizer, example) for example in examples]
+    targets = [encode_target(tokenizer, example.target) for example in examples]
+    return make_batch(tokenizer, prompts, targets, max_length)
+
+
+def columns_of(examples: list[Example]) -> dict[str, list]:
+    """The keyword lists that rewards receive: `target` and every other column of the data, None where a record lacks it."""
+    names = {name: None for example in examples for name in example.columns}  # a dict keeps the order
+    columns = {name: [example.columns.get(name) for example in examples] for name in names if name not in ("prompts", "completions")}
+    return {**columns, "target": [example.target for example in examples]}
 
 
 # ------------------------------------------------------------------------------------------------ sources
@@ -163,25 +190,30 @@ def load_examples(
     """
     if source == "reviews":
         return make_reviews(limit or 4000, seed)
-    examples = []
-    for number, record in enumerate(_read_records(source, limit, encoding, config, split)):
+    examples, too_short = [], 0
+    for number, record in enumerate(read_records(source, limit, encoding, config, split)):
         try:
-            examples += to_examples(record, prompt_field, target_field, prompt_words)
+            found = to_examples(record, prompt_field, target_field, prompt_words)
         except UserError as problem:
             raise UserError(f"{_where(source, number)}: {problem}") from None
+        examples += found
+        too_short += not found
+    if too_short:
+        print(f"note: {too_short} texts of {source} were left out, too short to be cut into prompt and target", file=sys.stderr)
     if not examples:
-        raise UserError(f"--data {source} holds no record")
-    return examples
+        raise UserError(f"--data {source} holds no record that can be used")
+    names = {name: None for example in examples for name in example.columns}  # every example has every column, so that a
+    return [replace(e, columns={name: e.columns.get(name) for name in names}) for e in examples]  # reward may count on them
 
 
 def to_examples(record: dict, prompt_field: str | None = None, target_field: str | None = None, prompt_words: int = 12) -> list[Example]:
-    """One record to its examples (several for a dialogue). Raises UserError that says what is missing or of the wrong type."""
+    """One record to its examples: several for a dialogue, none for a text of one word. Raises UserError that says what is missing or of the wrong type."""
     record = {name: value for name, value in record.items() if value is not None}  # readers fill absent fields with None
     if prompt_field is None and target_field is None:
         if "messages" in record:
             return _dialogue_examples(record)
         if "text" in record and not any(name in record for name in TARGET_FIELDS):
-            return [_text_example(record, prompt_words)]
+            return _text_examples(record, prompt_words)
     prompt_field = _pick_field(record, prompt_field, PROMPT_FIELDS, "prompt")
     target_field = _pick_field(record, target_field, TARGET_FIELDS, "target")
     prompt, target = _string(record, prompt_field), _string(record, target_field)
@@ -210,17 +242,18 @@ def _dialogue_examples(record: dict) -> list[Example]:
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and message["content"].strip()]
     if not turns:
         raise UserError("'messages' has no assistant turn with content, so there is nothing to learn from it")
-    return [Example(render_dialogue(messages[:i]), messages[i]["content"], {**record, "messages": messages[:i]}) for i in turns]
+    columns = {name: value for name, value in record.items() if name != "messages"}
+    return [Example(render_dialogue(messages[:i]), messages[i]["content"], columns, messages[:i]) for i in turns]
 
 
-def _text_example(record: dict, prompt_words: int) -> Example:
+def _text_examples(record: dict, prompt_words: int) -> list[Example]:
     """Cut after `prompt_words` words, or in the middle of a text that is shorter than two such prompts."""
     text = _string(record, "text")
-    ends = [i for i in range(1, len(text) + 1) if not text[i - 1].isspace() and (i == len(text) or text[i].isspace())]  # word ends
+    ends = [match.end() for match in re.finditer(r"\S+", text)]  # where each word ends
     if len(ends) < 2:
-        raise UserError("field 'text' has fewer than two words, so it cannot be cut into prompt and target")
+        return []
     cut = ends[min(prompt_words, len(ends) // 2) - 1]
-    return Example(text[:cut], text[cut:].rstrip(), {name: value for name, value in record.items() if name != "text"})
+    return [Example(text[:cut], text[cut:].rstrip(), {name: value for name, value in record.items() if name != "text"})]
 
 
 def _pick_field(record: dict, wanted: str | None, known: tuple[str, ...], kind: str) -> str:
@@ -236,35 +269,47 @@ def _string(record: dict, name: str) -> str:
     value = record.get(name)
     if not isinstance(value, str):
         raise UserError(f"field '{name}' must be a string, found {type(value).__name__}")
+    if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+        raise UserError(f"field '{name}' has half of a surrogate pair, which is no character (a cut emoji?)")
     return value
 
 
-def _read_records(source: str, limit: int | None, encoding: str, config: str | None, split: str):
-    """Yield dicts, through `datasets`. When it cannot read a local file, the file is looked at again for the line to blame."""
+def read_records(source: str, limit: int | None = None, encoding: str = "utf-8", config: str | None = None, split: str = "train"):
+    """Yield the records of a file or hub dataset as dicts. Raises UserError naming the file, and the line where there is one.
+
+    Everything comes through `datasets`, except local JSON: Arrow's JSON reader turns strings that look like dates into dates, long
+    numbers into floats, and gives up on a field that appears or changes its type late in the file.
+    """
     path = Path(source)
     is_file = path.suffix in BUILDERS or path.exists()
     if is_file and not path.is_file():
         raise UserError(f"--data {source} " + ("is a folder; give a file in it" if path.is_dir() else "does not exist"))
     if is_file and path.suffix not in BUILDERS:
         raise UserError(f"--data {source} has an unknown ending; known are {', '.join(BUILDERS)}")
-    if is_file:
-        _check_local(path, encoding)
+    encoding = "utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding  # drops a byte order mark
+    text = _checked_text(path, encoding) if is_file and path.suffix != ".parquet" else None
+    if path.suffix in (".json", ".jsonl") and is_file:
+        yield from itertools.islice(_json_records(path, text), limit)
+        return
     import datasets  # slow to import, and the built-in task does without it
 
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are no news; the outcome is
+    options = {} if text is None else {"encoding": encoding}
+    if text is not None and path.suffix == ".txt":
+        options |= {"sample_by": "document"}
+    if text is not None and path.suffix == ".csv":  # everything is text: "42", "None" and "007" too
+        header = next(csv.reader(text.splitlines()))
+        options |= {"features": datasets.Features({name: datasets.Value("string") for name in header}), "keep_default_na": False}
     try:
         if is_file:
-            options = {} if path.suffix == ".parquet" else {"encoding": encoding}
-            if path.suffix == ".txt":
-                options["sample_by"] = "document"
             records = datasets.load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train", streaming=True, **options)
         else:
             records = datasets.load_dataset(source, config, split=split, streaming=limit is not None)
-        if path.suffix == ".txt":
-            records = _text_records(next(iter(records), {"text": ""})["text"])
-        yield from itertools.islice(records, limit)
-    except UserError:
-        raise
+        if path.suffix == ".txt" and is_file:
+            records = _text_records(next(iter(records))["text"])
+        for record in itertools.islice(records, limit):
+            yield {name: value for name, value in record.items() if path.suffix != ".csv" or value != ""}  # an empty cell is absent
     except (OSError, ValueError, KeyError, TypeError, datasets.exceptions.DatasetsError) as problem:
         reason = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
         if is_file:
@@ -281,34 +326,41 @@ def _text_records(text: str):
     return ({"text": piece.strip()} for piece in pieces if piece.strip())
 
 
-def _check_local(path: Path, encoding: str) -> None:
-    """Raises UserError naming byte and line of what is not `encoding`, and the line of a broken JSON record."""
-    if path.suffix == ".parquet":
-        return
-    raw = path.read_bytes()
-    if not raw.strip():
-        raise UserError(f"--data {path} is empty")
+def _checked_text(path: Path, encoding: str) -> str:
+    """The text of a file. Raises UserError naming byte and line of what is not `encoding`."""
     try:
-        text = raw.decode(encoding)
+        raw = path.read_bytes()
+        if not raw.strip():
+            raise UserError(f"--data {path} is empty")
+        return raw.decode(encoding)
+    except OSError as problem:
+        raise UserError(f"--data {path} cannot be read: {problem.strerror}") from None
     except UnicodeDecodeError as problem:
         line = raw[: problem.start].count(b"\n") + 1
         raise UserError(
-            f"{path}:{line}: byte 0x{raw[problem.start]:02x} at offset {problem.start} is not {encoding}; "
+            f"{path}:{line}: byte 0x{raw[problem.start]:02x} at offset {problem.start} is not {encoding.removesuffix('-sig')}; "
             "name the file's encoding, for example --encoding latin-1"
         ) from None
     except LookupError:
         raise UserError(f"--encoding {encoding} is not an encoding that Python knows") from None
-    if path.suffix not in (".json", ".jsonl"):
-        return
-    whole = path.suffix == ".json" and text.lstrip().startswith("[")  # one array, not one object a line
-    for number, line in enumerate([text] if whole else text.split("\n"), start=1):
-        if line.strip():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as problem:
-                raise UserError(f"{path}:{number + problem.lineno - 1}: not valid JSON ({problem.msg}, column {problem.colno})") from None
-            if not whole and not isinstance(record, dict):
+
+
+def _json_records(path: Path, text: str):
+    """One object a line, or one array of objects. Raises UserError naming the line."""
+    is_array = path.suffix == ".json" and text.lstrip().startswith("[")
+    for number, line in enumerate([text] if is_array else text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            found = json.loads(line)
+        except json.JSONDecodeError as problem:
+            raise UserError(f"{path}:{number + problem.lineno - 1}: not valid JSON ({problem.msg}, column {problem.colno})") from None
+        except RecursionError:
+            raise UserError(f"{path}:{number}: not usable JSON (nested too deeply)") from None
+        for record in found if is_array else [found]:
+            if not isinstance(record, dict):
                 raise UserError(f"{path}:{number}: expected a JSON object, found {type(record).__name__}")
+            yield record
 
 
 def _where(source: str, number: int) -> str:
@@ -318,11 +370,58 @@ def _where(source: str, number: int) -> str:
         lines = (i for i, line in enumerate(path.read_bytes().split(b"\n"), start=1) if line.strip())
         return f"{path}:{next(itertools.islice(lines, number, None))}"
     if path.suffix == ".csv" and path.is_file():
+        csv.field_size_limit(sys.maxsize)
         with path.open(newline="", errors="replace") as file:
             reader = csv.reader(file)
-            next(itertools.islice(reader, number + 1, None))
-            return f"{path}:{reader.line_num}"
+            rows = (reader.line_num for row in reader if row)
+            return f"{path}:{next(itertools.islice(rows, number + 1, None))}"
     return f"{source}, record {number + 1}"
+
+
+# ------------------------------------------------------------------------------------------------ preference pairs
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two responses to one prompt, of which people preferred `chosen`."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    columns: dict = field(default_factory=dict)
+
+
+def load_pairs(source: str, *, limit: int | None = None, encoding: str = "utf-8", config: str | None = None, split: str = "train") -> list[Pair]:
+    """Pairs from records with `prompt`, `chosen`, `rejected`, or with two transcripts in Anthropic's format.
+
+    A transcript alternates "\\n\\nHuman:" and "\\n\\nAssistant:" turns; the prompt is what the two share up to an "Assistant:".
+    Raises UserError naming file and line.
+    """
+    pairs = []
+    for number, record in enumerate(read_records(source, limit, encoding, config, split)):
+        try:
+            chosen, rejected = _string(record, "chosen"), _string(record, "rejected")
+            prompt = _string(record, "prompt") if record.get("prompt") is not None else shared_prompt(chosen, rejected)
+            if record.get("prompt") is None:
+                chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+            if chosen == rejected:
+                continue  # nothing is preferred; such records do occur in public data
+            columns = {name: value for name, value in record.items() if name not in ("prompt", "chosen", "rejected") and value is not None}
+            pairs.append(Pair(prompt, chosen, rejected, columns))
+        except UserError as problem:
+            raise UserError(f"{_where(source, number)}: {problem}") from None
+    if not pairs:
+        raise UserError(f"{source} holds no pair of different responses")
+    return pairs
+
+
+def shared_prompt(chosen: str, rejected: str) -> str:
+    """The longest common beginning of two transcripts that ends in "Assistant:". Raises UserError if there is none."""
+    same = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
+    end = chosen.rfind("\n\nAssistant:", 0, same)
+    if end < 0:
+        raise UserError("the record has no prompt, and 'chosen' and 'rejected' share no transcript that ends in 'Assistant:'")
+    return chosen[: end + len("\n\nAssistant:")]
 
 
 # ------------------------------------------------------------------------------------------------ split and stream
@@ -331,12 +430,14 @@ def _where(source: str, number: int) -> str:
 def split_examples(examples: list[Example], holdout: float = 0.1) -> tuple[list[Example], list[Example]]:
     """(train, held out) by a hash of the record, so that membership depends neither on order nor on what else there is.
 
-    The turns of a dialogue share a side. If a side would be empty, the example with the smallest hash is held out; a single
-    example serves on both sides.
+    The turns of a dialogue share a side. If a side would be empty, the record with the smallest hash is held out; a single
+    record (or dialogue) serves on both sides.
     """
 
     def place(example: Example) -> float:  # in [0, 1)
-        key = example.columns["messages"][:1] if "messages" in example.columns else [example.prompt, example.target]
+        # A dialogue is known by its first user turn; system prompts are shared by many.
+        first = example.messages and [m for m in example.messages if m["role"] == "user"][:1]
+        key = first or [example.prompt, example.target]
         digest = hashlib.sha256(json.dumps(key, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")).digest()
         return int.from_bytes(digest[:8], "big") / 2**64
 
@@ -438,9 +539,12 @@ def review_metrics(prompts: list[str], completions: list[str]) -> dict[str, floa
     return {"fluent": sum(fluent) / n, "positive": sum(positive) / n, "fluent_and_positive": sum(both) / n}
 
 
+@one_line_errors
+def main(argv: list[str]) -> None:
+    """Print the first examples of a source."""
+    for shown in load_examples(argv[0], limit=3):
+        print(json.dumps({"prompt": shown.prompt, "target": shown.target, **shown.columns}, ensure_ascii=False, default=str))
+
+
 if __name__ == "__main__":
-    try:
-        for shown in load_examples(sys.argv[1] if len(sys.argv) > 1 else "reviews", limit=3):
-            print(json.dumps({"prompt": shown.prompt, "target": shown.target, **shown.columns}, ensure_ascii=False))
-    except UserError as problem:
-        sys.exit(f"error: {problem}")
+    main(sys.argv[1:] or ["reviews"])

@@ -1,10 +1,13 @@
-"""What every algorithm here shares and no paper talks about: the device, the split into micro-batches, the guarded optimiser step.
+"""What every script here shares and no paper talks about: errors and flags, the device, micro-batches, the guarded optimiser step.
 
 Left out on purpose: anything algorithmic. This file imports none of ours, so that `sft.py` and `ppo.py` can be read
 without it: `accumulate` is "backward over the rows", `apply_gradients` is "optimizer.step()".
 """
 
+import argparse
 import math
+import sys
+from typing import Callable
 
 import torch
 
@@ -13,16 +16,62 @@ class UserError(ValueError):
     """Something that the user can mend. `train.py` prints it as one line, `error: ...`, and exits with status 2."""
 
 
+def one_line_errors(main: Callable):
+    """`main`, but a UserError becomes one line on stderr, `error: ...`, and exit status 2."""
+
+    def run(argv: list[str] | None = None):
+        try:
+            return main(argv)
+        except UserError as problem:
+            print(f"error: {' '.join(str(problem).split())}", file=sys.stderr)
+            raise SystemExit(2) from None
+
+    return run
+
+
+class Parser(argparse.ArgumentParser):
+    """Prints defaults in --help where there is one and the help does not explain it; a wrong flag is a UserError."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=_DefaultsFormatter)
+
+    def error(self, message: str):
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+class _DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default in (None, False) or "(default" in action.help else super()._get_help_string(action)
+
+
+def number(kind: type, low: float, high: float = math.inf, above: bool = False):
+    """An argparse type: a finite `kind` in low..high (`above`: low itself excluded), or one clear line."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or not low <= value <= high or (above and value == low):
+            bounds = f"above {low:g}" if above else f"at least {low:g}"
+            bounds += f" and at most {high:g}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"expected {'a whole number' if kind is int else 'a number'} {bounds}, found {text!r}")
+        return value
+
+    return parse
+
+
 def pick_device(name: str = "auto") -> torch.device:
     """`auto` takes CUDA, then Apple's MPS, then the CPU. Raises UserError for a device that this machine lacks."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cuda", "mps", "cpu"):
+            raise RuntimeError("known are auto, cuda, mps and cpu")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as problem:  # torch says "not compiled with CUDA" by an AssertionError
-        reason = str(problem).splitlines()[0]
-        raise UserError(f"--device {name} cannot be used here ({reason}); try --device cpu") from None
+        raise UserError(f"--device {name} cannot be used here ({str(problem).splitlines()[0]}); try --device cpu") from None
     return device
 
 

@@ -49,7 +49,7 @@ def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 class HybridModel(nn.Module):
-    """`lm` is any Hugging Face causal LM; `value_head` starts at zero, so the first advantages are the rewards themselves.
+    """`lm` is any Hugging Face causal LM; `value_head` starts at zero, so that the first advantages are discounted sums of rewards.
 
     Raises UserError when the LM does something between hidden states and logits that `logits` cannot repeat.
     """
@@ -59,10 +59,12 @@ class HybridModel(nn.Module):
         disable_dropout(lm)
         self.lm = lm
         self._accepts = set(inspect.signature(lm.base_model.forward).parameters)
+        self.max_positions = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or 10**9  # tokens of context
         # The argument was renamed across transformers releases. None, so that sampling reads whole rows again, where there is no
         # cache, and for recurrent architectures (Mamba, ...): their decoding step cannot be told about left padding.
         names = [] if getattr(lm, "_is_stateful", False) else ["cache", "past_key_values"]
         self._cache_name = next((name for name in names if name in self._accepts), None)
+        check_architecture(lm)
         self.logit_scale, self.logit_cap = find_logit_transform(lm)
         head = lm.get_output_embeddings()
         self.value_head = nn.Linear(head.weight.shape[1], 1, device=head.weight.device)
@@ -145,12 +147,12 @@ class HybridModel(nn.Module):
         save_file(self.value_head.state_dict(), Path(folder) / VALUE_HEAD)
 
     @classmethod
-    def load(cls, name: str) -> tuple["HybridModel", PreTrainedTokenizerFast]:
+    def load(cls, name: str, what: str = "model") -> tuple["HybridModel", PreTrainedTokenizerFast]:
         """Model and tokenizer from a folder or a hub id, in float32; with its value head if the folder has one.
 
-        Raises UserError for whatever is missing, not causal, damaged or out of reach.
+        Raises UserError for whatever is missing, not causal, damaged or out of reach; `what` names the thing in it.
         """
-        lm, tokenizer = load_lm(name)
+        lm, tokenizer = load_lm(name, what)
         model = cls(lm)
         if (Path(name) / VALUE_HEAD).is_file():
             try:
@@ -160,12 +162,60 @@ class HybridModel(nn.Module):
         return model, tokenizer
 
 
+@torch.no_grad()
+def score_rows(model: HybridModel, batch, micro_batch_size: int | None, temperature: float = 1.0) -> TokenScores:
+    """`model.forward` over the whole batch without gradient, `micro_batch_size` rows at a time. Each (B, T)."""
+    width = batch.input_ids.shape[1]
+    parts = []
+    for rows in torch.arange(len(batch), device=batch.input_ids.device).split(micro_batch_size or len(batch)):
+        part = batch.rows(rows)
+        scores = model(part.input_ids, part.attention_mask, part.response_mask, temperature)  # (b, t) each
+        parts.append([torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in scores])  # (b, T) each
+    return TokenScores(*(torch.cat(columns) for columns in zip(*parts)))
+
+
 def disable_dropout(lm: nn.Module) -> None:
-    """Set every dropout and layer-drop rate to 0, for training too: modules, plain attributes and the config alike."""
+    """Set every dropout, layer-drop and router-jitter rate to 0, for training too: modules, plain attributes and the config alike."""
     for holder in [lm.config, *lm.modules()]:
         for name, value in vars(holder).items():
-            if isinstance(value, float) and ("drop" in name or (isinstance(holder, nn.modules.dropout._DropoutNd) and name == "p")):
+            is_rate = "drop" in name or "jitter" in name or (isinstance(holder, nn.modules.dropout._DropoutNd) and name == "p")
+            if isinstance(value, float) and is_rate:
                 setattr(holder, name, 0.0)
+
+
+@torch.no_grad()
+def check_architecture(lm: nn.Module) -> None:
+    """Three things that everything here takes for granted, tried on eight tokens. Raises UserError for a model that lacks one.
+
+    A later token must not change an earlier one's scores; training mode must score like evaluation mode; and a row must score the
+    same with padding on its left, since that is how prompts of unequal length are sampled.
+    """
+    name, head = type(lm).__name__, lm.get_output_embeddings()
+    if head is None or lm.base_model is lm or "input_ids" not in inspect.signature(lm.base_model.forward).parameters:
+        raise UserError(f"{name} is not built as a decoder with an lm_head on top, so it cannot be trained here")
+    was_training = lm.training
+    ids = torch.arange(8, device=head.weight.device)[None] % lm.config.get_text_config().vocab_size  # (1, 8)
+    ones = torch.ones_like(ids)
+
+    def logits(ids: torch.Tensor, mask: torch.Tensor, train: bool = False) -> torch.Tensor:  # (1, t, V)
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+        accepted = inspect.signature(lm.forward).parameters
+        return lm.train(train)(**{key: value for key, value in inputs.items() if key in accepted}).logits.float()
+
+    plain = logits(ids, ones)
+    size = float(plain.abs().max())
+    changed, padded = ids.clone(), torch.cat([ids[:, :3], ids], dim=1)
+    changed[0, -1] = ids[0, 0]
+    left = torch.cat([torch.zeros_like(ids[:, :3]), ones], dim=1)
+    claims = {
+        "is not causal: a later token changes the scores of an earlier one": logits(changed, ones)[:, :-1] - plain[:, :-1],
+        "scores differently in training mode, so the PPO ratio could not start at 1": logits(ids, ones, train=True) - plain,
+        "does not ignore padding on the left, so prompts of unequal length cannot be sampled": logits(padded, left)[:, 3:] - plain,
+    }
+    lm.train(was_training)
+    for problem, difference in claims.items():
+        if not float(difference.abs().max()) <= 1e-4 * size + 1e-4:
+            raise UserError(f"{name} {problem}; it cannot be trained here")
 
 
 @torch.no_grad()
@@ -176,8 +226,6 @@ def find_logit_transform(lm: nn.Module) -> tuple[float, float | None]:
     tokens against the LM's own forward, and so is the whole claim. Raises UserError if it does not hold.
     """
     head, config = lm.get_output_embeddings(), lm.config.get_text_config()
-    if head is None or lm.base_model is lm:
-        raise UserError(f"{type(lm).__name__} has no separate lm_head, so it cannot be trained here")
     was_training = lm.training
     lm.eval()
     ids = torch.arange(8, device=head.weight.device)[None] % config.vocab_size  # (1, 8)
@@ -199,42 +247,42 @@ def find_logit_transform(lm: nn.Module) -> tuple[float, float | None]:
     return scale, cap
 
 
-def load_lm(name: str) -> tuple[nn.Module, PreTrainedTokenizerFast]:
+def load_lm(name: str, what: str = "model") -> tuple[nn.Module, PreTrainedTokenizerFast]:
     """Causal LM (float32) and tokenizer from a local folder or a hub id. Raises UserError with what to do."""
     folder = Path(name)
     looks_local = folder.exists() or name.startswith((".", "/", "~"))
     if looks_local and not (folder / "config.json").is_file():
-        raise UserError(f"--model {name}: expected a Hugging Face model folder with a config.json, found none there")
+        raise UserError(f"{what} {name}: expected a Hugging Face model folder with a config.json, found none there")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are no news; the outcome is
     try:
         lm, report = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as problem:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as problem:
         if looks_local:
-            raise UserError(f"--model {name} cannot be read as a causal LM: {_first_line(problem)}") from None
+            raise UserError(f"{what} {name} cannot be read as a causal LM: {_first_line(problem)}") from None
         raise UserError(
-            f"--model {name} is no local folder and could not be fetched from the Hugging Face hub ({_first_line(problem)}); "
+            f"{what} {name} is no local folder and could not be fetched from the Hugging Face hub ({_first_line(problem)}); "
             "check the name and the network, give a downloaded folder, or use the built-in --model tiny"
         ) from None
     if report["missing_keys"]:
         some = ", ".join(sorted(report["missing_keys"])[:3])
-        raise UserError(f"--model {name} lacks {len(report['missing_keys'])} of its weights ({some} ...); is it a causal LM, and complete?")
+        raise UserError(f"{what} {name} lacks {len(report['missing_keys'])} of its weights ({some} ...); is it a causal LM, and complete?")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, ImportError, AttributeError) as problem:
-        raise UserError(f"--model {name} has no tokenizer that can be read: {_first_line(problem)}") from None
-    check_tokenizer(name, lm, tokenizer)
+        raise UserError(f"{what} {name} has no tokenizer that can be read: {_first_line(problem)}") from None
+    check_tokenizer(f"{what} {name}", lm, tokenizer)
     return lm, tokenizer
 
 
 def check_tokenizer(name: str, lm: nn.Module, tokenizer) -> None:
     """Raises UserError unless there is a vocabulary, every id that it can produce has an embedding, and there is an EOS token."""
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes an empty one where a folder holds none
-        raise UserError(f"--model {name} has no tokenizer; save one beside the weights with tokenizer.save_pretrained")
+        raise UserError(f"{name} has no tokenizer; save one beside the weights with tokenizer.save_pretrained")
     rows = lm.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
-        raise UserError(f"--model {name}: the tokenizer has {len(tokenizer)} tokens but the model embeds only {rows}; they do not belong together")
+        raise UserError(f"{name}: the tokenizer has {len(tokenizer)} tokens but the model embeds only {rows}; they do not belong together")
     if tokenizer.eos_token_id is None:
-        raise UserError(f"--model {name}: the tokenizer has no EOS token, so a response could never end; set eos_token in tokenizer_config.json")
+        raise UserError(f"{name}: the tokenizer has no EOS token, so a response could never end; set eos_token in tokenizer_config.json")
 
 
 def _first_line(problem: BaseException) -> str:

@@ -10,33 +10,38 @@ the N+ details (Huang et al. 2403.17031). One token is one action; one response 
     values          0    0    0    *    *    *    0     V(state just before token t)
     rewards         0    0    0   -kl  -kl  -kl+score   the score sits on the LAST RESPONSE token
 
-Left out on purpose: an entropy bonus, a separate critic, reward models (a reward is any function of text, see rewards.py),
-and skipping of "bad" batches: whatever is skipped is counted. Run it alone: `python train.py --ppo-ratio 1`.
+Left out on purpose: an entropy bonus, a separate critic, reward models (a reward is any function of text, see rewards.py), dropping
+batches by a threshold (only a gradient that is not finite is skipped, and counted: engine.py). Run it alone: `python train.py --ppo-ratio 1`.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from data import Batch, Example, decode, encode_prompt, make_batch
+from data import Batch, Example, columns_of, decode, encode_prompt, make_batch
 from engine import accumulate, apply_gradients
 from generate import generate
-from hybrid import HybridModel, TokenScores, masked_mean
+from hybrid import HybridModel, masked_mean, score_rows
 
 # ------------------------------------------------------------------------------------------------ pure functions
+
+
+def masked_variance(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Biased variance of x over the True positions of mask. Returns a scalar."""
+    return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
 
 
 def masked_whiten(x: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) -> torch.Tensor:
     """(x - mean) / std over the True positions of mask, 0 elsewhere; with `shift_mean=False` the mean is put back.
 
-    The variance is the biased one, as in Ziegler et al.'s code (N+ details). A single element has no spread: it becomes 0.
+    The variance is the biased one, as in Ziegler et al.'s code (N+ details). A single element has no spread: it becomes 0
+    (its mean, with `shift_mean=False`).
 
     >>> masked_whiten(torch.tensor([1.0, 3.0, 99.0]), torch.tensor([True, True, False])).round(decimals=3).tolist()
     [-1.0, 1.0, 0.0]
     """
     mean = masked_mean(x, mask)  # scalar
-    variance = masked_mean((x - mean) ** 2, mask)  # scalar
-    white = (x - mean) * torch.rsqrt(variance + 1e-8)
+    white = (x - mean) * torch.rsqrt(masked_variance(x, mask) + 1e-8)  # as x
     return torch.where(mask, white if shift_mean else white + mean, 0)
 
 
@@ -59,7 +64,7 @@ def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, kind: str = 
 def compute_gae(
     rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float = 1.0, lam: float = 0.95
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Generalised advantage estimation (1506.02438, eq. 16). All (B, T) float32 -> advantages, returns, 0 off the mask.
+    """Generalised advantage estimation (1506.02438, eq. 16, as the recursion that follows from it). All (B, T) float32 -> advantages, returns, 0 off the mask.
 
         delta_t = r_t + gamma V_{t+1} - V_t            A_t = delta_t + gamma lam A_{t+1}            returns = A + V
 
@@ -97,18 +102,20 @@ def ppo_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The clipped surrogate (1707.06347, eq. 7, with its sign turned) plus vf_coef times the clipped value loss. All (B, T).
 
-    A > 0: the gradient stops once ratio > 1 + cliprange; A < 0: once ratio < 1 - cliprange. Outside those two cases a step
-    that undoes the drift is never clipped. Returns a scalar mean over tokens and detached scalar stats.
+    A > 0: the gradient stops once ratio > 1 + cliprange; A < 0: once ratio < 1 - cliprange. Elsewhere it flows, so that a ratio
+    that drifted the wrong way can always come back. The paper's value loss is not clipped; this clip and the factor 0.5 are those of
+    Ziegler et al.'s code. Returns a scalar mean over tokens and detached scalar stats.
     """
-    log_ratio = torch.where(mask, new_logprobs - old_logprobs, 0)  # (B, T)
+    log_ratio = torch.where(mask, new_logprobs - old_logprobs, 0).clamp(max=20)  # (B, T) beyond that exp would overflow
     ratio = torch.exp(log_ratio)  # (B, T)  r_t(theta), eq. 6
+    advantages = torch.where(mask, advantages, 0)  # (B, T)
     surrogate = -advantages * ratio  # (B, T)
     surrogate_clipped = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)  # (B, T)
     policy_loss = masked_mean(torch.max(surrogate, surrogate_clipped), mask)  # scalar, eq. 7
 
     values_clipped = old_values + (new_values - old_values).clamp(-cliprange_value, cliprange_value)  # (B, T)
-    value_error = (new_values - returns) ** 2  # (B, T)
-    value_error_clipped = (values_clipped - returns) ** 2  # (B, T)
+    value_error = torch.where(mask, new_values - returns, 0) ** 2  # (B, T)
+    value_error_clipped = torch.where(mask, values_clipped - returns, 0) ** 2  # (B, T)
     value_loss = 0.5 * masked_mean(torch.max(value_error, value_error_clipped), mask)  # scalar
 
     loss = policy_loss + vf_coef * value_loss
@@ -127,7 +134,8 @@ def ppo_loss(
 class AdaptiveKLController:
     """Moves `value`, the KL coefficient, until the KL of a response is `target` nats (Ziegler et al. 1909.08593, section 2.2).
 
-    `horizon` is in episodes: the number over which a coefficient that is wrong by a factor can be mended.
+    `horizon` is in episodes: while the KL is 20 % or more off its target, the coefficient changes by a factor e^0.2 = 1.22 per
+    horizon. (The paper has a constant K_beta = 0.1 per batch; n_steps / horizon is the authors' code.)
     """
 
     def __init__(self, init_kl_coef: float, target: float, horizon: float):
@@ -170,18 +178,6 @@ class Rollout(Batch):
     returns: torch.Tensor  # what the value head is to predict: GAE advantages before whitening, plus values
 
 
-@torch.no_grad()
-def score_rows(model: HybridModel, batch: Batch, micro_batch_size: int | None, temperature: float) -> TokenScores:
-    """`model.forward` over the whole batch without gradient, `micro_batch_size` rows at a time. Each (B, T)."""
-    width = batch.input_ids.shape[1]
-    parts = []
-    for rows in torch.arange(len(batch), device=batch.input_ids.device).split(micro_batch_size or len(batch)):
-        part = batch.rows(rows)
-        scores = model(part.input_ids, part.attention_mask, part.response_mask, temperature)  # (b, t) each
-        parts.append([torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in scores])  # (b, T) each
-    return TokenScores(*(torch.cat(columns) for columns in zip(*parts)))
-
-
 def place_rewards(kl: torch.Tensor, scores: torch.Tensor, mask: torch.Tensor, kl_coef: float) -> torch.Tensor:
     """Per-token reward: kl, mask (B, T), scores (B,) -> (B, T). Each row sums to score - kl_coef * sum(kl)."""
     column = torch.arange(mask.shape[1], device=mask.device)  # (T,)
@@ -209,80 +205,61 @@ def collect_rollout(
     whiten_rewards: bool = False,
     micro_batch_size: int | None = None,
     generator: torch.Generator | None = None,
-) -> tuple[Rollout, dict[str, float], list[dict]]:
-    """Sample one response per example, score it, and work out advantages. -> rollout, metrics, samples (one dict a row).
+) -> tuple[Rollout, dict[str, float]]:
+    """Sample one response per example, score it, and work out advantages. -> rollout, metrics.
 
     Must be called after the SFT steps of its cycle, since the old log-probabilities belong to the weights as they are now.
-    `reward(prompts, completions, **columns) -> (B,)`; `missing_eos_penalty` is taken off the score of a response that the
-    length limit cut. Temperature divides the logits of policy and reference alike.
+    `reward(prompts, completions, **columns) -> (B,)`; where it is NaN (a judge that gave no answer) the response is taken off the
+    mask, so that nothing is learnt from it. `missing_eos_penalty` is taken off the score of a response that the length limit cut.
     """
     device = next(model.parameters()).device
     prompts = [encode_prompt(tokenizer, example)[-(max_length - max_new_tokens) :] for example in examples]
-    generation = generate(
-        model,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
-        temperature=temperature,
-        generator=generator,
-    )
+    options = dict(max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id, temperature=temperature, generator=generator)
+    generation = generate(model, prompts, **options)
     completions = [decode(tokenizer, response) for response in generation.responses]
     raw_scores = reward([e.prompt for e in examples], completions, **columns_of(examples)).to(device)  # (B,)
+    scored = torch.isfinite(raw_scores)  # (B,)
     ended = torch.tensor([response[-1] == tokenizer.eos_token_id for response in generation.responses], device=device)  # (B,)
-    scores = raw_scores - missing_eos_penalty * ~ended  # (B,)
+    scores = torch.where(scored, raw_scores, 0) - missing_eos_penalty * ~ended  # (B,)
 
     batch = make_batch(tokenizer, prompts, generation.responses, max_length).to(device)
-    mask = batch.response_mask  # (B, T)
     # Recomputed, not the sampler's: the ratio of the first update is then 1 because both come from the same forward (critical!)
-    policy = score_rows(model, batch, micro_batch_size, temperature)
-    ref = score_rows(reference, batch, micro_batch_size, temperature)
-    kl = kl_estimate(policy.logprobs, ref.logprobs, kl_estimator)  # (B, T)
+    policy = score_rows(model, batch, micro_batch_size, temperature)  # (B, T) each
+    ref_logprobs = score_rows(reference, batch, micro_batch_size, temperature).logprobs  # (B, T)
+    sampled = torch.zeros_like(policy.logprobs)  # (B, T) what the sampler saw, for `sampler_gap`
+    sampled[batch.response_mask] = torch.tensor([x for row in generation.logprobs for x in row], device=device)
+
+    mask = batch.response_mask & scored[:, None]  # (B, T)
+    kl = kl_estimate(policy.logprobs, ref_logprobs, kl_estimator)  # (B, T)
     rewards = place_rewards(kl, scores, mask, kl_coef)  # (B, T)
+    metrics = {
+        "score": raw_scores.nanmean(),
+        "unscored": (~scored).float().mean(),
+        "reward": rewards.sum(1)[scored].mean(),
+        "kl": kl_estimate(policy.logprobs, ref_logprobs, "k3").sum(1)[scored].mean(),
+        "kl_k1": kl_estimate(policy.logprobs, ref_logprobs, "k1").sum(1)[scored].mean(),
+        "kl_coef": kl_coef,
+        "entropy": masked_mean(policy.entropy, mask),
+        "response_length": batch.response_mask.sum(1).float().mean(),
+        "eos_rate": ended.float().mean(),
+        "sampler_gap": (sampled - policy.logprobs).abs().max(),
+    }
     if whiten_rewards:
         rewards = masked_whiten(rewards, mask, shift_mean=False)
     advantages, returns = compute_gae(rewards, policy.values, mask, gamma, lam)  # (B, T) each
+    metrics["var_explained"] = 1 - masked_variance(returns - policy.values, mask) / masked_variance(returns, mask).clamp(min=1e-8)
     rollout = Rollout(
         batch.input_ids,
         batch.attention_mask,
-        mask,
+        response_mask=mask,
         logprobs=policy.logprobs,
-        ref_logprobs=ref.logprobs,
+        ref_logprobs=ref_logprobs,
         values=policy.values,
         rewards=rewards,
         advantages=masked_whiten(advantages, mask),
         returns=returns,
     )
-
-    sampled = torch.zeros_like(policy.logprobs)  # (B, T)
-    sampled[mask] = torch.tensor([x for row in generation.logprobs for x in row], device=device)
-    k1 = kl_estimate(policy.logprobs, ref.logprobs, "k1").sum(1)  # (B,) nats a response
-    k3 = kl_estimate(policy.logprobs, ref.logprobs, "k3").sum(1)  # (B,)
-    variance = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)  # scalar
-    unexplained = masked_mean((returns - policy.values) ** 2, mask)  # scalar
-    metrics = {
-        "score": raw_scores.mean(),
-        "reward": (scores - kl_coef * kl.sum(1)).mean(),
-        "kl": k3.mean(),
-        "kl_k1": k1.mean(),
-        "kl_coef": kl_coef,
-        "entropy": masked_mean(policy.entropy, mask),
-        "response_length": mask.sum(1).float().mean(),
-        "eos_rate": ended.float().mean(),
-        "sampler_gap": (sampled - policy.logprobs).abs().max(),
-        "var_explained": 1 - unexplained / variance.clamp(min=1e-8),
-    }
-    samples = [
-        {"prompt": example.prompt, "response": completion, "score": float(score), "kl": float(row_kl)}
-        for example, completion, score, row_kl in zip(examples, completions, raw_scores, k1)
-    ]
-    return rollout, {f"ppo/{name}": float(value) for name, value in metrics.items()}, samples
-
-
-def columns_of(examples: list[Example]) -> dict[str, list]:
-    """The keyword lists that rewards receive: `target` and every other column of the data, None where a record lacks it."""
-    names = {name: None for example in examples for name in example.columns}  # a dict keeps the order
-    columns = {name: [example.columns.get(name) for example in examples] for name in names}
-    return {**columns, "target": [example.target for example in examples]}
+    return rollout, {f"ppo/{name}": float(value) for name, value in metrics.items()}
 
 
 # ------------------------------------------------------------------------------------------------ the update
@@ -293,8 +270,8 @@ def ppo_step(
     rollout: Rollout,
     optimizer: torch.optim.Optimizer,
     *,
-    ppo_epochs: int = 4,
-    minibatches: int = 1,
+    ppo_epochs: int = 2,
+    minibatches: int = 2,
     micro_batch_size: int | None = None,
     temperature: float = 1.0,
     cliprange: float = 0.2,
@@ -304,10 +281,11 @@ def ppo_step(
     max_grad_norm: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> dict[str, float]:
-    """`ppo_epochs` passes over the rollout, each in a fresh order and cut into `minibatches` optimiser steps of equal size.
+    """`ppo_epochs` passes over the rollout, each in a fresh order and cut into `minibatches` optimiser steps of equal size
+    (to within one row).
 
-    After an epoch whose mean `approxkl` exceeds `target_kl` the remaining epochs are not run. Returns the means over all
-    optimiser steps taken, the largest `ratio_gap_max`, and `first_ratio_gap`: max |ratio - 1| of the first minibatch,
+    After an epoch whose mean `approxkl` exceeds `target_kl` the remaining epochs are not run. Returns the means over the
+    optimiser steps taken, the number of those skipped, the largest `ratio_gap_max`, and `first_ratio_gap`: max |ratio - 1| of the first minibatch,
     which is 0 up to rounding as long as rollouts are on-policy. `generator` (CPU) orders the rows.
     """
 
@@ -326,12 +304,15 @@ def ppo_step(
             vf_coef,
         )
 
+    usable = rollout.response_mask.any(1).nonzero().squeeze(1)  # (b,) rows with a score
+    if not len(usable):
+        return {"ppo/skipped_steps": 1.0}
     history: list[dict[str, float]] = []
     epochs = 0
     for _ in range(ppo_epochs):
-        order = torch.randperm(len(rollout), generator=generator).to(rollout.input_ids.device)  # (B,)
+        order = usable[torch.randperm(len(usable), generator=generator).to(usable.device)]  # (b,)
         first_of_epoch = len(history)
-        for rows in torch.tensor_split(order, min(minibatches, len(rollout))):  # equal sizes: no tiny last minibatch
+        for rows in torch.tensor_split(order, min(minibatches, len(usable))):  # no tiny last minibatch
             stats = accumulate(rollout, rows, micro_batch_size, loss_fn)
             history.append(stats | apply_gradients(model, optimizer, max_grad_norm))
         epochs += 1
@@ -339,8 +320,9 @@ def ppo_step(
         if target_kl is not None and sum(approxkl) / len(approxkl) > target_kl:
             break
     metrics = {"epochs": float(epochs), "first_ratio_gap": history[0]["ratio_gap_max"]}
-    for name in history[0].keys() | history[-1].keys():
-        values = [stats[name] for stats in history if name in stats]
-        join = max if name.endswith("_max") else sum if name == "skipped_steps" else lambda v: sum(v) / len(v)
-        metrics[name] = join(values)
+    taken = [stats for stats in history if not stats["skipped_steps"]] or history
+    for name in taken[0]:
+        values = [stats[name] for stats in taken]
+        metrics[name] = max(values) if name.endswith("_max") else sum(values) / len(values)
+    metrics["skipped_steps"] = sum(stats["skipped_steps"] for stats in history)
     return {f"ppo/{name}": value for name, value in metrics.items()}

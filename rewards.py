@@ -7,27 +7,37 @@ list, the reference text as `target` (the convention of TRL's GRPO reward functi
     rouge_l                                 0.7*rouge_l + 0.3*bleu - 0.1*length(target=40)
     sentiment(lexicon="vader.txt")          my_rewards.py:politeness
 
-The metrics are written out by hand and equal the reference implementations (sacrebleu; Google's rouge_score without stemming)
-to 1e-9. Left out on purpose: stemming, rewards that need a second model of their own, anything that looks at token ids.
+    clip(ema(sentiment), -3, 3) + 0.2*length(target=40)      mixture(bleu, rouge_l, sentiment)
 
-    python rewards.py "0.7*rouge_l + 0.3*bleu" "the cat sat" "the cat sat down"      # completion, target
+The metrics are written out by hand and equal the reference implementations (sacrebleu; Google's rouge_score without stemming)
+to 1e-9. Rewards that ask a second model live in judges.py. Left out on purpose: stemming, and anything that looks at token ids.
+
+    python rewards.py --list                                       # every name, its range and what it needs
+    python rewards.py "0.7*rouge_l + 0.3*bleu" scored.jsonl        # try it on records with prompt, completion, target
 """
 
 import ast
 import importlib.util
 import inspect
+import json
 import math
 import numbers
+import operator
 import re
 import sys
 from collections import Counter
+from contextlib import contextmanager
+from decimal import Decimal
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
 
-from engine import UserError
+from data import Example, encode_prompt, encode_target, read_records
+from engine import UserError, one_line_errors
+from judges import JUDGES, starting_model
+from mixture import Mixture, RunningNorm
 
 # ------------------------------------------------------------------------------------------------ BLEU
 
@@ -129,7 +139,7 @@ def _score(matches: int, hypothesis_size: int, reference_size: int) -> Score:
 
 
 def rouge_n(hypothesis: str, reference: str, n: int) -> Score:
-    """Overlap of n-grams (Lin 2004, section 2); each n-gram counts at most as often as the other side has it.
+    """Overlap of n-grams (Lin 2004, section 2, which defines the recall); each n-gram counts at most as often as the other side has it.
 
     >>> rouge_n("testing one", "testing one two", 2)
     Score(precision=1.0, recall=0.5, f1=0.6666666666666666)
@@ -204,19 +214,20 @@ def perplexity(model, tokenizer, texts: list[str], contexts: list[str] | None = 
     """exp(mean negative log-likelihood per token) of each text, given its context if there are contexts.
 
     `model` is a Hugging Face causal LM, used as it stands. Context and text are tokenised apart; without a context the text
-    follows BOS (EOS where there is none). A text without tokens has no perplexity: it gets infinity, never a good score.
+    follows BOS (EOS where there is none); what is beyond the model's context is cut, contexts on the left. A text without tokens has no perplexity: it gets infinity, never a good score.
     """
     device = next(model.parameters()).device
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
     rows = []
     for text, context in zip(texts, contexts or [""] * len(texts), strict=True):
-        context_ids = tokenizer(context).input_ids if context else []
-        rows.append((context_ids or [start], tokenizer(text, add_special_tokens=False).input_ids))
+        ids = encode_target(tokenizer, text)[:-1][: limit - 1]  # without EOS
+        context_ids = encode_prompt(tokenizer, Example(context, ""))  # BOS, or EOS where there is none, for an empty context
+        rows.append((context_ids[-(limit - len(ids)) :], ids))
     result = []
     for begin in range(0, len(rows), batch_size):
         part = rows[begin : begin + batch_size]
         width = max(len(context) + len(ids) for context, ids in part)
-        input_ids = torch.tensor([c + t + [start] * (width - len(c) - len(t)) for c, t in part], device=device)  # (b, T)
+        input_ids = torch.tensor([c + t + [0] * (width - len(c) - len(t)) for c, t in part], device=device)  # (b, T)
         column = torch.arange(width)[None]  # (1, T)
         n_context, n_all = torch.tensor([[len(c), len(c) + len(t)] for c, t in part]).T[:, :, None]  # (b, 1) each
         attention_mask = (column < n_all).to(device)  # (b, T)
@@ -252,27 +263,27 @@ tragic ugly unfunny upset weak worse worst wrong""".split()
 DEFAULT_LEXICON = {word: 2.0 for word in POSITIVE_WORDS} | {word: -2.0 for word in NEGATIVE_WORDS}
 
 
-def read_lexicon(path: str) -> dict[str, float]:
-    """Words and valences from a file: `word TAB valence ...` a line (VADER's format). Raises UserError naming the line."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as problem:
-        raise UserError(f"lexicon {path} cannot be read: {problem}") from None
+def read_lexicon(path: str, default: float | None = None) -> dict[str, float]:
+    """Words and valences from a file: `word TAB valence ...` a line (VADER's format). Raises UserError naming the line.
+
+    With a `default` valence, lines may hold a word alone; lines that start with `;` are then comments.
+    """
     lexicon = {}
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            word, _, rest = line.partition("\t")
-            try:
-                lexicon[word.strip().lower()] = float(rest.split("\t")[0])
-            except ValueError:
-                raise UserError(f"{path}:{number}: expected 'word TAB valence', found {line[:40]!r}") from None
+    for number, line in enumerate(_read_text(path, "lexicon").split("\n"), start=1):
+        word, _, rest = line.partition("\t")
+        if not word.strip() or (default is not None and word.startswith(";")):
+            continue
+        try:
+            lexicon[word.strip().lower()] = float(rest.split("\t")[0]) if rest or default is None else default
+        except ValueError:
+            raise UserError(f"{path}:{number}: expected 'word TAB valence', found {line[:40]!r}") from None
     if not lexicon:
         raise UserError(f"lexicon {path} is empty")
     return lexicon
 
 
 def lexicon_sentiment(text: str, lexicon: dict[str, float] = DEFAULT_LEXICON) -> float:
-    """s / sqrt(s^2 + 15), s the summed valence of the words (the normalisation of VADER, Hutto & Gilbert 2014); -1..1.
+    """s / sqrt(s^2 + 15), s the summed valence of the words (the normalisation of the vaderSentiment package); -1..1.
 
     No grammar at all: "not good" is good here. That makes it easy to please, which is what the built-in task is about.
 
@@ -283,14 +294,127 @@ def lexicon_sentiment(text: str, lexicon: dict[str, float] = DEFAULT_LEXICON) ->
     return total / math.sqrt(total * total + 15)
 
 
+# ------------------------------------------------------------------------------------------------ more measures of text
+
+
+def chrf(hypothesis: str, references: list[str], char_order: int = 6, beta: int = 2) -> float:
+    """Character n-gram F-score (Popovic 2015), white space ignored, the best over the references; 0..1.
+
+    Precision and recall are averaged over the orders that both sides have; beta 2 weighs recall twice. Equals sacrebleu's
+    `sentence_chrf(...) / 100`.
+    """
+    return max((_chrf_one("".join(hypothesis.split()), "".join(r.split()), char_order, beta) for r in _as_list(references)), default=0.0)
+
+
+def _chrf_one(ours: str, theirs: str, char_order: int, beta: int) -> float:
+    precision = recall = 0.0
+    orders = min(char_order, len(ours), len(theirs))
+    for n in range(1, orders + 1):
+        left, right = (Counter(text[i : i + n] for i in range(len(text) - n + 1)) for text in (ours, theirs))
+        matches = sum(min(count, right[gram]) for gram, count in left.items() if gram in right)
+        precision += matches / (len(ours) - n + 1) / orders
+        recall += matches / (len(theirs) - n + 1) / orders
+    return (1 + beta**2) * precision * recall / (beta**2 * precision + recall) if precision else 0.0
+
+
+STOP_WORDS = set(
+    """a about above after again all also am an and any are as at be because been before being below between both but by can could did do
+does doing down during each few for from further had has have having he her here hers him his how i if in into is it its just me more
+most my no nor not now of off on once only or other our ours out over own same she should so some such than that the their theirs them
+then there these they this those through to too under until up very was we were what when where which while who whom why will with would
+you your yours""".split()
+)
+
+
+def words_of(text: str) -> list[str]:
+    """Lower-cased words, digits and accents kept, apostrophes and hyphens inside a word too."""
+    return re.findall(r"\w+(?:['-]\w+)*", text.lower())
+
+
+def coverage(text: str, keywords: str | list[str]) -> float:
+    """Share of the keywords' content words (all but stop words) that the text has; 0 when there are none; 0..1."""
+    wanted = {word for word in words_of(keywords if isinstance(keywords, str) else " ".join(keywords)) if word not in STOP_WORDS}
+    return len(wanted & set(words_of(text))) / len(wanted) if wanted else 0.0
+
+
+def inverse_document_frequency(documents: list[str]) -> Callable[[str], float]:
+    """word -> ln((1 + n) / (1 + df)) + 1, df the number of the n documents that have it (smooth idf, as in scikit-learn)."""
+    counts = Counter(word for document in documents for word in set(words_of(document)))
+    return lambda word: math.log((1 + len(documents)) / (1 + counts[word])) + 1
+
+
+def tfidf_cosine(a: str, b: str, idf: Callable[[str], float]) -> float:
+    """Cosine of the TF-IDF vectors of two texts; 0..1, 0 when either has no word."""
+    left, right = (Counter(words_of(text)) for text in (a, b))
+    vectors = [{word: count * idf(word) for word, count in counts.items()} for counts in (left, right)]
+    dot = sum(value * vectors[1].get(word, 0.0) for word, value in vectors[0].items())
+    return dot / math.sqrt(math.prod(sum(v * v for v in vector.values()) for vector in vectors)) if dot else 0.0
+
+
+FORMAL_WORDS = """accordingly additionally although consequently demonstrate furthermore hence however indicate moreover nevertheless notwithstanding
+obtain regarding require sufficient therefore thus upon whereas whilst""".split()
+INFORMAL_WORDS = """awesome bro btw cool crap damn dude gonna gotta guy guys haha hey kinda lol lots nah nope okay omg stuff super thing things wanna
+whatever wow ya yeah yep""".split()
+
+
+def sentence_length_fit(text: str, target: float) -> float:
+    """1 - |mean words per sentence - target| / target, not below 0. A sentence ends at . ! ? or a line break."""
+    lengths = [n for n in (len(words_of(sentence)) for sentence in re.split(r"[.!?\n]+", text)) if n]
+    return max(0.0, 1 - abs(sum(lengths) / len(lengths) - target) / target) if lengths else 0.0
+
+
+def type_token_ratio(text: str) -> float:
+    """Different words / words; 0 for a text without words."""
+    words = words_of(text)
+    return len(set(words)) / len(words) if words else 0.0
+
+
+def formality(text: str) -> float:
+    """Formal words / (formal + informal words) by the two lists above; 0.5 when the text has neither, 0 when it has no word."""
+    words = words_of(text)
+    formal, informal = sum(w in FORMAL_WORDS for w in words), sum(w in INFORMAL_WORDS for w in words)
+    return formal / (formal + informal) if formal + informal else 0.5 * bool(words)
+
+
+def distinct_n(text: str, n: int) -> float:
+    """Different word n-grams / n-grams. A text too short for one repeats nothing: 1; a text without words: 0."""
+    words = words_of(text)
+    ngrams = list(zip(*(words[i:] for i in range(n))))
+    return len(set(ngrams)) / len(ngrams) if ngrams else float(bool(words))
+
+
+TOXIC_WORDS = """arse arsehole ass asshole bastard bitch bitches bullshit coward cretin crap cunt damn dick dickhead douche dumb dumbass fool freak
+fuck fucked fucker fucking garbage hate idiot idiotic idiots imbecile kill loser losers moron morons pathetic pig prick pussy retard retarded
+scum shit shithead shitty shut slut stupid suck sucks trash trashy ugly vermin whore worthless""".split()
+
+
+def lexicon_toxicity(text: str, lexicon: set[str] | dict = frozenset(TOXIC_WORDS)) -> float:
+    """hits / (hits + 1), the number of listed words; 0..1, MORE IS WORSE: subtract it. Long texts cannot dilute it."""
+    hits = sum(word in lexicon for word in words_of(text))
+    return hits / (hits + 1)
+
+
+def normalize_answer(text: str) -> str:
+    """Lower case, no punctuation, no articles, single spaces: the comparison of SQuAD (Rajpurkar et al. 2016)."""
+    return " ".join(word for word in re.sub(r"[^\w\s]", "", text.lower()).split() if word not in ("a", "an", "the"))
+
+
+def last_number(text: str) -> Decimal | None:
+    """The last number of a text: sign, thousands commas and decimals understood (GSM8K's answers stand at the end)."""
+    numbers = re.findall(r"(?<![\w.])-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|-?\.[0-9]+", text)
+    return Decimal(numbers[-1].replace(",", "")) if numbers else None
+
+
 # ------------------------------------------------------------------------------------------------ the names in --reward
 
 
 def _references(columns: dict, name: str) -> list[list[str]]:
     """One list of reference texts per completion: the column `references` if the data has one, else `target`."""
-    for column in ("references", "target"):
-        if column in columns:
-            return [_as_list(value) for value in columns[column]]
+    targets = columns.get("target")
+    if "references" in columns:  # a row without any falls back on its target
+        return [_as_list(value or (targets[i] if targets else "")) for i, value in enumerate(columns["references"])]
+    if targets is not None:
+        return [_as_list(value) for value in targets]
     raise UserError(f"reward '{name}' compares with a reference text, but the data has no target")
 
 
@@ -302,10 +426,16 @@ def _best(metric: Callable[[str, str], float], name: str) -> Callable:
     ]
 
 
-def _bleu_reward(context, max_order: int = 4):
+def _multi(metric: Callable[[str, list[str]], float], name: str) -> Callable:
+    """A reward from a metric of (hypothesis, list of references)."""
     return lambda prompts, completions, **columns: [
-        bleu(completion, references, max_order) for completion, references in zip(completions, _references(columns, "bleu"), strict=True)
+        metric(completion, references) for completion, references in zip(completions, _references(columns, name), strict=True)
     ]
+
+
+def _bleu_reward(context, max_order: int = 4):
+    _above_0("bleu", "max_order", max_order)
+    return _multi(lambda h, rs: bleu(h, rs, max_order), "bleu")
 
 
 def _perplexity_reward(context, model: str | None = None):
@@ -313,53 +443,178 @@ def _perplexity_reward(context, model: str | None = None):
         from hybrid import load_lm  # only this reward needs a model, so only it imports one
 
         lm, tokenizer = load_lm(model)
-    elif "model" in context and "tokenizer" in context:
-        lm, tokenizer = context["model"], context["tokenizer"]
+        lm = lm.to(context.get("device", "cpu")).eval().requires_grad_(False)
     else:
-        raise UserError('reward \'perplexity\' needs a model to ask: name one, perplexity(model="gpt2")')
-    lm = lm.to(context.get("device", "cpu")).eval()
+        lm, tokenizer = starting_model(context, "perplexity")
     return lambda prompts, completions, **columns: [1 / value for value in perplexity(lm, tokenizer, completions, prompts)]
+
+
+def _each(measure: Callable[[str], float]) -> Callable:
+    """A reward from a measure of the completion alone."""
+    return lambda prompts, completions, **columns: [measure(completion) for completion in completions]
 
 
 def _sentiment_reward(context, lexicon: str | None = None):
     words = read_lexicon(lexicon) if lexicon else DEFAULT_LEXICON
-    return lambda prompts, completions, **columns: [lexicon_sentiment(completion, words) for completion in completions]
+    return _each(lambda text: lexicon_sentiment(text, words))
+
+
+def _toxicity_reward(context, lexicon: str | None = None):
+    words = set(read_lexicon(lexicon, default=-1.0)) if lexicon else frozenset(TOXIC_WORDS)
+    return _each(lambda text: lexicon_toxicity(text, words))
 
 
 def _length_reward(context, target: int = 20):
-    if not target > 0:
-        raise UserError(f"length(target={target}): the target is a number of words, above 0")
-    return lambda prompts, completions, **columns: [max(0.0, 1 - abs(len(text.split()) - target) / target) for text in completions]
+    _above_0("length", "target", target)
+    return _each(lambda text: max(0.0, 1 - abs(len(text.split()) - target) / target))
 
 
-# name -> (make(context, **arguments) -> reward function, range and meaning in one line)
+def _repetition_reward(context, n: int = 2):
+    _above_0("repetition", "n", n)
+    return _each(lambda text: distinct_n(text, n))
+
+
+def _style_reward(context, aspect: str = "all", sentence_length: float = 15):
+    _above_0("style", "sentence_length", sentence_length)
+    aspects = {
+        "sentence_length": lambda text: sentence_length_fit(text, sentence_length),
+        "type_token_ratio": type_token_ratio,
+        "formality": formality,
+    }
+    if aspect != "all" and aspect not in aspects:
+        raise UserError(f"style(aspect={aspect!r}): known aspects are all, {', '.join(aspects)}")
+    chosen = list(aspects.values()) if aspect == "all" else [aspects[aspect]]
+    return _each(lambda text: sum(measure(text) for measure in chosen) / len(chosen))
+
+
+def _coverage_reward(context):
+    def reward(prompts, completions, **columns):
+        wanted = columns["keywords"] if "keywords" in columns else [" ".join(r) for r in _references(columns, "coverage")]
+        return [coverage(completion, keywords) for completion, keywords in zip(completions, wanted, strict=True)]
+
+    return reward
+
+
+def _relevance_reward(context, corpus: str | None = None):
+    if corpus is None:  # to the prompt; the data at hand say which words are common
+        idf = inverse_document_frequency(context.get("documents", []))
+        return lambda prompts, completions, **columns: [tfidf_cosine(c, p, idf) for c, p in zip(completions, prompts, strict=True)]
+    lines = [line for line in _read_text(corpus, "relevance").split("\n") if line.strip()]
+    idf, domain = inverse_document_frequency(lines), " ".join(lines)
+    return _each(lambda text: tfidf_cosine(text, domain, idf))
+
+
+def _truthful_reward(context, metric: str = "rouge_1"):
+    similarity = {"rouge_1": lambda h, r: rouge_n(h, r, 1).f1, "rouge_l": lambda h, r: rouge_l(h, r).f1, "bleu": lambda h, r: bleu(h, [r])}.get(metric)
+    if similarity is None:
+        raise UserError(f"truthful(metric={metric!r}): known metrics are rouge_1, rouge_l, bleu")
+
+    def reward(prompts, completions, **columns):
+        sides = []
+        for name in ("correct_answers", "incorrect_answers"):
+            answers = columns.get(name, columns.get(name.replace("_", " ").title()))  # TruthfulQA's file says "Correct Answers"
+            if answers is None:
+                raise UserError(f"reward 'truthful' needs the columns correct_answers and incorrect_answers; {name} is missing")
+            answers = [[a.strip() for a in x.split(";")] if isinstance(x, str) else x for x in answers]
+            sides.append([max((similarity(c, a) for a in row), default=0.0) for c, row in zip(completions, answers, strict=True)])
+        return [right - wrong for right, wrong in zip(*sides)]
+
+    return reward
+
+
+def _numeric(completion: str, reference: str) -> float:
+    wanted = last_number(reference)
+    return float(wanted is not None and last_number(completion) == wanted)
+
+
+def _read_text(path: str, name: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise UserError(f"reward '{name}': {path} cannot be read: {problem}") from None
+
+
+def _above_0(reward: str, name: str, value: float) -> None:
+    if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise UserError(f"{reward}({name}={value!r}): expected a number above 0")
+
+
+# name -> (make(context, **arguments) -> reward function, "range, needs: meaning")
 REWARDS: dict[str, tuple[Callable, str]] = {
-    "bleu": (_bleu_reward, "0..1, sentence BLEU against the target"),
-    "rouge_1": (lambda context: _best(lambda h, r: rouge_n(h, r, 1).f1, "rouge_1"), "0..1, shared words with the target, F1"),
-    "rouge_2": (lambda context: _best(lambda h, r: rouge_n(h, r, 2).f1, "rouge_2"), "0..1, shared word pairs with the target, F1"),
-    "rouge_n": (lambda context, n=1: _best(lambda h, r: rouge_n(h, r, n).f1, "rouge_n"), "0..1, shared n-grams with the target, F1"),
-    "rouge_l": (lambda context: _best(lambda h, r: rouge_l(h, r).f1, "rouge_l"), "0..1, longest common subsequence with the target, F1"),
-    "rouge_lsum": (lambda context: _best(lambda h, r: rouge_lsum(h, r).f1, "rouge_lsum"), "0..1, the same over lines of a summary, F1"),
-    "cosine": (lambda context: _best(cosine, "cosine"), "0..1, bag-of-words cosine with the target"),
-    "perplexity": (_perplexity_reward, "0..1, 1 / perplexity under the frozen starting model (or model=); 0 for empty text"),
-    "sentiment": (_sentiment_reward, "-1..1, praise minus blame by a word list (or lexicon=)"),
-    "length": (_length_reward, "0..1, 1 at `target` words, falling linearly to 0 at none and at twice as many"),
+    "bleu": (_bleu_reward, "0..1, target: sentence BLEU, equal to sacrebleu's"),
+    "chrf": (lambda context: _multi(chrf, "chrf"), "0..1, target: character n-gram F-score, equal to sacrebleu's"),
+    "rouge_1": (lambda context: _best(lambda h, r: rouge_n(h, r, 1).f1, "rouge_1"), "0..1, target: shared words, F1"),
+    "rouge_2": (lambda context: _best(lambda h, r: rouge_n(h, r, 2).f1, "rouge_2"), "0..1, target: shared word pairs, F1"),
+    "rouge_n": (lambda context, n=1: _above_0("rouge_n", "n", n) or _best(lambda h, r: rouge_n(h, r, n).f1, "rouge_n"), "0..1, target: shared n-grams, F1"),
+    "rouge_l": (lambda context: _best(lambda h, r: rouge_l(h, r).f1, "rouge_l"), "0..1, target: longest common subsequence, F1"),
+    "rouge_lsum": (lambda context: _best(lambda h, r: rouge_lsum(h, r).f1, "rouge_lsum"), "0..1, target: the same over the lines of a summary, F1"),
+    "cosine": (lambda context: _best(cosine, "cosine"), "0..1, target: bag-of-words cosine"),
+    "coverage": (_coverage_reward, "0..1, keywords or target: share of their content words that appear"),
+    "exact_match": (
+        lambda context: _best(lambda c, r: float(normalize_answer(c) == normalize_answer(r)), "exact_match"),
+        "0 or 1, target: equal but for case, punctuation and articles",
+    ),
+    "numeric": (lambda context: _best(_numeric, "numeric"), "0 or 1, target: the last numbers are equal (GSM8K)"),
+    "truthful": (_truthful_reward, "-1..1, correct_answers and incorrect_answers: nearer to which (TruthfulQA)"),
+    "relevance": (_relevance_reward, "0..1, prompt or corpus=file: TF-IDF cosine"),
+    "perplexity": (_perplexity_reward, "0..1, the starting model or model=: 1 / perplexity; 0 for empty text"),
+    "sentiment": (_sentiment_reward, "-1..1, nothing or lexicon=file: praise minus blame by a word list"),
+    "toxicity": (_toxicity_reward, "0..1, nothing or lexicon=file: listed words, MORE IS WORSE, so subtract it"),
+    "style": (_style_reward, "0..1, nothing: mean of sentence length, type-token ratio and formality, or aspect=one of them"),
+    "repetition": (_repetition_reward, "0..1, nothing: share of word n-grams that are different, 1 is no repetition"),
+    "length": (_length_reward, "0..1, nothing: 1 at `target` words, falling to 0 at none and at twice as many"),
+    **JUDGES,
 }
 
 # ------------------------------------------------------------------------------------------------ the expression
 
+# name -> make(**literals) -> function of (x (B,), learn) -> (B,); only `ema` has a memory
+POST_PROCESSORS: dict[str, tuple[Callable, str]] = {
+    "clip": (lambda low, high: lambda x, learn: x.clamp(low, high), "clip(x, low, high): no less than low, no more than high"),
+    "scale": (lambda factor: lambda x, learn: x * factor, "scale(x, factor): times factor"),
+    "tanh": (lambda: lambda x, learn: torch.tanh(x), "tanh(x): squashed into -1..1"),
+    "whiten": (lambda: lambda x, learn: RunningNorm()(x), "whiten(x): minus the mean of the batch, over its standard deviation"),
+    "ema": (lambda decay=0.99: RunningNorm(decay), "ema(x, decay=0.99): the same by running statistics, which checkpoints keep"),
+}
+
 
 class Reward:
-    """A parsed expression. Calling it gives a (B,) float32 tensor; `parts` then holds every leaf's raw values by name."""
+    """A parsed expression. Calling it gives a (B,) float32 tensor, NaN where a judge abstained; `parts` then holds every leaf, raw.
 
-    def __init__(self, evaluate: Callable[[Callable], torch.Tensor], leaves: dict[str, Callable]):
-        self._evaluate, self._leaves = evaluate, leaves
+    Calling it also moves its statistics (`ema`, `mixture`), but not inside `with reward.frozen():`, which is for measuring.
+    """
+
+    def __init__(self, evaluate: Callable, leaves: dict[str, Callable], stateful: dict[str, RunningNorm | Mixture]):
+        self._evaluate, self._leaves, self._stateful = evaluate, leaves, stateful
+        self._learn = True
         self.parts: dict[str, torch.Tensor] = {}
 
     def __call__(self, prompts: list[str], completions: list[str], **columns) -> torch.Tensor:
         """One float per completion. Raises UserError naming reward and text where a leaf raises, miscounts or gives no number."""
         self.parts = {name: _call_leaf(name, f, prompts, completions, columns) for name, f in self._leaves.items()}  # (B,) each
-        return self._evaluate(self.parts) + torch.zeros(len(completions))  # (B,) also where the expression is only a number
+        total = self._evaluate(self.parts, self._learn) + torch.zeros(len(completions))  # (B,) also for a mere number
+        if torch.isinf(total).any():
+            raise UserError(f"the reward is too large for a float32: {total.tolist()}")
+        return total
+
+    @contextmanager
+    def frozen(self):
+        self._learn = False
+        yield
+        self._learn = True
+
+    def metrics(self) -> dict[str, float]:
+        """Of the last call: `reward/<leaf>`, the mean of its raw values, and `reward_weight/<name>` of a mixture."""
+        means = {f"reward/{name}": float(values.nanmean()) for name, values in self.parts.items()}
+        mixtures = [thing for thing in self._stateful.values() if isinstance(thing, Mixture)]
+        return means | {f"reward_weight/{n}": float(w) for m in mixtures for n, w in zip(m.names, m.weights())}
+
+    def state_dict(self) -> dict[str, dict]:
+        return {name: thing.state_dict() for name, thing in self._stateful.items()}
+
+    def load_state_dict(self, state: dict[str, dict]) -> None:
+        for name, thing in self._stateful.items():
+            thing.load_state_dict(state[name])
 
 
 def _call_leaf(name: str, function: Callable, prompts: list[str], completions: list[str], columns: dict) -> torch.Tensor:
@@ -371,11 +626,13 @@ def _call_leaf(name: str, function: Callable, prompts: list[str], completions: l
         raise UserError(f"reward '{name}' raised {type(problem).__name__}: {problem}; first completion: {completions[0][:80]!r}") from problem
     if isinstance(values, (torch.Tensor, np.ndarray)):
         values = values.tolist()
+    if getattr(function, "may_abstain", False):  # a judge that could not be reached: no score, which is not a score of 0
+        return torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float32)
     if not isinstance(values, (list, tuple)) or len(values) != len(completions):
         found = f"{len(values)} values" if isinstance(values, (list, tuple)) else type(values).__name__
         raise UserError(f"reward '{name}' must return a list of {len(completions)} floats, one per completion; it returned {found}")
     for value, text in zip(values, completions):
-        if not isinstance(value, numbers.Real) or not math.isfinite(value):
+        if not isinstance(value, numbers.Real) or not abs(value) < 1e38:  # float32 ends at 3.4e38; a NaN is not below anything
             raise UserError(f"reward '{name}' gave {value!r}, not a finite number, for the completion {text[:80]!r}")
     return torch.tensor(values, dtype=torch.float32)
 
@@ -392,65 +649,109 @@ _FILE_FUNCTION = re.compile(r"""(?<![\w./~"'-])([\w./~-]+\.py):(\w+)""")
 
 
 def build_reward(expression: str, **context) -> Reward:
-    """Parse a reward expression: names, numbers, + - *, calls with literal arguments, `file.py:function`.
+    """Parse a reward expression: names, numbers, + - *, calls with literal arguments, post-processors, `mixture`, `file.py:function`.
 
-    `context` is what some rewards need: `model` (a Hugging Face causal LM) and `tokenizer` for `perplexity`, `device`.
+    `context` is what some rewards need: `model` (a Hugging Face causal LM) and `tokenizer` for those that ask the starting model,
+    `documents` (texts) for `relevance`, `device`, and `mixture_pairs` (prompt, chosen, rejected, columns) to fit a `mixture`.
     Raises UserError that quotes the part it does not understand and lists the known names.
     """
-    functions: dict[str, tuple[str, str]] = {}  # placeholder name -> (file, function): a path is no Python expression
+    return _Parser(expression, context).reward()
 
-    def stand_in(match: re.Match) -> str:
-        functions[f"_file{len(functions)}_"] = match.groups()
-        return list(functions)[-1]
 
-    source = _FILE_FUNCTION.sub(stand_in, expression.strip())
-    try:
-        tree = ast.parse(source, mode="eval").body
-    except (SyntaxError, ValueError) as problem:
-        raise UserError(f"--reward {expression!r} is not an expression: {getattr(problem, 'msg', problem)}; {_known()}") from None
-    leaves: dict[str, Callable] = {}
+class _Parser:
+    """Turns the syntax tree into nested functions of (leaf values by name, learn) -> (B,) tensor. Nothing is evaluated as Python."""
 
-    def add_leaf(name: str, function: Callable):
-        leaves[name] = function
-        return lambda parts: parts[name]
+    def __init__(self, expression: str, context: dict):
+        self.expression, self.context = expression, context
+        self.functions: dict[str, tuple[str, str]] = {}  # placeholder -> (file, function): a path is no Python expression
+        self.leaves: dict[str, Callable] = {}
+        self.sources: dict[str, str] = {}  # leaf -> file: two files may have functions of one name
+        self.stateful: dict[str, RunningNorm | Mixture] = {}
 
-    def build(node: ast.expr):  # -> function from the leaves' values to this node's value
-        if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Sub, ast.Mult)):
-            left, right = build(node.left), build(node.right)
-            if isinstance(node.op, ast.Add):
-                return lambda parts: left(parts) + right(parts)
-            if isinstance(node.op, ast.Sub):
-                return lambda parts: left(parts) - right(parts)
-            return lambda parts: left(parts) * right(parts)
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
-            operand, sign = build(node.operand), -1 if isinstance(node.op, ast.USub) else 1
-            return lambda parts: sign * operand(parts)
+    def reward(self) -> Reward:
+        def stand_in(match: re.Match) -> str:
+            self.functions[f"_file{len(self.functions)}_"] = match.groups()
+            return list(self.functions)[-1]
+
+        source = _FILE_FUNCTION.sub(stand_in, self.expression.strip())
+        try:
+            tree = ast.parse(source, mode="eval").body
+        except (SyntaxError, ValueError) as problem:
+            raise UserError(f"--reward {self.expression!r} is not an expression: {getattr(problem, 'msg', problem)}; {_known()}") from None
+        return Reward(self.build(tree), self.leaves, self.stateful)
+
+    def build(self, node: ast.expr) -> Callable:
+        if isinstance(node, ast.BinOp) and type(node.op) in (ast.Add, ast.Sub, ast.Mult):
+            left, right = self.build(node.left), self.build(node.right)
+            operation = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}[type(node.op)]
+            return lambda parts, learn: operation(left(parts, learn), right(parts, learn))
+        if isinstance(node, ast.UnaryOp) and type(node.op) in (ast.USub, ast.UAdd):
+            operand, sign = self.build(node.operand), -1 if isinstance(node.op, ast.USub) else 1
+            return lambda parts, learn: sign * operand(parts, learn)
         if isinstance(node, ast.Constant) and type(node.value) in (int, float) and math.isfinite(node.value):
-            return lambda parts: node.value
-        if isinstance(node, ast.Name) and node.id in functions:
-            return add_leaf(functions[node.id][1], load_function(*functions[node.id]))
+            return lambda parts, learn: torch.tensor(float(node.value))
+        if isinstance(node, ast.Name) and node.id in self.functions:
+            file, function = self.functions[node.id]
+            return self.leaf(function, load_function(file, function), source=file)
         if isinstance(node, ast.Name) and node.id in REWARDS:
-            return add_leaf(node.id, REWARDS[node.id][0](context))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in REWARDS:
-            return add_leaf(ast.unparse(node).replace("'", '"'), _call_factory(node, context))
-        unknown = ast.unparse(node)
-        for placeholder, (file, function) in functions.items():
-            unknown = unknown.replace(placeholder, f"{file}:{function}")
-        raise UserError(f"--reward {expression!r}: cannot read {unknown!r}; {_known()}")
+            return self.leaf(node.id, self.call(node, REWARDS[node.id][0], self.context))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            name = node.func.id
+            if name in REWARDS:
+                return self.leaf(self.text(node), self.call(node, REWARDS[name][0], self.context))
+            if name in POST_PROCESSORS and node.args:
+                return self.post_processor(node)
+            if name == "mixture":
+                return self.mixture(node)
+        raise UserError(f"--reward {self.expression!r}: cannot read {self.text(node)!r}; {_known()}")
 
-    return Reward(build(tree), leaves)
+    def leaf(self, name: str, function: Callable, source: str = "") -> Callable:
+        if self.sources.setdefault(name, source) != source:
+            raise UserError(f"--reward {self.expression!r}: two different rewards are called {name!r}; rename one")
+        self.leaves[name] = function
+        return lambda parts, learn: parts[name]
 
+    def post_processor(self, node: ast.Call) -> Callable:
+        inner = self.build(node.args[0])
+        process = self.call(ast.Call(node.func, node.args[1:], node.keywords), POST_PROCESSORS[node.func.id][0])
+        if isinstance(process, RunningNorm):
+            self.stateful[self.text(node)] = process
+        return lambda parts, learn: process(inner(parts, learn), learn)
 
-def _call_factory(node: ast.Call, context: dict) -> Callable:
-    """`name(literals)` -> reward function. Raises UserError for arguments that are no literals or do not fit."""
-    name, text = node.func.id, ast.unparse(node)
-    try:
-        arguments = [ast.literal_eval(argument) for argument in node.args]
-        keywords = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords}
-        inspect.signature(REWARDS[name][0]).bind(context, *arguments, **keywords)
-    except (ValueError, TypeError) as problem:
-        raise UserError(f"--reward: cannot read {text!r}: {problem}") from None
-    return REWARDS[name][0](context, *arguments, **keywords)
+    def mixture(self, node: ast.Call) -> Callable:
+        components = [self.build(argument) for argument in node.args]
+        names = [self.text(argument) for argument in node.args]
+        mixture = self.call(ast.Call(node.func, [], node.keywords), Mixture, names)
+        self.stateful[self.text(node)] = mixture
+        if "mixture_pairs" in self.context:
+            pairs = self.context["mixture_pairs"]
+            columns = {name: [pair.columns.get(name) for pair in pairs] for pair in pairs for name in pair.columns}
+            sides = []
+            for completions in ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs]):
+                prompts = [pair.prompt for pair in pairs]
+                parts = {name: _call_leaf(name, f, prompts, completions, columns) for name, f in self.leaves.items()}
+                sides.append(torch.stack([component(parts, False) for component in components], dim=1))  # (n, K)
+            mixture.fit(*sides)
+        return lambda parts, learn: mixture([component(parts, learn) for component in components], learn)
+
+    def call(self, node: ast.Name | ast.Call, make: Callable, *first):
+        """make(*first, literals of the call). Raises UserError for arguments that are no literals, or do not fit."""
+        try:
+            arguments = [ast.literal_eval(argument) for argument in getattr(node, "args", [])]
+            keywords = {keyword.arg: ast.literal_eval(keyword.value) for keyword in getattr(node, "keywords", [])}
+            inspect.signature(make).bind(*first, *arguments, **keywords)
+            return make(*first, *arguments, **keywords)
+        except UserError:
+            raise
+        except (ValueError, TypeError) as problem:
+            raise UserError(f"--reward {self.expression!r}: cannot read {self.text(node)!r}: {problem}") from None
+
+    def text(self, node: ast.expr) -> str:
+        """The part of the expression as the user wrote it, but for spaces."""
+        text = ast.unparse(node).replace("'", '"')
+        for placeholder, (file, function) in self.functions.items():
+            text = text.replace(placeholder, f"{file}:{function}")
+        return text
 
 
 def load_function(file: str, name: str) -> Callable:
@@ -458,8 +759,9 @@ def load_function(file: str, name: str) -> Callable:
     path = Path(file).expanduser()
     if not path.is_file():
         raise UserError(f"--reward {file}:{name}: there is no file {file} (write spaces around a minus sign)")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"reward_file_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
     try:
         spec.loader.exec_module(module)
     except Exception as problem:  # the user's own file may raise anything while it is imported
@@ -467,18 +769,44 @@ def load_function(file: str, name: str) -> Callable:
     function = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"--reward {file}:{name}: the file has no function of that name; expected def {name}(prompts, completions, **columns) -> list[float]")
-    return function() if isinstance(function, type) else function
+    try:
+        return function() if isinstance(function, type) else function
+    except Exception as problem:  # the user's constructor may raise anything
+        raise UserError(f"--reward {file}:{name}: {name}() raised {type(problem).__name__}: {problem}") from problem
 
 
 def _known() -> str:
-    return f"known rewards are {', '.join(REWARDS)}, and file.py:function"
+    return f"known are {', '.join([*REWARDS, *POST_PROCESSORS, 'mixture'])}, and file.py:function"
+
+
+def list_rewards() -> str:
+    """One line per name: what it gives, what it needs, what it means."""
+    lines = [f"{name:13} {doc}" for name, (_, doc) in REWARDS.items()] + ["", "post-processors, applied to any expression:"]
+    lines += [f"  {doc}" for _, doc in POST_PROCESSORS.values()]
+    lines += ["  mixture(a, b, ...): a weighted sum of the standardised a, b, ... with weights that are learned"]
+    return "\n".join([*lines, "", "your own: path/to/file.py:function, with def function(prompts, completions, **columns) -> list[float]"])
+
+
+@one_line_errors
+def main(argv: list[str]) -> None:
+    """`--list`, or EXPRESSION FILE: one JSON line per record with the total and every leaf, then the means."""
+    if argv == ["--list"]:
+        return print(list_rewards())
+    if len(argv) != 2:
+        raise UserError('usage: python rewards.py --list | python rewards.py "EXPRESSION" FILE (with prompt, completion, target)')
+    records = list(read_records(argv[1]))
+    if not records or not all(isinstance(r.get("completion"), str) for r in records):
+        raise UserError(f"{argv[1]}: every record needs a string 'completion'; prompt, target and other columns as the reward asks")
+    names = {name for record in records for name in record if record[name] is not None} - {"prompt", "completion"}
+    columns = {name: [record.get(name) for record in records] for name in names}
+    prompts = [record.get("prompt") or "" for record in records]
+    reward = build_reward(argv[0], documents=prompts)
+    total = reward(prompts, [record["completion"] for record in records], **columns)  # (B,)
+    scored = {"total": total, **reward.parts}
+    for i in range(len(records)):
+        print(json.dumps({name: round(values[i].item(), 6) for name, values in scored.items()}))
+    print("mean  " + "  ".join(f"{name} {values.nanmean().item():.4f}" for name, values in scored.items()))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 4:
-        sys.exit("usage: python rewards.py EXPRESSION COMPLETION TARGET\n" + "\n".join(f"  {n:12} {doc}" for n, (_, doc) in REWARDS.items()))
-    try:
-        shown = build_reward(sys.argv[1])
-        print(f"{shown([''], [sys.argv[2]], target=[sys.argv[3]]).item():.6f}", {k: round(v.item(), 6) for k, v in shown.parts.items()})
-    except UserError as problem:
-        sys.exit(f"error: {problem}")
+    main(sys.argv[1:])

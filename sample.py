@@ -6,47 +6,45 @@
 Samples with our own sampler: temperature and nothing else. Left out on purpose: chat history, top-p.
 """
 
-import argparse
 import sys
 
 import torch
+import transformers
 
 from data import Example, decode, encode_prompt
-from engine import UserError, pick_device
+from engine import Parser, number, one_line_errors, pick_device
 from generate import generate
 from hybrid import HybridModel
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("model", help="a checkpoint folder of ours, any Hugging Face folder, or a hub id")
     parser.add_argument("prompt", nargs="?", help="text to continue; without it, lines are read from the keyboard")
-    parser.add_argument("-n", "--num-samples", type=int, default=3, help="completions per prompt")
-    parser.add_argument("--temperature", type=float, default=1.0, help="divides the logits; 0 takes the most likely token")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="length limit of a completion")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same completions")
+    parser.add_argument("-n", "--num-samples", type=number(int, 1), default=3, help="completions per prompt")
+    parser.add_argument("--temperature", type=number(float, 0), default=1.0, help="divides the logits; 0 takes the most likely token")
+    parser.add_argument("--max-new-tokens", type=number(int, 1), default=64, help="length limit of a completion")
+    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="the same seed gives the same completions")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args(argv)
-    try:
-        if args.num_samples < 1 or args.max_new_tokens < 1 or not args.temperature >= 0:
-            raise UserError("--num-samples and --max-new-tokens must be at least 1, --temperature at least 0")
-        device = pick_device(args.device)
-        model, tokenizer = HybridModel.load(args.model)
-    except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        raise SystemExit(2) from None
+    transformers.utils.logging.disable_progress_bar()
+    device = pick_device(args.device)
+    model, tokenizer = HybridModel.load(args.model)
     model.to(device)
+    max_new_tokens = min(args.max_new_tokens, model.max_positions - 1)
     generator = torch.Generator(device).manual_seed(args.seed)
+    sys.stdin.reconfigure(errors="replace")
     if args.prompt is None and sys.stdin.isatty():
         print("one prompt a line, Ctrl-D ends")
     for prompt in [args.prompt] if args.prompt is not None else (line.rstrip("\n") for line in sys.stdin):
-        ids = encode_prompt(tokenizer, Example(prompt, ""))
+        ids = encode_prompt(tokenizer, Example(prompt, ""))[-(model.max_positions - max_new_tokens) :]
         generation = generate(
             model,
             [ids] * args.num_samples,
-            max_new_tokens=args.max_new_tokens,
+            max_new_tokens=max_new_tokens,
             eos_token_id=tokenizer.eos_token_id,
-            temperature=args.temperature,
+            temperature=max(args.temperature, 1e-3) if args.temperature else 0,  # below that, rounding decides anyway
             generator=generator,
         )
         for response in generation.responses:

@@ -1,6 +1,6 @@
 """Supervised fine-tuning: raise the log-probability of the target, token by token, and of nothing else.
 
-    loss = - mean over target tokens of log pi(token | everything before it)          (cross-entropy, Radford et al. 2018, eq. 1)
+    loss = - mean over target tokens of log pi(token | everything before it)          (cross-entropy)
 
 The prompt is read but not trained on, the EOS of a complete target is trained like any other token (a model that never
 learns to stop is the most common SFT bug), and the mean is over the tokens of the whole optimiser step.

@@ -22,12 +22,12 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from data import BatchStream, Example, encode_prompt, encode_target, load_examples, make_batch, split_examples
-from engine import UserError, pick_device
+from data import BatchStream, columns_of, demonstration_batch, encode_prompt, load_examples, load_pairs, split_examples
+from engine import Parser, UserError, number, one_line_errors, pick_device
 from evaluate import evaluate
 from hybrid import HybridModel, build_tiny
-from ppo import AdaptiveKLController, FixedKLController, collect_rollout, columns_of, ppo_step
-from rewards import Reward, build_reward
+from ppo import AdaptiveKLController, FixedKLController, collect_rollout, ppo_step
+from rewards import build_reward
 from sft import sft_step
 
 ON_THE_BAR = {"loss": "sft/loss", "reward": "ppo/score", "kl": "ppo/kl"}
@@ -75,12 +75,15 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     update = dict(micro_batch_size=args.micro_batch_size, max_grad_norm=args.max_grad_norm)
     sampling = dict(max_length=args.max_length, max_new_tokens=args.max_new_tokens, temperature=args.temperature)
     stateful = dict(optimizer=optimizer, scheduler=scheduler, sft_stream=sft_stream, ppo_stream=ppo_stream, kl_controller=kl_controller)
+    stateful |= {"reward": reward} if reward is not None else {}
     generators = dict(sampling=sampling_generator, order=order_generator)
     out = Path(args.resume) if args.resume else open_run_folder(args)
 
     def evaluate_now(step: int) -> tuple[dict, list[dict]]:
-        options = dict(sampling, micro_batch_size=args.micro_batch_size, seed=args.seed, is_reviews=args.data == "reviews")
-        metrics, samples = evaluate(model, tokenizer, held_out, reward=reward, reference=reference, **options)
+        metrics, samples = evaluate(
+            model, tokenizer, held_out, **sampling, reward=reward, reference=reference, batch_size=args.batch_size,
+            micro_batch_size=args.micro_batch_size, seed=args.seed, is_reviews=args.data == "reviews",
+        )  # fmt: skip
         append_rows(out / "metrics.jsonl", [{"step": step, "phase": "eval", **finite(metrics)}])
         append_rows(out / "samples.jsonl", [{"step": step, **sample} for sample in samples[:3]])
         return metrics, samples[:3]
@@ -106,25 +109,27 @@ def run(args: argparse.Namespace) -> dict[str, float]:
         if since_warmup < 0 or not is_ppo_step(since_warmup, args.ppo_ratio, args.steps - args.sft_warmup):
             # ---- SFT: learn from demonstrations
             phase = "sft"
-            metrics = sft_step(model, sft_batch(tokenizer, sft_stream.next(), args.max_length).to(device), optimizer, **update)
+            batch = demonstration_batch(tokenizer, sft_stream.next(), args.max_length).to(device)
+            metrics = sft_step(model, batch, optimizer, **update)
         else:
             # ---- PPO: learn from the reward. The rollout is taken here, after the SFT steps before it, so it is on-policy.
             phase = "ppo"
             if reference is None or (args.ref_refresh and ppo_steps and ppo_steps % args.ref_refresh == 0):
                 reference = model.frozen_copy()  # the policy as PPO first meets it: the KL must not undo what SFT has taught
-            rollout, metrics, _ = collect_rollout(
+            rollout, metrics = collect_rollout(
                 model, reference, tokenizer, ppo_stream.next(), reward, **sampling,
                 kl_coef=kl_controller.value, kl_estimator=args.kl_estimator, gamma=args.gamma, lam=args.lam,
                 missing_eos_penalty=args.missing_eos_penalty, whiten_rewards=args.whiten_rewards,
                 micro_batch_size=args.micro_batch_size, generator=sampling_generator,
             )  # fmt: skip
-            metrics |= {f"reward/{name}": float(values.mean()) for name, values in reward.parts.items()}
+            metrics |= reward.metrics()
             metrics |= ppo_step(
                 model, rollout, optimizer, **update, ppo_epochs=args.ppo_epochs, minibatches=args.minibatches,
                 temperature=args.temperature, cliprange=args.cliprange, cliprange_value=args.cliprange_value,
                 vf_coef=args.vf_coef, target_kl=args.target_kl, generator=order_generator,
             )  # fmt: skip
-            kl_controller.update(metrics["ppo/kl_k1"], args.batch_size)
+            if metrics["ppo/unscored"] < 1:
+                kl_controller.update(metrics["ppo/kl_k1"], args.batch_size)
             ppo_steps += 1
         # ---- bookkeeping
         metrics |= {"lr": scheduler.get_last_lr()[0], "seconds": time.perf_counter() - started}
@@ -161,19 +166,27 @@ def prepare(args: argparse.Namespace):
         lm, tokenizer = build_tiny([example.prompt + example.target for example in train_examples], args.seed)
         model = HybridModel(lm)
     else:
-        model, tokenizer = HybridModel.load(args.model)
+        model, tokenizer = HybridModel.load(args.model, "--model")
     model.to(device).train()
     resolve_defaults(args, model)
+    for example in examples:
+        if example.messages is not None:
+            encode_prompt(tokenizer, example)  # a chat template that refuses a dialogue does so now
     reward = reference = None  # pure SFT loads neither; a reward that is named is measured all the same
     if args.reward is not None:
-        starting_lm = model.frozen_copy().lm if "perplexity" in args.reward else None
-        reward = build_reward(args.reward, device=device, **({"model": starting_lm, "tokenizer": tokenizer} if starting_lm else {}))
-        probe = held_out[:1]  # a reward that cannot work on this data says so now, not at step 100
-        reward([example.prompt for example in probe], [example.target for example in probe], **columns_of(probe))
+        context = dict(model=model.lm, tokenizer=tokenizer, device=device, documents=[example.prompt for example in train_examples])
+        if args.mixture_data is not None:
+            context["mixture_pairs"] = load_pairs(args.mixture_data, encoding=args.encoding)
+        reward = build_reward(args.reward, **context)
+        probe = held_out[:2]  # a reward that cannot work on this data says so now, not at step 100
+        with reward.frozen():
+            reward([example.prompt for example in probe], [example.target for example in probe], **columns_of(probe))
     if args.ref_model is not None and args.ppo_ratio != 0:
-        reference, ref_tokenizer = HybridModel.load(args.ref_model)
+        reference, ref_tokenizer = HybridModel.load(args.ref_model, "--ref-model")
         if ref_tokenizer.get_vocab() != tokenizer.get_vocab():
             raise UserError(f"--ref-model {args.ref_model} has another vocabulary than --model {args.model}, so their KL is undefined")
+        if args.max_length > reference.max_positions:
+            raise UserError(f"--ref-model {args.ref_model} has a context of {reference.max_positions} tokens; --max-length is {args.max_length}")
         reference = reference.frozen_copy().to(device)
     return model, tokenizer, train_examples, held_out, reward, reference
 
@@ -181,13 +194,16 @@ def prepare(args: argparse.Namespace):
 def resolve_defaults(args: argparse.Namespace, model: HybridModel) -> None:
     """Fill in the flags whose default depends on the model, and check those that must fit it and each other."""
     tiny = args.model == "tiny"
-    context = getattr(model.lm.config.get_text_config(), "max_position_embeddings", None) or math.inf
     if args.max_length is None:
-        args.max_length = int(min(256, context))
-    if args.max_length > context:
-        raise UserError(f"--max-length {args.max_length} is beyond the model's context of {context} tokens")
+        args.max_length = min(256, model.max_positions)
+    if args.max_length > model.max_positions:
+        raise UserError(f"--max-length {args.max_length} is beyond the model's context of {model.max_positions} tokens")
     if args.max_new_tokens >= args.max_length:
         raise UserError(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt in --max-length {args.max_length}")
+    if args.kl_target is not None and (args.kl_coef == 0 or args.kl_horizon < args.batch_size):
+        raise UserError(f"--kl-target needs a --kl-coef above 0 (it is multiplied) and a --kl-horizon of at least the batch, {args.batch_size}")
+    if args.sft_warmup is not None and args.sft_warmup >= args.steps and args.ppo_ratio != 0:
+        raise UserError(f"--sft-warmup {args.sft_warmup} leaves no PPO step in --steps {args.steps}; for pure SFT say --ppo-ratio 0")
     if args.lr is None:
         args.lr = 3e-3 if tiny else 1e-5
     if args.sft_warmup is None:  # a model that has not learnt to write yet has nothing for PPO to improve
@@ -198,31 +214,34 @@ def resolve_defaults(args: argparse.Namespace, model: HybridModel) -> None:
         args.reward = "sentiment"
 
 
-def sft_batch(tokenizer, examples: list[Example], max_length: int):
-    prompts = [encode_prompt(tokenizer, example) for example in examples]
-    targets = [encode_target(tokenizer, example.target) for example in examples]
-    return make_batch(tokenizer, prompts, targets, max_length)
-
-
 # ------------------------------------------------------------------------------------------------ what a run leaves behind
 
 
 def open_run_folder(args: argparse.Namespace) -> Path:
-    """Create `--out` with its config.json. Raises UserError rather than write over another run."""
+    """Create `--out` with its config.json. Raises UserError rather than write over anything without `--overwrite`."""
     out = Path(args.out)
     try:
-        if (out / "config.json").exists() and not args.overwrite:
-            raise UserError(f"--out {out} already holds a run; choose another folder, or pass --overwrite to replace it")
+        files = [out / name for name in ("config.json", "metrics.jsonl", "samples.jsonl", "final")]
+        old = [path for path in [*files, *out.glob("checkpoint-*")] if path.exists()]
+        if old and not args.overwrite:
+            raise UserError(f"--out {out} already holds a run ({old[0].name}); choose another folder, or pass --overwrite to replace it")
         out.mkdir(parents=True, exist_ok=True)
-        for old in [out / "metrics.jsonl", out / "samples.jsonl", *out.glob("checkpoint-*"), out / "final"]:
-            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+        for path in old:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
-        config = {**vars(args), "versions": versions, "git_commit": commit or None}
+        config = {**vars(args), "versions": versions, "git_commit": git_commit()}
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     except OSError as problem:
         raise UserError(f"--out {out} cannot be written: {problem.strerror or problem}") from None
     return out
+
+
+def git_commit() -> str | None:
+    """The commit of this code, None where there is no git or no repository."""
+    if shutil.which("git") is None:
+        return None
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip() or None
 
 
 def save_checkpoint(folder: Path, model, tokenizer, reference, counters: dict, stateful: dict, generators: dict) -> None:
@@ -314,23 +333,6 @@ def one_line(text: str, width: int = 160) -> str:
 # ------------------------------------------------------------------------------------------------ the flags
 
 
-def number(kind: type, low: float, high: float = math.inf, above: bool = False):
-    """An argparse type: a finite `kind` in low..high (`above`: low itself excluded), or one clear line."""
-
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or not low <= value <= high or (above and value == low):
-            bounds = f"above {low:g}" if above else f"at least {low:g}"
-            bounds += f" and at most {high:g}" if high < math.inf else ""
-            raise argparse.ArgumentTypeError(f"expected {'a whole number' if kind is int else 'a number'} {bounds}, found {text!r}")
-        return value
-
-    return parse
-
-
 def ratio(text: str) -> float | tuple[float, float]:
     """`0.5`, or a ramp `0.1:0.9`."""
     parts = [number(float, 0, 1)(part) for part in text.split(":")]
@@ -339,13 +341,8 @@ def ratio(text: str) -> float | tuple[float, float]:
     return parts[0] if len(parts) == 1 else tuple(parts)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message} (python train.py --help lists the flags)")
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(__doc__.splitlines()[0])
     count, positive, share = number(int, 1), number(float, 0, above=True), number(float, 0, 1)
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="tiny", help="'tiny' (built here, 1 M parameters), a local folder, or a hub id such as gpt2")
@@ -366,18 +363,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--ppo-ratio", type=ratio, default=0.5, help="share of cycles that are PPO: 0 pure SFT, 1 pure PPO, 0.1:0.9 a ramp")
     group.add_argument("--sft-warmup", type=number(int, 0), help="SFT cycles before the first PPO one (default: 30%% of a mixed run of 'tiny', else 0)")
     group.add_argument("--batch-size", type=count, default=32, help="demonstrations of an SFT step, episodes of a PPO step")
-    group.add_argument("--micro-batch-size", type=count, help="rows in memory at a time; changes memory, not results (default: the batch)")
-    group.add_argument("--lr", type=positive, help="peak learning rate, linear to 0 (default: 3e-3 for 'tiny', else 1e-5; 1e-6 to 1e-3)")
+    group.add_argument("--micro-batch-size", type=count, help="rows per forward and backward; changes memory, not results (default: the batch)")
+    group.add_argument("--lr", type=positive, help="peak learning rate, falling to 0 (default: 3e-3 for 'tiny', else 1e-5; 1e-6 to 1e-3)")
     group.add_argument("--warmup-steps", type=count, default=20, help="steps over which the learning rate rises")
     group.add_argument("--max-grad-norm", type=positive, default=1.0, help="gradient clipping")
     group = parser.add_argument_group("ppo")
     group.add_argument("--reward", help="reward expression, such as '0.7*rouge_l + 0.3*bleu' or my.py:function (default: sentiment)")
+    group.add_argument("--mixture-data", help="preference pairs (prompt, chosen, rejected) that fit the weights of a mixture(...) reward")
     group.add_argument("--max-new-tokens", type=count, default=32, help="length limit of a response, EOS included")
-    group.add_argument("--temperature", type=positive, default=1.0, help="divides the logits of policy, old policy and reference (0.7 to 1)")
+    group.add_argument("--temperature", type=number(float, 0.01), default=1.0, help="divides the logits of policy, old policy and reference (0.7 to 1)")
     group.add_argument("--kl-coef", type=number(float, 0), default=0.05, help="price of one nat of KL, in units of reward (0.01 to 0.2)")
     group.add_argument("--kl-target", type=positive, help="adapt the price until a response has this KL, in nats (1 to 10)")
-    group.add_argument("--kl-horizon", type=positive, default=10000, help="episodes over which the price adapts")
-    group.add_argument("--kl-estimator", choices=("k1", "k2", "k3"), default="k1", help="per-token KL in the reward; k1 is unbiased in value")
+    group.add_argument("--kl-horizon", type=positive, default=1000, help="episodes in which the price can change by a factor of 1.2")
+    group.add_argument("--kl-estimator", choices=("k1", "k2", "k3"), default="k1", help="per-token KL in the reward; only k1 also gives the KL's unbiased gradient")
     group.add_argument("--ppo-epochs", type=count, default=2, help="passes over each rollout (1 to 4)")
     group.add_argument("--minibatches", type=count, default=2, help="optimiser steps per pass (1 to 8)")
     group.add_argument("--cliprange", type=positive, default=0.2, help="the ratio may leave 1 by this much (0.1 to 0.3)")
@@ -395,7 +393,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--eval-every", type=number(int, 0), default=100, help="steps between evaluations; 0 only at the start and the end")
     group.add_argument("--eval-size", type=count, default=256, help="held-out examples per evaluation")
     group.add_argument("--save-every", type=number(int, 0), default=0, help="steps between checkpoints; 0 only the final model")
-    group.add_argument("--seed", type=number(int, 0), default=0, help="of model, data order and sampling: the same seed, the same run")
+    group.add_argument("--seed", type=number(int, 0, 2**32 - 2), default=0, help="of model, data order and sampling: the same seed, the same run")
     group.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args(argv)
     if args.resume is None:
@@ -415,15 +413,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Run with command-line flags; returns the metrics of the last evaluation. A user's mistake exits with status 2 and one line."""
-    try:
-        transformers.utils.logging.disable_progress_bar()  # one bar is enough: ours
-        transformers.utils.logging.set_verbosity_error()
-        return run(parse_args(argv))
-    except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        raise SystemExit(2) from None
+    transformers.utils.logging.disable_progress_bar()  # one bar is enough: ours
+    transformers.utils.logging.set_verbosity_error()
+    return run(parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -82,6 +82,15 @@ def test_prompt_and_target_are_tokenised_apart(tokenizer):
         ids = encode_target(tokenizer, target)
         assert ids == tokenizer(target).input_ids + [tokenizer.eos_token_id]
         assert decode(tokenizer, encode_prompt(tokenizer, example) + ids) == prompt + target
+    assert encode_target(tokenizer, "x<|endoftext|>") == encode_target(tokenizer, "x"), "one EOS, not two"
+
+
+def test_a_template_that_refuses_a_dialogue_is_one_line(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    strict = AutoTokenizer.from_pretrained(tmp_path)
+    strict.chat_template = "{{ raise_exception('no system turns') }}"
+    with pytest.raises(UserError, match="chat template refuses the dialogue .* no system turns"):
+        encode_prompt(strict, to_examples({"messages": CHAT})[0])
 
 
 def test_an_empty_prompt_still_has_a_first_token(tokenizer):
@@ -121,6 +130,7 @@ def test_sentencepiece_like_tokenizers_get_one_space_not_two(shared):
     ids = encode_prompt(tokenizer, example) + encode_target(tokenizer, example.target)
     assert ids == tokenizer("Once upon a time").input_ids + [tokenizer.eos_token_id]
     assert ids[0] == tokenizer.bos_token_id == tokenizer.eos_token_id
+    assert decode(tokenizer, encode_target(tokenizer, " a time")) == " a time", "and decoding gives the space back"
 
 
 def test_the_real_gpt2_tokenizer_has_no_pad_token_and_needs_none(shared):
@@ -145,6 +155,7 @@ def test_the_real_gpt2_tokenizer_has_no_pad_token_and_needs_none(shared):
         ({"question": "p", "answer": "t"}, Example("p", "t")),
         ({"instruction": "i", "input": "", "output": "t"}, Example("i", "t", {"input": ""})),
         ({"instruction": "i", "input": "x", "output": "t"}, Example("i\n\nx", "t", {"input": "x"})),
+        ({"text": "one two"}, Example("one", " two")),
         ({"text": "one two three four"}, Example("one two", " three four")),
         ({"text": "one  two\nthree four five six seven ", "id": 7}, Example("one  two\nthree", " four five six seven", {"id": 7})),
     ],
@@ -161,7 +172,7 @@ def test_named_fields_win():
 def test_every_assistant_turn_is_an_example_with_its_true_history(tokenizer):
     first, second = to_examples({"messages": CHAT, "topic": "x"})
     assert (first.target, second.target) == ("Hello!", "See you.")
-    assert first.columns == {"messages": CHAT[:2], "topic": "x"} and second.columns["messages"] == CHAT[:4]
+    assert (first.messages, first.columns) == (CHAT[:2], {"topic": "x"}) and second.messages == CHAT[:4]
     assert second.prompt == render_dialogue(CHAT[:4]) == "System:\nBe kind.\n\nUser:\nHi\n\nAssistant:\nHello!\n\nUser:\nBye\n\nAssistant:\n"
     assert encode_prompt(tokenizer, second) == tokenizer(second.prompt).input_ids, "no template: the plain rendering"
 
@@ -175,7 +186,6 @@ def test_every_assistant_turn_is_an_example_with_its_true_history(tokenizer):
         ({"prompt": 3, "target": "t"}, "field 'prompt' must be a string, found int"),
         ({"prompt": "p", "target": ["t"]}, "field 'target' must be a string, found list"),
         ({"prompt": "p", "target": " \n"}, "field 'target' is empty"),
-        ({"text": "word"}, "fewer than two words"),
         ({"messages": "hello"}, "must be a list of {role, content} objects"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "unknown role 'robot'"),
         ({"messages": CHAT[:2]}, "no assistant turn"),
@@ -213,6 +223,35 @@ def test_every_file_format_gives_the_same_examples(tmp_path, ending):
     assert load_examples(source) == expected and load_examples(source, limit=2) == expected[:2]
 
 
+def test_text_that_looks_like_something_else_stays_text(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,target,code\nsix times seven,42,007\nis it,True,N/A\nwhat,None,\n")
+    examples = load_examples(str(tmp_path / "a.csv"))
+    assert [e.target for e in examples] == ["42", "True", "None"] and [e.columns["code"] for e in examples] == ["007", "N/A", None]
+    (tmp_path / "b.jsonl").write_text('{"prompt": "When?", "target": "2020-01-01", "id": 123456789012345678901234567890}\n')
+    assert load_examples(str(tmp_path / "b.jsonl")) == [Example("When?", "2020-01-01", {"id": 123456789012345678901234567890})]
+    (tmp_path / "c.txt").write_bytes(b"\xef\xbb\xbfone two\n")
+    assert load_examples(str(tmp_path / "c.txt")) == [Example("one", " two")]
+
+
+def test_a_field_may_appear_late_and_every_example_has_every_column(tmp_path):
+    lines = [json.dumps({"prompt": "p", "target": "t", "id": i} if i < 30_000 else {"prompt": "p", "target": "t", "id": "x", "late": 1}) for i in range(30_001)]
+    (tmp_path / "late.jsonl").write_text("\n".join(lines))
+    examples = load_examples(str(tmp_path / "late.jsonl"))
+    assert examples[0].columns == {"id": 0, "late": None} and examples[-1].columns == {"id": "x", "late": 1}
+
+
+def test_texts_of_one_word_are_left_out_and_counted(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("one two three\nobvious\nfour five\n")
+    assert len(load_examples(str(tmp_path / "a.txt"))) == 2
+    assert "note: 1 texts of" in capsys.readouterr().err
+
+
+def test_a_column_called_messages_is_no_dialogue_when_fields_are_named(tokenizer):
+    record = {"prompt": "p", "answer": "a", "messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "SECRET"}]}
+    (example,) = to_examples(record, "prompt", "answer")
+    assert example.messages is None and "SECRET" not in tokenizer.decode(encode_prompt(tokenizer, example))
+
+
 def test_dialogues_from_a_file(tmp_path):
     source = write(tmp_path / "chat.jsonl", [{"messages": CHAT}, {"messages": CHAT[1:3]}])
     assert [e.target for e in load_examples(source)] == ["Hello!", "See you.", "Hello!"]
@@ -246,6 +285,9 @@ def test_other_encodings_are_named_not_guessed(tmp_path):
         ("f.txt", b"", "f.txt is empty"),
         ("g.jsonl", b"\xff\xfe\x00\x01", "g.jsonl:1: byte 0xff at offset 0 is not utf-8"),
         ("h.parquet", b"not parquet", "h.parquet cannot be read"),
+        ("j.jsonl", b'{"prompt": "p", "target": "\\ud83d"}', "j.jsonl:1: field 'target' has half of a surrogate pair"),
+        ("k.jsonl", b"[" * 5000, "k.jsonl:1: not"),
+        ("l.csv", b"prompt,target\np,t\n\n\np,\n", "l.csv:5: no target field"),
         ("i.xlsx", b"x", "unknown ending; known are .jsonl, .json, .csv, .parquet, .txt"),
     ],
 )
@@ -276,9 +318,10 @@ def test_the_split_depends_on_the_record_alone():
 
 
 def test_the_turns_of_a_dialogue_share_a_side():
-    examples = [e for i in range(200) for e in to_examples({"messages": [{"role": "user", "content": f"hi {i}"}, *CHAT[2:]]})]
+    examples = [e for i in range(200) for e in to_examples({"messages": [CHAT[0], {"role": "user", "content": f"hi {i}"}, *CHAT[2:]]})]
     train, held_out = split_examples(examples)
-    assert held_out and not {e.columns["messages"][0]["content"] for e in train} & {e.columns["messages"][0]["content"] for e in held_out}
+    sides = [{e.messages[1]["content"] for e in side} for side in (train, held_out)]
+    assert 5 < len(sides[1]) < 50 and not sides[0] & sides[1], "a system prompt that all share does not put them on one side"
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])

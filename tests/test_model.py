@@ -52,13 +52,36 @@ def test_unknown_logit_transform_is_refused():
     HybridModel(lm)
     original = lm.forward
 
-    def forward(**inputs):
-        output = original(**inputs)
+    def forward(input_ids, attention_mask=None):
+        output = original(input_ids=input_ids, attention_mask=attention_mask)
         output.logits = output.logits.abs()
         return output
 
     lm.forward = forward
     with pytest.raises(UserError, match="neither a factor nor a soft cap"):
+        HybridModel(lm)
+
+
+@pytest.mark.parametrize(
+    "claim, break_it",
+    [
+        ("is not causal", lambda inputs, logits, training: logits + logits.mean(1, keepdim=True)),
+        ("scores differently in training mode", lambda inputs, logits, training: logits * (1 + 0.1 * training)),
+        ("does not ignore padding on the left", lambda inputs, logits, training: logits * logits.shape[1]),
+    ],
+)
+def test_an_architecture_that_breaks_an_assumption_is_refused(claim, break_it):
+    """Bidirectional, noisy in training, blind to masks: each would train silently on wrong numbers."""
+    lm = build_lm("llama")
+    original = lm.forward
+
+    def forward(input_ids, attention_mask=None, position_ids=None):
+        output = original(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
+        output.logits = break_it(input_ids, output.logits, lm.training)
+        return output
+
+    lm.forward = forward
+    with pytest.raises(UserError, match=claim):
         HybridModel(lm)
 
 

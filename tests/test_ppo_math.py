@@ -164,6 +164,15 @@ def test_loss_and_every_statistic_ignore_what_is_off_the_mask():
         torch.testing.assert_close(stats[name], stats_wide[name], msg=name)
 
 
+def test_extreme_ratios_and_junk_off_the_mask_leave_a_finite_gradient():
+    new = torch.tensor([[100.0, 0.0, 7.0]], requires_grad=True)  # exp(100) is beyond float32
+    value = torch.tensor([[0.0, 1.0, 7.0]], requires_grad=True)
+    old, nan = torch.zeros(1, 3), torch.tensor([[0.0, 0.0, math.nan]])
+    loss, _ = ppo_loss(new, old, torch.tensor([[1.0, 1.0, math.nan]]), value, nan, nan, torch.tensor([[True, True, False]]))
+    loss.backward()
+    assert loss.isfinite() and new.grad.tolist() == [[0.0, -0.5, 0.0]] and value.grad.isfinite().all() and value.grad[0, 2] == 0
+
+
 def test_loss_is_a_mean_over_tokens_not_over_rows():
     mask = torch.tensor([[True, True, True], [True, False, False]])
     advantages = torch.tensor([[1.0, 1.0, 1.0], [5.0, 0.0, 0.0]])

@@ -7,13 +7,12 @@ import pytest
 import torch
 from conftest import REVIEWS, build_lm, ragged_batch
 
-from data import Batch, Example, encode_prompt, encode_target, make_batch
+from data import Batch, Example, columns_of, demonstration_batch, encode_prompt, encode_target, make_batch
 from engine import UserError, apply_gradients
 from hybrid import HybridModel
-from ppo import Rollout, collect_rollout, columns_of, ppo_step
+from ppo import Rollout, collect_rollout, ppo_step
 from rewards import build_reward
 from sft import sft_step
-from train import sft_batch
 
 SAMPLING = dict(kl_coef=0.1, max_length=64, max_new_tokens=12)
 
@@ -57,15 +56,18 @@ def tiny_model(tiny):
 
 
 def rollout_of(model, tokenizer, reward=None, reference=None, seed=0, n=16, **options):
-    return collect_rollout(
-        model,
-        reference or model.frozen_copy(),
-        tokenizer,
-        REVIEWS[:n],
-        reward or build_reward("sentiment"),
-        generator=torch.Generator().manual_seed(seed),
-        **{**SAMPLING, **options},
-    )
+    """-> rollout, metrics, and what the reward was shown and said: one (completion, score) a row."""
+    reward, seen = reward or build_reward("sentiment"), []
+
+    def recorded(prompts, completions, **columns):
+        scores = reward(prompts, completions, **columns)
+        seen.extend(zip(completions, scores.tolist()))
+        return scores
+
+    generator = torch.Generator().manual_seed(seed)
+    options = {**SAMPLING, **options}
+    reference = reference or model.frozen_copy()
+    return *collect_rollout(model, reference, tokenizer, REVIEWS[:n], recorded, generator=generator, **options), seen
 
 
 # ---- accumulation: 1x8 == 8x1 == 4x2
@@ -99,7 +101,6 @@ def test_ppo_gradient_does_not_depend_on_micro_batches(model, micro_batch_size):
 
 def test_every_row_is_used_once_an_epoch_and_minibatches_are_even(model):
     rollout = random_rollout(model)
-    rollout.returns = torch.where(rollout.response_mask, torch.arange(8.0)[:, None], 0)  # each row's return is its number
     seen = []
     original = Batch.rows
     Batch.rows = lambda self, index: seen.append(index.tolist()) or original(self, index)
@@ -118,7 +119,7 @@ def test_every_row_is_used_once_an_epoch_and_minibatches_are_even(model):
 def test_sft_trains_eos_and_target_and_nothing_else(tokenizer, tiny_model):
     """pad == eos here, as in GPT-2: the EOS of every complete target is in the mask, the padding is not."""
     examples = [Example("the plot was", " dull ."), Example("the music", " was really fresh and the cast was warm .")]
-    batch = sft_batch(tokenizer, examples, max_length=64)
+    batch = demonstration_batch(tokenizer, examples, max_length=64)
     for row, mask, example in zip(batch.input_ids, batch.response_mask, examples):
         assert row[mask].tolist() == encode_target(tokenizer, example.target) and row[mask][-1] == tokenizer.eos_token_id
         assert row[: mask.nonzero()[0, 0]].tolist() == encode_prompt(tokenizer, example)
@@ -128,7 +129,7 @@ def test_sft_leaves_the_value_head_alone(tokenizer, tiny_model):
     torch.nn.init.normal_(tiny_model.value_head.weight)
     before = copy.deepcopy(tiny_model.state_dict())
     optimizer = adamw(tiny_model)
-    sft_step(tiny_model, sft_batch(tokenizer, REVIEWS[:8], 64), optimizer)
+    sft_step(tiny_model, demonstration_batch(tokenizer, REVIEWS[:8], 64), optimizer)
     after = tiny_model.state_dict()
     assert torch.equal(before["value_head.weight"], after["value_head.weight"]), "not even by weight decay"
     assert not torch.equal(before["lm.model.norm.weight"], after["lm.model.norm.weight"])
@@ -136,7 +137,7 @@ def test_sft_leaves_the_value_head_alone(tokenizer, tiny_model):
 
 
 def test_sft_learns_one_batch_by_heart(tokenizer, tiny_model):
-    batch, optimizer = sft_batch(tokenizer, REVIEWS[:4], 64), adamw(tiny_model, lr=3e-3)
+    batch, optimizer = demonstration_batch(tokenizer, REVIEWS[:4], 64), adamw(tiny_model, lr=3e-3)
     losses = [sft_step(tiny_model, batch, optimizer)["sft/loss"] for _ in range(60)]
     assert losses[0] == pytest.approx(math.log(len(tokenizer)), abs=0.3) and losses[-1] < 0.1
 
@@ -147,7 +148,7 @@ def test_sft_learns_one_batch_by_heart(tokenizer, tiny_model):
 def test_kl_is_zero_at_the_first_ppo_step_and_the_ratio_is_one(tokenizer, tiny_model):
     optimizer = adamw(tiny_model)
     for cycle in range(3):  # SFT before every rollout, as in train.py
-        sft_step(tiny_model, sft_batch(tokenizer, REVIEWS[:8], 64), optimizer)
+        sft_step(tiny_model, demonstration_batch(tokenizer, REVIEWS[:8], 64), optimizer)
         rollout, metrics, _ = rollout_of(tiny_model, tokenizer, seed=cycle, temperature=0.7, micro_batch_size=5)
         assert metrics["ppo/kl"] == metrics["ppo/kl_k1"] == 0.0, "the reference is the policy as it is now"
         assert metrics["ppo/sampler_gap"] < 1e-4
@@ -159,7 +160,7 @@ def test_a_rollout_from_before_an_sft_step_is_caught(tokenizer, tiny_model):
     """What H1 forbids: the ratio says so."""
     optimizer = adamw(tiny_model)
     rollout, _, _ = rollout_of(tiny_model, tokenizer)
-    sft_step(tiny_model, sft_batch(tokenizer, REVIEWS[:8], 64), optimizer)
+    sft_step(tiny_model, demonstration_batch(tokenizer, REVIEWS[:8], 64), optimizer)
     assert ppo_step(tiny_model, rollout, optimizer)["ppo/first_ratio_gap"] > 1e-3
 
 
@@ -172,7 +173,7 @@ def test_a_rollout_is_what_its_columns_say(tokenizer, tiny_model):
     rollout, metrics, samples = rollout_of(tiny_model, tokenizer, reward, reference, missing_eos_penalty=0.5, max_new_tokens=5)
     mask = rollout.response_mask
     ended = torch.tensor([int(row[m][-1]) == tokenizer.eos_token_id for row, m in zip(rollout.input_ids, mask)])
-    scores = torch.tensor([sample["score"] for sample in samples])
+    scores = torch.tensor([score for _, score in samples])
     assert not ended.all(), "with 5 tokens most responses are cut, and pay for it"
     kl = (rollout.logprobs - rollout.ref_logprobs) * mask
     torch.testing.assert_close(rollout.rewards.sum(1), scores - 0.5 * ~ended - 0.1 * kl.sum(1), atol=1e-5, rtol=0)
@@ -181,8 +182,8 @@ def test_a_rollout_is_what_its_columns_say(tokenizer, tiny_model):
     assert metrics["ppo/kl_k1"] == pytest.approx(float(kl.sum(1).mean()), abs=1e-4) and metrics["ppo/kl"] >= 0
     assert metrics["ppo/eos_rate"] == pytest.approx(float(ended.float().mean()))
     assert rollout.advantages[mask].mean().abs() < 1e-5 and rollout.advantages[mask].std(unbiased=False) == pytest.approx(1, abs=1e-3)
-    for sample, row, m in zip(samples, rollout.input_ids, mask):
-        assert sample["response"] == tokenizer.decode(row[m], skip_special_tokens=True)
+    for (completion, _), row, m in zip(samples, rollout.input_ids, mask):
+        assert completion == tokenizer.decode(row[m], skip_special_tokens=True)
 
 
 def test_a_row_scores_the_same_in_any_company(tokenizer, tiny_model):
@@ -196,7 +197,7 @@ def test_token_ids_are_never_read_back_from_text(tokenizer, tiny_model):
     """A random model emits ids that do not survive decode and encode; the rollout must hold the sampled ones."""
     rollout, metrics, samples = rollout_of(tiny_model, tokenizer)
     rows = [row[mask].tolist() for row, mask in zip(rollout.input_ids, rollout.response_mask)]
-    round_trip = [tokenizer(sample["response"], add_special_tokens=False).input_ids for sample in samples]
+    round_trip = [tokenizer(completion, add_special_tokens=False).input_ids for completion, _ in samples]
     assert any(ids[: len(row)] != row[: len(ids)] for ids, row in zip(round_trip, rows)), "otherwise this test shows nothing"
     assert metrics["ppo/sampler_gap"] < 1e-4
 
@@ -207,7 +208,7 @@ def test_an_immediate_eos_is_an_empty_response_with_a_score(tokenizer, tiny_mode
         tiny_model.lm.lm_head = torch.nn.Linear(192, len(tokenizer))
         tiny_model.lm.lm_head.bias.copy_(torch.eye(len(tokenizer))[0] * 50)
     rollout, metrics, samples = rollout_of(tiny_model, tokenizer)
-    assert {sample["response"] for sample in samples} == {""} and metrics["ppo/response_length"] == 1
+    assert {completion for completion, _ in samples} == {""} and metrics["ppo/response_length"] == 1
     assert rollout.response_mask.sum(1).tolist() == [1] * 16 and torch.isfinite(rollout.advantages).all()
     stats = ppo_step(tiny_model, rollout, adamw(tiny_model))
     assert stats["ppo/skipped_steps"] == 0
@@ -220,6 +221,27 @@ def test_prompts_lose_their_oldest_tokens_when_there_is_no_room(tokenizer, tiny_
         assert prompt == encode_prompt(tokenizer, example)[-2:]
 
 
+def test_a_response_without_a_score_teaches_nothing(tokenizer, tiny_model):
+    """What a judge could not grade is taken off the mask: the gradient is that of the rollout without those rows."""
+
+    def reward(prompts, completions, **columns):
+        return torch.tensor([math.nan if i % 3 == 0 else 0.1 * i for i in range(len(completions))])
+
+    torch.nn.init.normal_(tiny_model.value_head.weight, std=0.1)
+    rollout, metrics, _ = rollout_of(tiny_model, tokenizer, reward, n=9)
+    assert metrics["ppo/unscored"] == pytest.approx(1 / 3) and metrics["ppo/score"] == pytest.approx((0.1 + 0.2 + 0.4 + 0.5 + 0.7 + 0.8) / 6)
+    kept = rollout.rows(torch.tensor([1, 2, 4, 5, 7, 8]))
+    gradients = []
+    for rows in (rollout, kept):
+        optimizer = CapturedGradients(tiny_model.parameters(), lr=0.1)
+        ppo_step(tiny_model, rows, optimizer, ppo_epochs=1, minibatches=1, max_grad_norm=math.inf)
+        gradients += optimizer.seen
+    assert_same_gradients(*gradients)
+    nothing, metrics, _ = rollout_of(tiny_model, tokenizer, lambda *a, **k: torch.full((16,), math.nan))
+    stats = ppo_step(tiny_model, nothing, CapturedGradients(tiny_model.parameters(), lr=0.1), ppo_epochs=1, minibatches=1)
+    assert metrics["ppo/unscored"] == 1 and stats["ppo/skipped_steps"] == 1
+
+
 def test_columns_reach_the_reward_by_name():
     examples = [Example("a", "b", {"topic": "x"}), Example("c", "d", {"level": 3})]
     assert columns_of(examples) == {"topic": ["x", None], "level": [None, 3], "target": ["b", "d"]}
@@ -229,14 +251,14 @@ def test_columns_reach_the_reward_by_name():
 
 
 def test_ppo_learns_to_praise(tokenizer, tiny_model):
-    """The whole chain has the right sign: the probability of a rewarded token rises, with the value head following."""
+    """The whole chain has the right sign: the probability of a rewarded token rises."""
+
     def reward(prompts, completions, **columns):
         return torch.tensor([1.0 * ("warm" in text) for text in completions])
 
-    reward.parts = {}
     reference, optimizer = tiny_model.frozen_copy(), adamw(tiny_model, lr=3e-3)
     for _ in range(10):
-        sft_step(tiny_model, sft_batch(tokenizer, REVIEWS[:32], 64), optimizer)
+        sft_step(tiny_model, demonstration_batch(tokenizer, REVIEWS[:32], 64), optimizer)
     scores = []
     for cycle in range(25):
         rollout, metrics, _ = rollout_of(tiny_model, tokenizer, reward, reference, seed=cycle, n=32, kl_coef=0.0)
@@ -275,20 +297,18 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(model):
     assert str(optimizer.state_dict()) == str(state) and next(model.parameters()).grad is None
 
 
-def test_a_nan_reward_is_named_and_changes_nothing(tokenizer, tiny_model, tmp_path):
+def test_a_nan_reward_is_named_before_any_update(tokenizer, tiny_model, tmp_path):
     (tmp_path / "bad.py").write_text("def nan(prompts, completions, **kw):\n    return [float('nan')] * len(completions)\n")
-    before = copy.deepcopy(tiny_model.state_dict())
     with pytest.raises(UserError, match="reward 'nan' gave nan"):
         rollout_of(tiny_model, tokenizer, build_reward(f"{tmp_path}/bad.py:nan"))
-    assert all(torch.equal(x, before[name]) for name, x in tiny_model.state_dict().items())
 
 
 def test_one_optimiser_counts_the_steps_of_both_phases(tokenizer, tiny_model):
     optimizer = adamw(tiny_model)
-    sft_step(tiny_model, sft_batch(tokenizer, REVIEWS[:8], 64), optimizer)
+    sft_step(tiny_model, demonstration_batch(tokenizer, REVIEWS[:8], 64), optimizer)
     rollout, _, _ = rollout_of(tiny_model, tokenizer)
     ppo_step(tiny_model, rollout, optimizer, ppo_epochs=2, minibatches=3)
-    sft_step(tiny_model, sft_batch(tokenizer, REVIEWS[:8], 64), optimizer)
+    sft_step(tiny_model, demonstration_batch(tokenizer, REVIEWS[:8], 64), optimizer)
     steps = {name: int(optimizer.state[p]["step"]) for name, p in tiny_model.named_parameters()}
     assert steps.pop("value_head.weight") == steps.pop("value_head.bias") == 6
     assert set(steps.values()) == {8}
