@@ -46,7 +46,7 @@ def tokenize(tokenizer, model, texts: list[str], pairs: list[str] | None = None)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or MAX_LENGTH
     limit = min(MAX_LENGTH, context, tokenizer.model_max_length)
     limit -= 2 if "roberta" in model.config.model_type else 0  # its positions start at 2
-    inputs = tokenizer(texts, pairs, truncation="only_first" if pairs else True, max_length=limit, padding=True, return_tensors="pt")
+    inputs = tokenizer(texts, pairs, truncation=True, max_length=limit, padding=True, return_tensors="pt")
     if inputs["input_ids"].shape[1] == 0:  # every text of the batch is empty
         inputs = tokenizer([tokenizer.pad_token] * len(texts), return_tensors="pt", add_special_tokens=False)
     inputs["attention_mask"][inputs["attention_mask"].sum(1) == 0, 0] = 1
