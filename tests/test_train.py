@@ -192,6 +192,7 @@ def test_micro_batches_change_memory_not_results(tmp_path):
 @pytest.mark.parametrize("cut", [3, 5])  # inside the SFT stretch; between two PPO steps
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(tmp_path, cut):
     flags = ["--steps", 8, "--sft-warmup", 3, "--ppo-ratio", 0.7, "--kl-target", 2, "--micro-batch-size", 3, "--ref-refresh", 3]
+    flags += ["--reward", "clip(ema(sentiment), -2, 2) + mixture(length, repetition)"]
     run(tmp_path, *flags, name="whole")
     run(tmp_path, *flags, "--save-every", cut, name="cut")
     out = tmp_path / "cut"
@@ -364,8 +365,8 @@ def test_every_flag_is_used_and_explained():
 
 
 def test_every_logged_metric_is_in_the_glossary_and_no_other(tmp_path):
-    _, rows = run(tmp_path, "--sft-warmup", 1, "--reward", "sentiment + length")
-    logged = {re.sub(r"reward/.*", "reward/<name>", name) for row in rows for name in row} - {"step", "phase"}
+    _, rows = run(tmp_path, "--sft-warmup", 1, "--reward", "sentiment + mixture(length, repetition)")
+    logged = {re.sub(r"(reward|reward_weight)/.*", r"\1/<name>", name) for row in rows for name in row} - {"step", "phase"}
     glossary = README.split("## Metrics", 1)[1].split("\n## ", 1)[0]
     documented = set(re.findall(r"^\| `([a-z_0-9/<>]+)`", glossary, re.MULTILINE))
     assert logged == documented
@@ -378,8 +379,10 @@ def readme_commands() -> list[str]:
     return [line for line in lines if line.startswith("python ") and "pytest" not in line]
 
 
-def test_the_readme_has_commands():
-    assert len(readme_commands()) >= 8
+def test_the_readmes_runs_do_not_get_in_each_others_way():
+    commands = readme_commands()
+    outs = [re.search(r"--out (\S+)|$", command).group(1) or "out" for command in commands if " train.py" in command]
+    assert len(commands) >= 15 and len(set(outs)) == len(outs)
 
 
 @pytest.fixture(scope="module")
@@ -391,8 +394,11 @@ def readme_folder(tmp_path_factory, tiny_folder):
     (folder / "gpt2").symlink_to(tiny_folder)
     (folder / "my_rewards.py").write_text(re.search(r"```python\n(# my_rewards\.py\n.*?)```", README, re.DOTALL).group(1))
     (folder / "my_data.jsonl").write_text("".join(json.dumps({"prompt": f"Question {i}?", "target": f"Answer {i}."}) + "\n" for i in range(9)))
+    scored = {"prompt": "p", "completion": "the cat sat", "target": "the cat sat down"}
+    (folder / "scored.jsonl").write_text(json.dumps(scored) + "\n")
+    pairs = [{"prompt": f"q{i}", "chosen": "a good answer", "rejected": "bad"} for i in range(9)]
+    (folder / "prefs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     (folder / "reviews.txt").write_bytes("un café noir sans sucre\n".encode("latin-1") * 9)
-    main([*FAST, "--out", str(folder / "out")])
     return folder
 
 
@@ -400,14 +406,16 @@ def readme_folder(tmp_path_factory, tiny_folder):
 def test_a_readme_command_runs(readme_folder, command):
     words = [sys.executable, *shlex.split(command)[1:]]
     if words[1] == "train.py":
-        words += [*FAST, "--max-length", "32", *([] if "--out" in words else ["--out", "again"]), "--overwrite"]
+        words += [*FAST, "--max-length", "32", "--overwrite"]
+    if words[1] == "bench.py":
+        words += ["--texts", "20", "--rounds", "1"]
     done = subprocess.run(words, cwd=readme_folder, capture_output=True, text=True, input="the plot was\n", timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip()
 
 
 def test_the_files_that_the_readme_names_exist():
-    for name in set(re.findall(r"`((?:tests/)?\w+\.(?:py|txt|md))`", README)) - {"my_rewards.py", "reviews.txt"}:
+    for name in set(re.findall(r"`((?:tests/)?\w+\.(?:py|txt|md))`", README)) - {"my_rewards.py"}:
         assert (ROOT / name).is_file(), name
 
 
