@@ -1,4 +1,4 @@
-"""What every script here shares and no paper talks about: errors and flags, the device, micro-batches, the guarded optimiser step.
+"""What every script here shares and no paper talks about: errors and flags, device, optimisers, micro-batches, the guarded step.
 
 Left out on purpose: anything algorithmic. This file imports none of ours, so that `sft.py` and `ppo.py` can be read
 without it: `accumulate` is "backward over the rows", `apply_gradients` is "optimizer.step()".
@@ -73,6 +73,74 @@ def pick_device(name: str = "auto") -> torch.device:
     except (RuntimeError, AssertionError) as problem:  # torch says "not compiled with CUDA" by an AssertionError
         raise UserError(f"--device {name} cannot be used here ({str(problem).splitlines()[0]}); try --device cpu") from None
     return device
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """torch's Muon for the matrices between embedding and head, AdamW for everything else, behind one optimiser's face.
+
+    Muon orthogonalises a matrix's update, which makes no sense for embeddings, heads, norms and biases. `match_rms_adamw` gives
+    its updates the size of AdamW's, so that one learning rate fits both.
+    """
+
+    def __init__(self, matrices: list, others: list, lr: float, adamw: dict):
+        self.parts = [
+            torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=lr, **adamw),
+        ]
+        super().__init__([*matrices, *others], {"lr": lr})
+        self._share()
+
+    def _share(self) -> None:  # the same dicts, so that a scheduler that sets our learning rates sets theirs
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self) -> dict:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state: dict) -> None:
+        for part, part_state in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(part_state)
+        self._share()
+
+
+def _muon(model: torch.nn.Module, lr: float, adamw: dict) -> MuonWithAdamW:
+    ends = {id(p) for module in (model.lm.get_input_embeddings(), model.lm.get_output_embeddings(), model.value_head) for p in module.parameters()}
+    matrices = [p for p in model.parameters() if p.dim() == 2 and id(p) not in ends]
+    chosen = {id(p) for p in matrices}
+    return MuonWithAdamW(matrices, [p for p in model.parameters() if id(p) not in chosen], lr, adamw)
+
+
+# Adam's eps 1e-5, not torch's 1e-8: the first steps are far less wild (N+ details, 2403.17031). No weight decay: PPO has its own anchor.
+_ADAM = dict(betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
+OPTIMIZERS = {
+    "adamw": lambda model, lr: torch.optim.AdamW(model.parameters(), lr=lr, **_ADAM),
+    "adam": lambda model, lr: torch.optim.Adam(model.parameters(), lr=lr, **_ADAM),
+    "sgd": lambda model, lr: torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9),
+    "adafactor": lambda model, lr: torch.optim.Adafactor(model.parameters(), lr=lr),
+    "muon": lambda model, lr: _muon(model, lr, _ADAM),
+}
+
+# progress 0..1 from the end of the warm-up to the end of the run -> share of the peak learning rate
+SCHEDULERS = {
+    "constant": lambda progress: 1.0,
+    "linear": lambda progress: 1 - progress,
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+    "wsd": lambda progress: min(1.0, (1 - progress) / 0.2),  # warm up, stay, decay over the last fifth
+}
+
+
+def learning_rate_factor(name: str, steps: int, warmup_steps: int) -> Callable[[int], float]:
+    """step (from 0) -> share of the peak: rises linearly to 1 over `warmup_steps`, then follows SCHEDULERS[name] to the last step."""
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        return SCHEDULERS[name](min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps)))
+
+    return factor
 
 
 def accumulate(batch, rows: torch.Tensor, micro_batch_size: int | None, loss_fn) -> dict[str, float]:

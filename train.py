@@ -23,7 +23,7 @@ import transformers
 from tqdm import tqdm
 
 from data import BatchStream, columns_of, demonstration_batch, encode_prompt, load_examples, load_pairs, split_examples
-from engine import Parser, UserError, number, one_line_errors, pick_device
+from engine import OPTIMIZERS, SCHEDULERS, Parser, UserError, learning_rate_factor, number, one_line_errors, pick_device
 from evaluate import evaluate
 from hybrid import HybridModel, build_tiny
 from ppo import AdaptiveKLController, FixedKLController, collect_rollout, ppo_step
@@ -60,10 +60,9 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     """Data in, phases alternate, metrics and checkpoints out. Returns the last evaluation."""
     model, tokenizer, train_examples, held_out, reward, reference = prepare(args)
     device = next(model.parameters()).device
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / args.warmup_steps) * (1 - step / args.steps)
-    )  # linear up, linear down to 0
+    optimizer = OPTIMIZERS[args.optimizer](model, args.lr)
+    factor = learning_rate_factor(args.scheduler, args.steps, args.warmup_steps)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     if args.kl_target is None:
         kl_controller = FixedKLController(args.kl_coef)
     else:
@@ -364,8 +363,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--sft-warmup", type=number(int, 0), help="SFT cycles before the first PPO one (default: 30%% of a mixed run of 'tiny', else 0)")
     group.add_argument("--batch-size", type=count, default=32, help="demonstrations of an SFT step, episodes of a PPO step")
     group.add_argument("--micro-batch-size", type=count, help="rows per forward and backward; changes memory, not results (default: the batch)")
-    group.add_argument("--lr", type=positive, help="peak learning rate, falling to 0 (default: 3e-3 for 'tiny', else 1e-5; 1e-6 to 1e-3)")
-    group.add_argument("--warmup-steps", type=count, default=20, help="steps over which the learning rate rises")
+    group.add_argument("--lr", type=positive, help="peak learning rate (default: 3e-3 for 'tiny', else 1e-5; 1e-6 to 1e-3)")
+    group.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="adamw", help="torch's own; muon takes the matrices, AdamW the rest")
+    group.add_argument("--scheduler", choices=tuple(SCHEDULERS), default="linear", help="learning rate after the warm-up; wsd decays in the last fifth")
+    group.add_argument("--warmup-steps", type=number(int, 0), default=20, help="steps over which the learning rate rises")
     group.add_argument("--max-grad-norm", type=positive, default=1.0, help="gradient clipping")
     group = parser.add_argument_group("ppo")
     group.add_argument("--reward", help="reward expression, such as '0.7*rouge_l + 0.3*bleu' or my.py:function (default: sentiment)")

@@ -22,7 +22,7 @@ from hybrid import HybridModel, build_tiny
 from sft import sft_step
 from train import is_ppo_step, main, parse_args
 
-FAST = "--limit 60 --steps 6 --batch-size 4 --max-new-tokens 6 --eval-size 4 --eval-every 0 --device cpu --warmup-steps 1".split()
+FAST = "--limit 60 --steps 6 --batch-size 4 --max-new-tokens 6 --eval-size 4 --eval-every 0 --device cpu --warmup-steps 0".split()
 
 
 def run(tmp_path, *flags, name="run"):

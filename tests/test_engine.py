@@ -1,0 +1,111 @@
+"""Optimisers and schedules against torch's own classes and closed forms."""
+
+import copy
+import math
+
+import pytest
+import torch
+from conftest import build_lm, ragged_batch
+from torch.optim import lr_scheduler as torch_schedules
+
+from data import make_batch
+from engine import OPTIMIZERS, SCHEDULERS, MuonWithAdamW, learning_rate_factor
+from hybrid import HybridModel
+from sft import sft_step
+
+ADAM = dict(betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
+ORACLES = {
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, **ADAM),
+    "adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-3, **ADAM),
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=1e-3, momentum=0.9),
+    "adafactor": lambda parameters: torch.optim.Adafactor(parameters, lr=1e-3),
+}
+
+
+def train(model, optimizer, steps=4):
+    batch = make_batch(None, *ragged_batch(), max_length=32)
+    losses = [sft_step(model, batch, optimizer)["sft/loss"] for _ in range(steps)]
+    return losses, [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_an_optimiser_is_torchs_own(name):
+    model = HybridModel(build_lm("llama"))
+    twin = copy.deepcopy(model)
+    _, ours = train(model, OPTIMIZERS[name](model, 1e-3))
+    _, theirs = train(twin, ORACLES[name](twin.parameters()))
+    assert all(torch.equal(x, y) for x, y in zip(ours, theirs))
+
+
+def test_muon_takes_the_matrices_and_adamw_the_rest():
+    model = HybridModel(build_lm("llama"))
+    names = {id(p): name for name, p in model.named_parameters()}
+    optimizer = OPTIMIZERS["muon"](model, 1e-3)
+    muon, adamw = ({names[id(p)] for g in part.param_groups for p in g["params"]} for part in optimizer.parts)
+    assert muon | adamw == set(names.values()) and not muon & adamw
+    assert all("_proj" in name for name in muon) and {"value_head.weight", "lm.lm_head.weight", "lm.model.embed_tokens.weight"} <= adamw
+
+    twin = copy.deepcopy(model)
+    parameters = dict(twin.named_parameters())
+    pair = [
+        torch.optim.Muon([p for n, p in parameters.items() if n in muon], lr=1e-3, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW([p for n, p in parameters.items() if n in adamw], lr=1e-3, **ADAM),
+    ]
+
+    class Both:
+        def step(self):
+            [part.step() for part in pair]
+
+        def zero_grad(self, set_to_none):
+            [part.zero_grad(set_to_none) for part in pair]
+
+    _, ours = train(model, optimizer)
+    _, theirs = train(twin, Both())
+    assert all(torch.equal(x, y) for x, y in zip(ours, theirs))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimiser_learns_follows_the_schedule_and_resumes(name):
+    model = HybridModel(build_lm("llama"))
+    optimizer = OPTIMIZERS[name](model, 0.1 if name == "sgd" else 3e-3)
+    scheduler = torch_schedules.LambdaLR(optimizer, lambda step: 0.5**step)
+    losses, _ = train(model, optimizer, 8)
+    assert losses[-1] < losses[0]
+    scheduler.step()
+    groups = [g for part in getattr(optimizer, "parts", [optimizer]) for g in part.param_groups]
+    assert {g["lr"] for g in groups} == {0.05 if name == "sgd" else 1.5e-3}
+    twin = copy.deepcopy(model)
+    other = OPTIMIZERS[name](twin, 1.0)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert all(torch.equal(x, y) for x, y in zip(train(model, optimizer)[1], train(twin, other)[1]))
+    assert isinstance(optimizer, MuonWithAdamW) == (name == "muon")
+
+
+def rates(name, steps=50, warmup=10):
+    factor = learning_rate_factor(name, steps, warmup)
+    return [factor(step) for step in range(steps)]
+
+
+def test_schedules_equal_torchs_own():
+    def theirs(make):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        schedule, values = make(optimizer), []
+        for _ in range(40):
+            values.append(schedule.get_last_lr()[0])
+            optimizer.step()
+            schedule.step()
+        return values
+
+    linear = theirs(lambda o: torch_schedules.LinearLR(o, start_factor=1.0, end_factor=0.0, total_iters=40))
+    cosine = theirs(lambda o: torch_schedules.CosineAnnealingLR(o, T_max=40))
+    constant = theirs(lambda o: torch_schedules.ConstantLR(o, factor=1.0))
+    for name, expected in (("linear", linear), ("cosine", cosine), ("constant", constant)):
+        assert rates(name)[10:] == pytest.approx(expected, abs=1e-9), name
+
+
+def test_schedules_in_closed_form():
+    for name in SCHEDULERS:
+        assert rates(name)[:10] == pytest.approx([(i + 1) / 10 for i in range(10)]), "warm-up"
+        assert learning_rate_factor(name, 50, 0)(0) == 1 and learning_rate_factor(name, 5, 10)(4) == 0.5
+    assert rates("linear")[30] == 0.5 and rates("cosine")[20] == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
+    assert rates("wsd")[10:42] == [1.0] * 32 and rates("wsd")[42:] == pytest.approx([1 - i / 8 for i in range(8)])
