@@ -25,6 +25,9 @@ def one_line_errors(main: Callable):
         except UserError as problem:
             print(f"error: {' '.join(str(problem).split())}", file=sys.stderr)
             raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise SystemExit(130) from None
 
     return run
 

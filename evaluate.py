@@ -1,15 +1,24 @@
-"""Held-out measurements: how well the model still writes the data, and what the reward thinks of what it writes now.
+"""Held-out measurements, a verdict on a run's health, and its curves.
 
-Left out on purpose: benchmark suites. Called by `train.py` every `--eval-every` steps; it draws from a generator of its own,
-so that evaluating more or less often never changes the training run.
+`evaluate` says how well the model still writes the data and what the reward thinks of what it writes now. `train.py` calls it every
+`--eval-every` steps; it draws from a generator of its own, so that evaluating more or less often never changes the training run.
+Left out on purpose: benchmark suites.
+
+    python evaluate.py --health out        # one line: healthy, or what to suspect and why
+    python evaluate.py --plot out          # out/curves.png (needs matplotlib)
 """
+
+import sys
+from pathlib import Path
 
 import torch
 
 from data import Example, columns_of, decode, demonstration_batch, encode_prompt, make_batch, review_metrics
+from engine import Parser, UserError, one_line_errors
 from generate import generate
 from hybrid import HybridModel, score_rows
 from ppo import kl_estimate
+from runs import read_rows
 from sft import sft_loss
 
 
@@ -70,3 +79,101 @@ def evaluate(
     if is_reviews:
         metrics |= review_metrics([example.prompt for example in examples], completions)
     return {f"eval/{name}": float(value) for name, value in metrics.items()}, samples
+
+
+# ------------------------------------------------------------------------------------------------ is it healthy?
+
+
+def _ends(rows: list[dict], key: str) -> tuple[float, float] | None:
+    """Means over the first and the last third of the rows that have the key; None where fewer than three do."""
+    values = [row[key] for row in rows if key in row]
+    third = len(values) // 3
+    return (sum(values[:third]) / third, sum(values[-third:]) / third) if third else None
+
+
+# (key, is it sick, given the means of its first and last third?, what to suspect)
+RULES = [
+    ("ppo/sampler_gap", lambda first, last: last > 1e-2, "sampled and scored log-probabilities differ: a bug, or very low precision"),
+    ("ppo/first_ratio_gap", lambda first, last: last > 1e-3, "the first ratio of an update is not 1: rollouts are off-policy, or dropout is on"),
+    ("ppo/kl_k1", lambda first, last: last < -1, "the KL is negative: the sampler does not draw from the scored distribution"),
+    ("ppo/kl", lambda first, last: last > 50, "the KL is above 50 nats a response: reward hacking; raise --kl-coef"),
+    ("ppo/score", lambda first, last: last < first - 0.05 * abs(first) - 1e-9, "the reward falls: --lr too large, or --kl-coef too high"),
+    ("ppo/entropy", lambda first, last: last < 0.2 * first, "the entropy collapsed to a fifth: the same answer to everything"),
+    ("ppo/clipfrac", lambda first, last: last > 0.3, "more than 0.3 of the tokens are clipped: lower --lr or --ppo-epochs"),
+    ("ppo/var_explained", lambda first, last: last < -1, "the value head is worse than a constant: raise --vf-coef"),
+    ("ppo/response_length", lambda first, last: not 0.5 < last / first < 2, "the responses changed their length twofold: the reward likes length or silence"),
+    ("ppo/eos_rate", lambda first, last: last < 0.1, "hardly any response ends by itself: raise --max-new-tokens, or EOS is not trained"),
+    ("ppo/unscored", lambda first, last: last > 0.1, "more than a tenth of the responses got no score: look at the judge"),
+    ("sft/skipped_steps", lambda first, last: last > 0.01, "SFT updates were skipped: lower --lr"),
+    ("ppo/skipped_steps", lambda first, last: last > 0.01, "PPO updates were skipped: lower --lr, or scale the reward"),
+    ("sft/loss", lambda first, last: last > 1.2 * first, "the SFT loss rises: --lr too large, or PPO undoes it; lower --ppo-ratio"),
+]
+SHOWN = ("ppo/score", "ppo/kl", "ppo/entropy", "ppo/clipfrac", "ppo/var_explained", "ppo/response_length", "sft/loss")
+
+
+def verdict(rows: list[dict]) -> str:
+    """One line on the rows of a metrics.jsonl: `verdict: healthy` or what to suspect, by RULES, then first third -> last third."""
+    if not rows:
+        return "verdict: nothing was recorded"
+    suspicions = [f"{key} {ends[1]:.3g}: {text}" for key, sick, text in RULES if (ends := _ends(rows, key)) and sick(*ends)]
+    evaluations = [row for row in rows if row["phase"] == "eval"]
+    nll = [row["eval/nll"] for row in evaluations if "eval/nll" in row]
+    if nll and nll[-1] > min(nll) + 0.5:
+        suspicions.append(f"eval/nll {nll[-1]:.3g}, {nll[-1] - min(nll):.2g} above its best: PPO forgets the language; raise --kl-coef, lower --ppo-ratio")
+    if evaluations and evaluations[-1].get("eval/distinct", 1.0) < 0.5:
+        suspicions.append(f"eval/distinct {evaluations[-1]['eval/distinct']:.3g}: more than half of the responses are repeats")
+    skipped = sum(row.get(f"{phase}/skipped_steps", 0) for row in rows for phase in ("sft", "ppo"))
+    trends = [f"{key} {ends[0]:.3g} -> {ends[1]:.3g}" for key in SHOWN if (ends := _ends(rows, key))]
+    return f"verdict: {'suspect ' + '; '.join(suspicions) if suspicions else 'healthy'} ({', '.join([*trends, f'skipped updates {skipped:.0f}'])})"
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Curves of a run as a PNG: reward and NLL with the PPO stretches shaded, KL, length, and every leaf of the reward."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("--plot needs the package matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    leaves = sorted({key for row in rows for key in row if key.startswith("reward/")})
+    panels = {"reward": ["ppo/score", "eval/reward"], "NLL": ["sft/loss", "eval/nll"], "KL, nats a response": ["ppo/kl", "eval/kl"]}
+    panels |= {"length, tokens": ["ppo/response_length", "eval/response_length"], "reward, by leaf": leaves}
+    figure, axes = pyplot.subplots(len(panels), 1, sharex=True, figsize=(8, 2.2 * len(panels)), layout="constrained")
+    for axis, (title, keys) in zip(axes, panels.items()):
+        for key in keys:
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            if points:
+                axis.plot(*zip(*points), "o-" if key.startswith("eval/") else "-", markersize=3, linewidth=1, label=key)
+        for row in rows:
+            if row["phase"] == "ppo" and axis in axes[:2]:
+                axis.axvspan(row["step"] - 1, row["step"], color="0.92", linewidth=0)
+        axis.set_ylabel(title)
+        if axis.lines:
+            axis.legend(fontsize=7)
+    axes[-1].set_xlabel("step (shaded: PPO)")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(__doc__.splitlines()[0])
+    parser.add_argument("--health", metavar="OUT", help="print the verdict on a run folder")
+    parser.add_argument("--plot", metavar="OUT", help="draw the curves of a run folder to OUT/curves.png")
+    args = parser.parse_args(argv)
+    if args.health is None and args.plot is None:
+        raise UserError("say --health OUT or --plot OUT")
+    for out in filter(None, (args.health, args.plot)):
+        rows = read_rows(Path(out) / "metrics.jsonl")
+        if not rows:
+            raise UserError(f"{out} holds no metrics.jsonl with a complete line")
+        if out == args.health:
+            print(verdict(rows))
+        if out == args.plot:
+            plot(rows, Path(out) / "curves.png")
+            print(Path(out) / "curves.png")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

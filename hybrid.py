@@ -9,12 +9,15 @@ the distribution of token t (through `lm_head`) and the value of the state just 
     logprobs        0    0    0    *    *    *    0        taken from hidden column 2, 3, 4
 
 Left out on purpose: a separate critic (the trunk is shared, as in Ziegler et al. 1909.08593), dropout (it would make the PPO ratio
-differ from 1 before the first update), half-precision weights. Try a folder: `python sample.py PATH "some prompt"`.
+differ from 1 before the first update), half-precision weights.
+
+    python hybrid.py merge out-sft/final out-ppo/final --weight 0.5 --out merged      # the average of two checkpoints
 """
 
 import copy
 import inspect
 import logging
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +28,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, PreTrainedTokenizerFast
 
-from engine import UserError
+from engine import Parser, UserError, number, one_line_errors
 
 LOGIT_CHUNK = 1024  # response tokens that pass through lm_head together: bounds the memory at (LOGIT_CHUNK, V)
 VALUE_HEAD = "value_head.safetensors"
@@ -319,3 +322,41 @@ def build_tiny(texts: list[str], seed: int = 0) -> tuple[nn.Module, PreTrainedTo
         torch.manual_seed(seed)
         lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return lm, tokenizer
+
+
+@torch.no_grad()
+def merge(a: HybridModel, b: HybridModel, weight: float) -> HybridModel:
+    """(1 - weight) * a + weight * b, parameter by parameter; `a` is changed and returned. Raises UserError for unlike models.
+
+    A tied weight is one parameter, averaged once, and stays tied. Buffers (integer ones among them) are a's.
+    """
+    ours, theirs = dict(a.named_parameters()), dict(b.named_parameters())
+    shapes = [{name: tuple(p.shape) for name, p in side.items()} for side in (ours, theirs)]
+    if shapes[0] != shapes[1]:
+        odd = next(name for name in sorted(shapes[0].keys() | shapes[1].keys()) if shapes[0].get(name) != shapes[1].get(name))
+        raise UserError(f"the two models do not fit together: {odd} is {shapes[0].get(odd, 'absent')} in one, {shapes[1].get(odd, 'absent')} in the other")
+    for name, parameter in ours.items():
+        parameter.lerp_(theirs[name], weight)  # exact at 0 and 1, and where both are equal
+    return a
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser("Merge two checkpoints into one plain Hugging Face folder.")
+    parser.add_argument("command", choices=("merge",), help="merge: linear average of the weights")
+    parser.add_argument("a", help="a checkpoint folder or hub id")
+    parser.add_argument("b", help="another of the same architecture and vocabulary")
+    parser.add_argument("--weight", type=number(float, 0, 1), default=0.5, help="share of the second model: 0 is the first, 1 the second")
+    parser.add_argument("--out", required=True, help="folder for the result; must not exist")
+    args = parser.parse_args(argv)
+    if Path(args.out).exists():
+        raise UserError(f"--out {args.out} already exists; choose another folder")
+    (a, tokenizer), (b, other) = HybridModel.load(args.a), HybridModel.load(args.b)
+    if tokenizer.get_vocab() != other.get_vocab():
+        raise UserError(f"{args.a} and {args.b} have different vocabularies, so their weights do not mean the same")
+    merge(a, b, args.weight).save(args.out, tokenizer)
+    print(f"{1 - args.weight:g} x {args.a} + {args.weight:g} x {args.b} is in {args.out}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

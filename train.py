@@ -8,13 +8,7 @@ share one model, one optimiser and one step counter. Left out on purpose: a Trai
 """
 
 import argparse
-import json
 import math
-import os
-import random
-import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -24,14 +18,16 @@ from tqdm import tqdm
 
 from data import BatchStream, columns_of, demonstration_batch, encode_prompt, load_examples, load_pairs, split_examples
 from engine import OPTIMIZERS, SCHEDULERS, Parser, UserError, learning_rate_factor, number, one_line_errors, pick_device
-from evaluate import evaluate
+from evaluate import evaluate, verdict
 from hybrid import HybridModel, build_tiny
 from ppo import AdaptiveKLController, FixedKLController, collect_rollout, ppo_step
 from rewards import build_reward
+from runs import MetricLog, Stop, append_rows, forget_after, graceful_stop, load_checkpoint, newest_checkpoint, open_run_folder
+from runs import read_config, read_rows, require, save_checkpoint
 from sft import sft_step
 
 ON_THE_BAR = {"loss": "sft/loss", "reward": "ppo/score", "kl": "ppo/kl"}
-MAY_CHANGE = ("steps", "eval_every", "eval_size", "save_every", "out", "device")  # what a resumed run may do differently
+MAY_CHANGE = ("steps", "eval_every", "eval_size", "save_every", "keep", "log", "out", "device")  # what a resumed run may do differently
 MAX_SKIPPED = 10  # cycles in a row without a finite gradient, after which a run is lost and says so
 
 
@@ -56,8 +52,8 @@ def is_ppo_step(step: int, ppo_ratio: float | tuple[float, float], steps: int | 
 # ------------------------------------------------------------------------------------------------ the run
 
 
-def run(args: argparse.Namespace) -> dict[str, float]:
-    """Data in, phases alternate, metrics and checkpoints out. Returns the last evaluation."""
+def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
+    """Data in, phases alternate, metrics and checkpoints out. Returns the last evaluation; `stop` ends it after a step."""
     model, tokenizer, train_examples, held_out, reward, reference = prepare(args)
     device = next(model.parameters()).device
     optimizer = OPTIMIZERS[args.optimizer](model, args.lr)
@@ -76,78 +72,99 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     stateful = dict(optimizer=optimizer, scheduler=scheduler, sft_stream=sft_stream, ppo_stream=ppo_stream, kl_controller=kl_controller)
     stateful |= {"reward": reward} if reward is not None else {}
     generators = dict(sampling=sampling_generator, order=order_generator)
-    out = Path(args.resume) if args.resume else open_run_folder(args)
+    if args.log != "none":
+        require(args.log)
+    out = Path(args.resume or args.out)
+    if not args.resume:
+        open_run_folder(out, vars(args), args.overwrite)
+    log = MetricLog(out, args.log, vars(args))
 
     def evaluate_now(step: int) -> tuple[dict, list[dict]]:
         metrics, samples = evaluate(
             model, tokenizer, held_out, **sampling, reward=reward, reference=reference, batch_size=args.batch_size,
             micro_batch_size=args.micro_batch_size, seed=args.seed, is_reviews=args.data == "reviews",
         )  # fmt: skip
-        append_rows(out / "metrics.jsonl", [{"step": step, "phase": "eval", **finite(metrics)}])
+        log.write(step, "eval", metrics)
         append_rows(out / "samples.jsonl", [{"step": step, **sample} for sample in samples[:3]])
         return metrics, samples[:3]
 
     def save(name: str, step: int) -> None:
         counters = dict(step=step, ppo_steps=ppo_steps, skipped=skipped, before=before, samples_before=samples_before)
-        save_checkpoint(out / name, model, tokenizer, reference, counters, stateful, generators)
+        save_checkpoint(out / name, model, tokenizer, reference, counters, stateful, generators, args.keep)
 
-    if args.resume:
-        counters, reference = load_checkpoint(newest_checkpoint(out), model, reference, stateful, generators)
+    checkpoint = newest_checkpoint(out) if args.resume else None
+    if checkpoint:
+        counters, reference = load_checkpoint(checkpoint, model, reference, stateful, generators)
         if counters["step"] >= args.steps:
             raise UserError(f"--resume {out}: the run has done its {counters['step']} steps; give more --steps to go on")
         forget_after(out, counters["step"])
-    else:
+    else:  # a run that died before its first checkpoint starts again
+        forget_after(out, -1)
         before, samples_before = evaluate_now(0)
         counters = dict(step=0, ppo_steps=0, skipped=0, before=before, samples_before=samples_before)
     first_step, ppo_steps, skipped, before, samples_before = counters.values()
     shown = {}  # what stands behind the bar: the latest value of each, whichever phase is running
-    bar = tqdm(total=args.steps, initial=first_step, desc="train", dynamic_ncols=True)
-    for step in range(first_step, args.steps):
-        started = time.perf_counter()
-        since_warmup = step - args.sft_warmup
-        if since_warmup < 0 or not is_ppo_step(since_warmup, args.ppo_ratio, args.steps - args.sft_warmup):
-            # ---- SFT: learn from demonstrations
-            phase = "sft"
-            batch = demonstration_batch(tokenizer, sft_stream.next(), args.max_length).to(device)
-            metrics = sft_step(model, batch, optimizer, **update)
-        else:
-            # ---- PPO: learn from the reward. The rollout is taken here, after the SFT steps before it, so it is on-policy.
-            phase = "ppo"
-            if reference is None or (args.ref_refresh and ppo_steps and ppo_steps % args.ref_refresh == 0):
-                reference = model.frozen_copy()  # the policy as PPO first meets it: the KL must not undo what SFT has taught
-            rollout, metrics = collect_rollout(
-                model, reference, tokenizer, ppo_stream.next(), reward, **sampling,
-                kl_coef=kl_controller.value, kl_estimator=args.kl_estimator, gamma=args.gamma, lam=args.lam,
-                missing_eos_penalty=args.missing_eos_penalty, whiten_rewards=args.whiten_rewards,
-                micro_batch_size=args.micro_batch_size, generator=sampling_generator,
-            )  # fmt: skip
-            metrics |= reward.metrics()
-            metrics |= ppo_step(
-                model, rollout, optimizer, **update, ppo_epochs=args.ppo_epochs, minibatches=args.minibatches,
-                temperature=args.temperature, cliprange=args.cliprange, cliprange_value=args.cliprange_value,
-                vf_coef=args.vf_coef, target_kl=args.target_kl, generator=order_generator,
-            )  # fmt: skip
-            if metrics["ppo/unscored"] < 1:
-                kl_controller.update(metrics["ppo/kl_k1"], args.batch_size)
-            ppo_steps += 1
-        # ---- bookkeeping
-        metrics |= {"lr": scheduler.get_last_lr()[0], "seconds": time.perf_counter() - started}
-        scheduler.step()
-        append_rows(out / "metrics.jsonl", [{"step": step + 1, "phase": phase, **finite(metrics)}])
-        shown |= {name: f"{metrics[key]:.3f}" for name, key in ON_THE_BAR.items() if key in metrics}
-        bar.set_postfix(shown, refresh=False)
-        bar.update()
-        skipped = 0 if f"{phase}/grad_norm" in metrics else skipped + 1
-        if skipped == MAX_SKIPPED:
-            raise UserError(f"no finite gradient in {MAX_SKIPPED} steps in a row (now step {step + 1}); a smaller --lr may help")
-        if step + 1 == args.steps or (args.eval_every and (step + 1) % args.eval_every == 0):
-            after, samples_after = evaluate_now(step + 1)
-            print_evaluation(step + 1, after, samples_after)
-        if args.save_every and (step + 1) % args.save_every == 0:
-            save(f"checkpoint-{step + 1:06d}", step + 1)
-    bar.close()
+    with tqdm(total=args.steps, initial=first_step, desc="train", dynamic_ncols=True) as bar:
+        for step in range(first_step, args.steps):
+            started = time.perf_counter()
+            since_warmup = step - args.sft_warmup
+            if since_warmup < 0 or not is_ppo_step(since_warmup, args.ppo_ratio, args.steps - args.sft_warmup):
+                # ---- SFT: learn from demonstrations
+                phase = "sft"
+                drawn = sft_stream.next()
+                batch = demonstration_batch(tokenizer, drawn, args.max_length).to(device)
+                metrics = sft_step(model, batch, optimizer, **update)
+            else:
+                # ---- PPO: learn from the reward. The rollout is taken here, after the SFT steps before it, so it is on-policy.
+                phase = "ppo"
+                if reference is None or (args.ref_refresh and ppo_steps and ppo_steps % args.ref_refresh == 0):
+                    reference = model.frozen_copy()  # the policy as PPO first meets it: the KL must not undo what SFT has taught
+                drawn = ppo_stream.next()
+                rollout, metrics = collect_rollout(
+                    model, reference, tokenizer, drawn, reward, **sampling,
+                    kl_coef=kl_controller.value, kl_estimator=args.kl_estimator, gamma=args.gamma, lam=args.lam,
+                    missing_eos_penalty=args.missing_eos_penalty, whiten_rewards=args.whiten_rewards,
+                    micro_batch_size=args.micro_batch_size, generator=sampling_generator,
+                )  # fmt: skip
+                metrics |= reward.metrics()
+                metrics |= ppo_step(
+                    model, rollout, optimizer, **update, ppo_epochs=args.ppo_epochs, minibatches=args.minibatches,
+                    temperature=args.temperature, cliprange=args.cliprange, cliprange_value=args.cliprange_value,
+                    vf_coef=args.vf_coef, target_kl=args.target_kl, generator=order_generator,
+                )  # fmt: skip
+                if metrics["ppo/unscored"] < 1:
+                    kl_controller.update(metrics["ppo/kl_k1"], args.batch_size)
+                ppo_steps += 1
+            # ---- bookkeeping
+            metrics |= {"lr": scheduler.get_last_lr()[0], "seconds": time.perf_counter() - started}
+            scheduler.step()
+            log.write(step + 1, phase, metrics)
+            shown |= {name: f"{metrics[key]:.3f}" for name, key in ON_THE_BAR.items() if key in metrics}
+            bar.set_postfix(shown, refresh=False)
+            bar.update()
+            skipped = 0 if f"{phase}/grad_norm" in metrics else skipped + 1
+            if metrics[f"{phase}/skipped_steps"]:
+                append_rows(out / "skipped.jsonl", [{"step": step + 1, "phase": phase, "prompts": [example.prompt for example in drawn]}])
+                tqdm.write(f"step {step + 1}: {phase} gradient not finite, update skipped; the batch is in {out / 'skipped.jsonl'}")
+            if skipped == MAX_SKIPPED:
+                save(f"checkpoint-{step + 1:06d}", step + 1)  # the weights are those before the first of them
+                raise UserError(
+                    f"no finite gradient in {MAX_SKIPPED} steps in a row (now step {step + 1}); the last good weights are in "
+                    f"{out / f'checkpoint-{step + 1:06d}'}, the batches in {out / 'skipped.jsonl'}; a smaller --lr may help"
+                )
+            if step + 1 == args.steps or (args.eval_every and (step + 1) % args.eval_every == 0):
+                after, samples_after = evaluate_now(step + 1)
+                print_evaluation(step + 1, after, samples_after)
+            if step + 1 == args.steps:
+                break
+            if stop.signal or (args.save_every and (step + 1) % args.save_every == 0):
+                save(f"checkpoint-{step + 1:06d}", step + 1)
+            if stop.signal:
+                print(f"stopped after step {step + 1}; go on with: python train.py --resume {out}", flush=True)
+                raise SystemExit(128 + stop.signal)
     save("final", args.steps)
     print_summary(out, before, after, samples_before, samples_after)
+    print(verdict(read_rows(out / "metrics.jsonl")))
     return after
 
 
@@ -211,97 +228,6 @@ def resolve_defaults(args: argparse.Namespace, model: HybridModel) -> None:
         args.micro_batch_size = args.batch_size
     if args.reward is None and args.ppo_ratio != 0:
         args.reward = "sentiment"
-
-
-# ------------------------------------------------------------------------------------------------ what a run leaves behind
-
-
-def open_run_folder(args: argparse.Namespace) -> Path:
-    """Create `--out` with its config.json. Raises UserError rather than write over anything without `--overwrite`."""
-    out = Path(args.out)
-    try:
-        files = [out / name for name in ("config.json", "metrics.jsonl", "samples.jsonl", "final")]
-        old = [path for path in [*files, *out.glob("checkpoint-*")] if path.exists()]
-        if old and not args.overwrite:
-            raise UserError(f"--out {out} already holds a run ({old[0].name}); choose another folder, or pass --overwrite to replace it")
-        out.mkdir(parents=True, exist_ok=True)
-        for path in old:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
-        config = {**vars(args), "versions": versions, "git_commit": git_commit()}
-        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    except OSError as problem:
-        raise UserError(f"--out {out} cannot be written: {problem.strerror or problem}") from None
-    return out
-
-
-def git_commit() -> str | None:
-    """The commit of this code, None where there is no git or no repository."""
-    if shutil.which("git") is None:
-        return None
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    return done.stdout.strip() or None
-
-
-def save_checkpoint(folder: Path, model, tokenizer, reference, counters: dict, stateful: dict, generators: dict) -> None:
-    """The model as a plain Hugging Face folder, and `trainer_state.pt`: everything else that the next step depends on.
-
-    A folder that has this name is complete: it is written under another one and renamed.
-    """
-    unfinished = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model.save(unfinished, tokenizer)
-    state = {
-        "counters": counters,
-        "stateful": {name: thing.state_dict() for name, thing in stateful.items()},
-        "generators": {name: generator.get_state() for name, generator in generators.items()},
-        "rng": {"python": random.getstate(), "torch": torch.get_rng_state()},  # for the sake of rewards that users write
-        "reference": reference and reference.state_dict(),
-    }
-    torch.save(state, unfinished / "trainer_state.pt")
-    shutil.rmtree(folder, ignore_errors=True)  # only `final` is ever there already, after a resume
-    os.replace(unfinished, folder)
-
-
-def load_checkpoint(folder: Path, model: HybridModel, reference: HybridModel | None, stateful: dict, generators: dict):
-    """The inverse: everything is put back in place. -> counters, reference."""
-    state = torch.load(folder / "trainer_state.pt", weights_only=True)
-    model.load_state_dict(HybridModel.load(str(folder))[0].state_dict())
-    for name, thing in stateful.items():
-        thing.load_state_dict(state["stateful"][name])
-    for name, generator in generators.items():
-        generator.set_state(state["generators"][name])
-    random.setstate(state["rng"]["python"])
-    torch.set_rng_state(state["rng"]["torch"])
-    if state["reference"] is not None:
-        reference = reference or model.frozen_copy()
-        reference.load_state_dict(state["reference"])
-    return state["counters"], reference
-
-
-def newest_checkpoint(out: Path) -> Path | None:
-    """The complete checkpoint, `final` included, with the most steps."""
-    states = [*out.glob("checkpoint-*/trainer_state.pt"), *out.glob("final/trainer_state.pt")]
-    newest = max(states, key=lambda path: torch.load(path, weights_only=True, mmap=True)["counters"]["step"], default=None)
-    return newest and newest.parent
-
-
-def forget_after(out: Path, step: int) -> None:
-    """Drop the rows of metrics.jsonl and samples.jsonl that the resumed run will write again, and a line torn by a crash."""
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        lines = (out / name).read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        (out / name).write_text("".join(kept), encoding="utf-8")
-
-
-def append_rows(path: Path, rows: list[dict]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-
-
-def finite(metrics: dict[str, float]) -> dict[str, float]:
-    """JSON knows no NaN: a number that is none, as the loss of a skipped step may be, is left out."""
-    return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
 # ------------------------------------------------------------------------------------------------ what a person sees
@@ -393,17 +319,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--resume", metavar="OUT", help="go on from the newest checkpoint of this run folder, with its flags")
     group.add_argument("--eval-every", type=number(int, 0), default=100, help="steps between evaluations; 0 only at the start and the end")
     group.add_argument("--eval-size", type=count, default=256, help="held-out examples per evaluation")
-    group.add_argument("--save-every", type=number(int, 0), default=0, help="steps between checkpoints; 0 only the final model")
+    group.add_argument("--save-every", type=number(int, 0), default=100, help="steps between checkpoints; 0 only the final model")
+    group.add_argument("--keep", type=count, default=2, help="checkpoints to keep, the newest ones")
+    group.add_argument("--log", choices=("none", "wandb", "tensorboard"), default="none", help="mirror of metrics.jsonl (optional packages)")
     group.add_argument("--seed", type=number(int, 0, 2**32 - 2), default=0, help="of model, data order and sampling: the same seed, the same run")
     group.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args(argv)
     if args.resume is None:
         return args
-    config_file = Path(args.resume) / "config.json"
-    if not config_file.is_file() or newest_checkpoint(Path(args.resume)) is None:
-        raise UserError(f"--resume {args.resume}: nothing to resume there; expected a run folder with config.json and a checkpoint")
-    config = json.loads(config_file.read_text())
-    config["ppo_ratio"] = tuple(config["ppo_ratio"]) if isinstance(config["ppo_ratio"], list) else config["ppo_ratio"]
+    config = read_config(Path(args.resume))
     flags = {name: config[name] for name in vars(args) if name not in ("resume", "overwrite")}
     parser.set_defaults(**flags)
     args = parser.parse_args(argv)
@@ -419,7 +343,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     """Run with command-line flags; returns the metrics of the last evaluation. A user's mistake exits with status 2 and one line."""
     transformers.utils.logging.disable_progress_bar()  # one bar is enough: ours
     transformers.utils.logging.set_verbosity_error()
-    return run(parse_args(argv))
+    args = parse_args(argv)
+    with graceful_stop() as stop:
+        return run(args, stop)
 
 
 if __name__ == "__main__":

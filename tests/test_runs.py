@@ -1,0 +1,376 @@
+"""Runs that are killed, interrupted, starved of disk or fed with NaN: nothing is lost, and the end is that of an undisturbed run."""
+
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import engine
+import hybrid
+import runs
+import train
+from engine import UserError
+from evaluate import RULES, main as evaluate_main, verdict
+from hybrid import HybridModel, build_tiny, merge
+from train import main
+
+SHORT = "--limit 60 --steps 14 --sft-warmup 4 --batch-size 4 --micro-batch-size 3 --max-new-tokens 6 --eval-size 4 --eval-every 5 --save-every 3".split()
+SHORT += ["--reward", "clip(ema(sentiment), -3, 3) + mixture(length, repetition)", "--ref-refresh", "2", "--device", "cpu", "--keep", "2"]
+
+
+def rows_of(out: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in runs.read_rows(out / "metrics.jsonl")]
+
+
+def assert_equal_runs(a: Path, b: Path) -> None:
+    assert rows_of(a) == rows_of(b)
+    assert (a / "samples.jsonl").read_text() == (b / "samples.jsonl").read_text()
+    for name in ("model.safetensors", "value_head.safetensors"):
+        left, right = load_file(a / "final" / name), load_file(b / "final" / name)
+        assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+    left, right = (torch.load(x / "final" / "trainer_state.pt", weights_only=True) for x in (a, b))
+    assert str(left["stateful"]) == str(right["stateful"]) and str(left["counters"]) == str(right["counters"])
+
+
+def in_a_child(argv: list[str]) -> int:
+    """Fork and run `main(argv)`; -> process id. A fork has torch loaded already, so that twenty of them take no time."""
+    pid = os.fork()
+    if pid == 0:
+        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, 1)
+        os.dup2(devnull, 2)
+        code = 0
+        try:
+            main(argv)
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        except BaseException:
+            code = 99
+        os._exit(code)
+    return pid
+
+
+def wait_for(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_a_run_killed_at_random_moments_ends_like_one_that_was_not(tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    started = time.perf_counter()
+    assert wait_for(in_a_child([*SHORT, "--out", str(whole)])) == 0
+    seconds = time.perf_counter() - started
+    rng, kills, finished = random.Random(0), 0, 0
+    while kills < 25 or not finished:
+        if kills >= 25:
+            delay = 60.0
+        else:
+            delay = rng.random() * seconds * 0.7
+        resumable = (out / "config.json").exists()
+        pid = in_a_child(["--resume", str(out)] if resumable else [*SHORT, "--out", str(out), "--overwrite"])
+        deadline = time.perf_counter() + delay
+        while time.perf_counter() < deadline:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                assert os.waitstatus_to_exitcode(status) == 0
+                break
+            time.sleep(0.002)
+        else:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            kills += 1
+            for folder in out.glob("checkpoint-*"):
+                assert (folder / "trainer_state.pt").is_file() and (folder / "model.safetensors").is_file(), "a named folder is complete"
+            continue
+        assert_equal_runs(whole, out)
+        finished += 1
+        if kills < 25:
+            shutil.rmtree(out)  # it got through between two kills: once more from the start
+    assert finished >= 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_the_step_saved(tmp_path, number):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert wait_for(in_a_child([*SHORT, "--out", str(whole)])) == 0
+    pid = in_a_child([*SHORT, "--save-every", "0", "--out", str(out)])
+    while len(runs.read_rows(out / "metrics.jsonl")) < 4:
+        time.sleep(0.005)
+    os.kill(pid, number)
+    assert wait_for(pid) == 128 + number
+    (checkpoint,) = out.glob("checkpoint-*")
+    assert runs.read_rows(out / "metrics.jsonl")[-1]["step"] == int(checkpoint.name[-6:])
+    assert wait_for(in_a_child(["--resume", str(out)])) == 0
+    assert_equal_runs(whole, out)
+
+
+def test_a_signal_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    original = train.sft_step
+
+    def interrupted(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(train, "sft_step", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as caught:
+        main([*SHORT, "--out", str(tmp_path / "run")])
+    assert caught.value.code == 130 and signal.getsignal(signal.SIGINT) is before
+    assert f"stopped after step 1; go on with: python train.py --resume {tmp_path / 'run'}" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(tmp_path):
+    """A limit on the size of files stands in for the disk: the optimiser's state does not fit, the model does."""
+    out = tmp_path / "run"
+    script = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (6_000_000, resource.RLIM_INFINITY)); import sys; import train; train.main(sys.argv[2:])"
+    done = subprocess.run([sys.executable, "-c", script, "x", *SHORT, "--out", str(out)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "error: " in last and "checkpoint-000003 could not be written" in last and "there is no older one" in last
+    assert not list(out.glob(".*tmp")) and rows_of(out)[-1]["step"] == 3
+    assert wait_for(in_a_child(["--resume", str(out)])) == 0
+    assert rows_of(out)[-1]["step"] == 14 and resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+
+
+def test_metrics_that_cannot_be_written_are_one_line(tmp_path):
+    with pytest.raises(UserError, match="metrics.jsonl cannot be written: No space left on device; make room and go on with --resume"):
+        (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+        runs.append_rows(tmp_path / "metrics.jsonl", [{"step": 1}])
+
+
+def test_old_checkpoints_are_removed_whole(tmp_path):
+    main([*SHORT, "--out", str(tmp_path / "run")])
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-000009", "checkpoint-000012"]
+    assert not list((tmp_path / "run").glob(".*")), "no temporary folder is left"
+
+
+def test_torn_lines_are_dropped_and_newer_rows_forgotten(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    runs.forget_after(tmp_path, 2)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st{"step": 2}\n{"step": 3}\n')
+    assert runs.read_rows(tmp_path / "metrics.jsonl") == [{"step": 1}]
+
+
+def test_constant_rate_runs_may_be_made_longer_without_a_trace(tmp_path):
+    """2N steps == N steps, then --resume with 2N."""
+    flags = [*SHORT, "--scheduler", "constant", "--eval-every", "0"]
+    main([*flags, "--out", str(tmp_path / "whole"), "--save-every", "0"])
+    main([*flags, "--out", str(tmp_path / "half"), "--steps", "7", "--save-every", "0"])
+    main(["--resume", str(tmp_path / "half"), "--steps", "14"])
+    left, right = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("whole", "half"))
+    assert all(torch.equal(left[key], right[key]) for key in left)
+
+
+# ---- numbers that are not finite
+
+
+@pytest.mark.parametrize("phase", ["sft", "ppo"])
+def test_a_lost_update_is_skipped_counted_and_reported_with_its_batch(tmp_path, capsys, monkeypatch, phase):
+    calls, original = [], engine.apply_gradients
+
+    def poisoned(model, optimizer, max_grad_norm):
+        calls.append(0)
+        if len(calls) == 3:
+            next(model.parameters()).grad.fill_(math.nan)
+        return original(model, optimizer, max_grad_norm)
+
+    for module in ("sft", "ppo"):
+        monkeypatch.setattr(sys.modules[module], "apply_gradients", poisoned)
+    ratio = {"sft": "0", "ppo": "1"}[phase]
+    main("--limit 60 --steps 4 --batch-size 4 --max-new-tokens 6 --eval-size 4 --device cpu --minibatches 1 --ppo-epochs 1".split() + ["--ppo-ratio", ratio, "--out", str(tmp_path / "run")])
+    rows = {row["step"]: row for row in runs.read_rows(tmp_path / "run" / "metrics.jsonl") if row["phase"] == phase}
+    assert [rows[step][f"{phase}/skipped_steps"] for step in (1, 2, 3, 4)] == [0, 0, 1, 0] and f"{phase}/grad_norm" not in rows[3]
+    (report,) = runs.read_rows(tmp_path / "run" / "skipped.jsonl")
+    assert report["step"] == 3 and len(report["prompts"]) == 4
+    assert f"step 3: {phase} gradient not finite, update skipped" in capsys.readouterr().out
+    assert all(torch.isfinite(x).all() for x in load_file(tmp_path / "run" / "final" / "model.safetensors").values())
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of")
+def test_ten_lost_updates_in_a_row_stop_with_the_last_good_weights(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(engine.torch, "isfinite", lambda x: torch.tensor(False))
+    with pytest.raises(SystemExit) as caught:
+        main([*SHORT, "--ppo-ratio", "0", "--sft-warmup", "0", "--reward", "length", "--steps", "30", "--save-every", "0", "--out", str(tmp_path / "run")])
+    monkeypatch.undo()
+    message = capsys.readouterr().err
+    assert caught.value.code == 2 and "no finite gradient in 10 steps in a row (now step 10)" in message and "checkpoint-000010" in message
+    saved = load_file(tmp_path / "run" / "checkpoint-000010" / "model.safetensors")
+    from data import load_examples, split_examples
+
+    lm, _ = build_tiny([e.prompt + e.target for e in split_examples(load_examples("reviews", limit=60))[0]])
+    assert all(torch.equal(x, lm.state_dict()[name]) for name, x in saved.items()), "the weights before the first lost update"
+
+
+# ---- merging
+
+
+def tiny_model(seed: int) -> HybridModel:
+    model = HybridModel(build_tiny(["a b c", "d e f"], seed)[0])
+    torch.manual_seed(seed)
+    torch.nn.init.normal_(model.value_head.weight)
+    return model
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 0.5, 1.0])
+def test_merging_is_the_average_and_tied_weights_stay_tied(weight):
+    a, b = tiny_model(1), tiny_model(2)
+    expected = {name: (1 - weight) * x + weight * b.state_dict()[name] for name, x in a.state_dict().items()}
+    merged = merge(a, b, weight)
+    for name, x in merged.state_dict().items():
+        torch.testing.assert_close(x, expected[name], msg=name)
+        if weight in (0, 1):
+            assert torch.equal(x, expected[name])
+    assert merged.lm.lm_head.weight is merged.lm.model.embed_tokens.weight
+    twin = tiny_model(3)
+    before = {name: x.clone() for name, x in twin.state_dict().items()}
+    assert all(torch.equal(x, before[name]) for name, x in merge(twin, tiny_model(3), weight).state_dict().items())
+
+
+def test_integer_buffers_are_copied():
+    def with_counter(seed, count):
+        model = tiny_model(seed)
+        model.lm.register_buffer("steps_seen", torch.tensor(count))
+        return model
+
+    assert merge(with_counter(1, 5), with_counter(2, 8), 0.5).lm.steps_seen.item() == 5
+
+
+def test_the_merge_command(tmp_path, capsys, tiny_folder):
+    model, tokenizer = HybridModel.load(str(tiny_folder))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.04)
+    model.save(tmp_path / "b", tokenizer)
+    out = tmp_path / "merged"
+    hybrid.main(["merge", str(tiny_folder), str(tmp_path / "b"), "--weight", "0.25", "--out", str(out)])
+    lm, report = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    original = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    torch.testing.assert_close(lm.transformer.wte.weight, original.transformer.wte.weight + 0.01)
+    other = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2))
+    HybridModel(other).save(tmp_path / "small", tokenizer)
+    _, strange = build_tiny(["x y z"])
+    HybridModel(build_tiny(["x y z"])[0]).save(tmp_path / "strange", strange)
+    for argv, message in [
+        (["merge", str(tiny_folder), str(tmp_path / "b"), "--out", str(out)], "already exists"),
+        (["merge", str(tiny_folder), str(tmp_path / "small"), "--out", str(tmp_path / "m")], "do not fit together"),
+        (["merge", str(tiny_folder), str(tmp_path / "strange"), "--out", str(tmp_path / "m")], "different vocabularies"),
+        (["merge", str(tiny_folder), "./nowhere", "--out", str(tmp_path / "m")], "config.json"),
+        (["merge", str(tiny_folder), str(tiny_folder), "--weight", "2", "--out", str(tmp_path / "m")], "at most 1"),
+    ]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            hybrid.main(argv)
+        assert caught.value.code == 2 and message in capsys.readouterr().err
+
+
+# ---- logging, verdict, curves
+
+
+def test_wandb_mirrors_the_metrics_on_one_step_axis(tmp_path, monkeypatch):
+    sent, started = [], {}
+    fake = types.SimpleNamespace(init=lambda **kwargs: started.update(kwargs) or types.SimpleNamespace(log=lambda metrics, step: sent.append((step, metrics))))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    main([*SHORT, "--log", "wandb", "--out", str(tmp_path / "run")])
+    rows = runs.read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert [(step, metrics) for step, metrics in sent] == [(r["step"], {k: v for k, v in r.items() if k not in ("step", "phase")}) for r in rows]
+    assert [step for step, _ in sent] == sorted(step for step, _ in sent) and started["config"]["steps"] == 14
+
+
+@pytest.mark.parametrize("package", ["wandb", "tensorboard"])
+def test_a_missing_logger_says_what_to_install(tmp_path, capsys, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit) as caught:
+        main([*SHORT, "--log", package, "--out", str(tmp_path / "run")])
+    assert caught.value.code == 2 and f"pip install {package}" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_writes_events(tmp_path):
+    pytest.importorskip("tensorboard", reason="optional: pip install tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    main([*SHORT, "--log", "tensorboard", "--out", str(tmp_path / "run")])
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    rows = [row for row in runs.read_rows(tmp_path / "run" / "metrics.jsonl") if "sft/loss" in row]
+    assert [event.step for event in events.Scalars("sft/loss")] == [row["step"] for row in rows]
+
+
+def healthy_rows() -> list[dict]:
+    rows = []
+    for step in range(1, 31):
+        rows.append({"step": step, "phase": "sft", "sft/loss": 2 - step / 60, "sft/skipped_steps": 0})
+        ppo = {"sampler_gap": 1e-6, "first_ratio_gap": 0, "kl": 1.5, "kl_k1": 1.4, "score": step / 30, "entropy": 2 - step / 60, "clipfrac": 0.1}
+        ppo |= {"var_explained": 0.2, "response_length": 14, "eos_rate": 1, "unscored": 0, "skipped_steps": 0}
+        rows.append({"step": step, "phase": "ppo", **{f"ppo/{k}": v for k, v in ppo.items()}})
+    return rows + [{"step": 30, "phase": "eval", "eval/nll": 1.9, "eval/distinct": 0.98}]
+
+
+def test_a_healthy_run_is_called_so():
+    line = verdict(healthy_rows())
+    assert line.startswith("verdict: healthy (ppo/score 0.183 -> 0.85, ppo/kl 1.5") and "\n" not in line
+
+
+SICK = {
+    "ppo/sampler_gap": 0.5, "ppo/first_ratio_gap": 0.2, "ppo/kl_k1": -3.0, "ppo/kl": 80.0, "ppo/score": -1.0, "ppo/entropy": 0.05, "ppo/clipfrac": 0.6,
+    "ppo/var_explained": -4.0, "ppo/response_length": 60, "ppo/eos_rate": 0.01, "ppo/unscored": 0.5, "sft/skipped_steps": 1, "ppo/skipped_steps": 1, "sft/loss": 5.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key, text", [(key, text) for key, _, text in RULES])
+def test_each_rule_finds_its_own_illness_and_no_other(key, text):
+    rows = healthy_rows()
+    for row in rows[len(rows) // 2 :]:
+        if key in row:
+            row[key] = SICK[key]
+    line = verdict(rows)
+    assert line.startswith("verdict: suspect ") and text in line and sum(other in line for _, _, other in RULES) == 1
+
+
+def test_the_verdict_reads_the_held_out_numbers_too():
+    rows = healthy_rows()
+    rows[-1] |= {"eval/nll": 3.1, "eval/distinct": 0.2}
+    line = verdict([{"step": 0, "phase": "eval", "eval/nll": 2.0}, *rows])
+    assert "1.1 above its best: PPO forgets the language" in line and "more than half of the responses are repeats" in line
+    assert verdict([]) == "verdict: nothing was recorded" and verdict(rows[:2]).startswith("verdict: healthy")
+
+
+def test_health_and_plot_commands(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in healthy_rows()))
+    evaluate_main(["--health", str(tmp_path)])
+    assert capsys.readouterr().out.startswith("verdict: healthy")
+    for argv in ([], ["--health", str(tmp_path / "nowhere")]):
+        with pytest.raises(SystemExit) as caught:
+            evaluate_main(argv)
+        assert caught.value.code == 2
+
+
+def test_the_curves_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib", reason="optional: pip install matplotlib")
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in healthy_rows()))
+    evaluate_main(["--plot", str(tmp_path)])
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_a_missing_matplotlib_says_what_to_install(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "phase": "eval"}\n')
+    with pytest.raises(SystemExit):
+        evaluate_main(["--plot", str(tmp_path)])
+    assert "pip install matplotlib" in capsys.readouterr().err
