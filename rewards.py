@@ -731,7 +731,7 @@ class _Parser:
 
     def post_processor(self, node: ast.Call) -> Callable:
         inner = self.build(node.args[0])
-        process = self.call(ast.Call(node.func, node.args[1:], node.keywords), POST_PROCESSORS[node.func.id][0])
+        process = self.call(node, POST_PROCESSORS[node.func.id][0], skip=1)
         if isinstance(process, RunningNorm):
             self.stateful[self.text(node)] = process
         return lambda parts, learn: process(inner(parts, learn), learn)
@@ -739,7 +739,7 @@ class _Parser:
     def mixture(self, node: ast.Call) -> Callable:
         components = [self.build(argument) for argument in node.args]
         names = [self.text(argument) for argument in node.args]
-        mixture = self.call(ast.Call(node.func, [], node.keywords), Mixture, names)
+        mixture = self.call(node, Mixture, names, skip=len(names))
         self.stateful[self.text(node)] = mixture
         if "mixture_pairs" in self.context:
             pairs = self.context["mixture_pairs"]
@@ -752,10 +752,10 @@ class _Parser:
             mixture.fit(*sides)
         return lambda parts, learn: mixture([component(parts, learn) for component in components], learn)
 
-    def call(self, node: ast.Name | ast.Call, make: Callable, *first):
-        """make(*first, literals of the call). Raises UserError for arguments that are no literals, or do not fit."""
+    def call(self, node: ast.Name | ast.Call, make: Callable, *first, skip: int = 0):
+        """make(*first, literals of the call after `skip` of them). Raises UserError for arguments that are no literals, or do not fit."""
         try:
-            arguments = [ast.literal_eval(argument) for argument in getattr(node, "args", [])]
+            arguments = [ast.literal_eval(argument) for argument in getattr(node, "args", [])[skip:]]
             keywords = {keyword.arg: ast.literal_eval(keyword.value) for keyword in getattr(node, "keywords", [])}
             inspect.signature(make).bind(*first, *arguments, **keywords)
             return make(*first, *arguments, **keywords)
