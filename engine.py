@@ -78,6 +78,27 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
+AMP_DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check_amp(amp: str, device: torch.device) -> None:
+    """Raises UserError unless the device can multiply matrices in that precision."""
+    if AMP_DTYPES[amp] is None:
+        return
+    try:
+        if device.type == "cuda" and amp == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise RuntimeError("this GPU has no bfloat16 arithmetic")
+        with torch.autocast(device.type, AMP_DTYPES[amp]):
+            torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)
+    except RuntimeError as problem:
+        raise UserError(f"--amp {amp} cannot be used on {device} ({str(problem).splitlines()[0]}); try --amp no") from None
+
+
+def make_scaler(amp: str, device: torch.device) -> torch.amp.GradScaler | None:
+    """float16 cannot hold small gradients: they are computed scaled up. The other precisions need no scaler: None."""
+    return torch.amp.GradScaler(device.type, init_scale=2.0**12) if amp == "fp16" else None
+
+
 class MuonWithAdamW(torch.optim.Optimizer):
     """torch's Muon for the matrices between embedding and head, AdamW for everything else, behind one optimiser's face.
 
@@ -146,7 +167,7 @@ def learning_rate_factor(name: str, steps: int, warmup_steps: int) -> Callable[[
     return factor
 
 
-def accumulate(batch, rows: torch.Tensor, micro_batch_size: int | None, loss_fn) -> dict[str, float]:
+def accumulate(batch, rows: torch.Tensor, micro_batch_size: int | None, loss_fn, scaler: torch.amp.GradScaler | None = None) -> dict[str, float]:
     """Backward of one optimiser step over `rows`, `micro_batch_size` rows at a time (None: all at once).
 
     `loss_fn(part) -> (loss, stats)` must return means over the response tokens of `part`. Each part counts by its share of
@@ -160,7 +181,8 @@ def accumulate(batch, rows: torch.Tensor, micro_batch_size: int | None, loss_fn)
         part = batch.rows(part_rows)
         share = part.response_mask.sum() / n_tokens  # scalar
         loss, stats = loss_fn(part)
-        (loss * share).backward()
+        loss = loss * share
+        (loss if scaler is None else scaler.scale(loss)).backward()
         for name, value in stats.items():
             if name.endswith("_max"):
                 total[name] = max(total.get(name, -math.inf), float(value))
@@ -169,15 +191,22 @@ def accumulate(batch, rows: torch.Tensor, micro_batch_size: int | None, loss_fn)
     return total
 
 
-def apply_gradients(model: torch.nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> dict[str, float]:
+def apply_gradients(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, scaler: torch.amp.GradScaler | None = None
+) -> dict[str, float]:
     """Clip the gradient, step, and forget the gradient. `grad_norm` is the norm BEFORE the clip.
 
     A gradient that is not finite never reaches weights or optimiser state: the step is skipped and says so
     (`skipped_steps` 1, no `grad_norm`, which would not be a number).
     """
+    if scaler is not None:
+        scaler.unscale_(optimizer)  # before the clip (critical!): the limit is in units of the true gradient
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
     finite = bool(torch.isfinite(grad_norm))
-    if finite:
+    if scaler is not None:
+        scaler.step(optimizer)  # skips what is not finite by itself
+        scaler.update()
+    elif finite:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)  # None, not 0: a parameter without gradient is not touched, not even by weight decay
     return {"grad_norm": float(grad_norm), "skipped_steps": 0.0} if finite else {"skipped_steps": 1.0}

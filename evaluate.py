@@ -93,7 +93,7 @@ def _ends(rows: list[dict], key: str) -> tuple[float, float] | None:
 
 # (key, is it sick, given the means of its first and last third?, what to suspect)
 RULES = [
-    ("ppo/sampler_gap", lambda first, last: last > 1e-2, "sampled and scored log-probabilities differ: a bug, or very low precision"),
+    ("ppo/sampler_gap", lambda first, last: last > 0.3, "sampled and scored log-probabilities differ: a bug, or very low precision"),
     ("ppo/first_ratio_gap", lambda first, last: last > 1e-3, "the first ratio of an update is not 1: rollouts are off-policy, or dropout is on"),
     ("ppo/kl_k1", lambda first, last: last < -1, "the KL is negative: the sampler does not draw from the scored distribution"),
     ("ppo/kl", lambda first, last: last > 50, "the KL is above 50 nats a response: reward hacking; raise --kl-coef"),

@@ -69,6 +69,7 @@ class HybridModel(nn.Module):
         self._cache_name = next((name for name in names if name in self._accepts), None)
         check_architecture(lm)
         self.logit_scale, self.logit_cap = find_logit_transform(lm)
+        self.amp_dtype: torch.dtype | None = None  # bfloat16 or float16: the LM computes in it; weights, losses and scores stay float32
         head = lm.get_output_embeddings()
         self.value_head = nn.Linear(head.weight.shape[1], 1, device=head.weight.device)
         nn.init.zeros_(self.value_head.weight)
@@ -101,7 +102,7 @@ class HybridModel(nn.Module):
                 scored = self._score(hidden_chunk, target_chunk, temperature)
             logprobs.append(scored[0])
             entropy.append(scored[1])
-        values = self.value_head(before).squeeze(-1)  # (N,)
+        values = self.value_head(before.float()).squeeze(-1)  # (N,)
 
         def place(x: torch.Tensor) -> torch.Tensor:  # (N,) -> (B, T)
             return torch.zeros_like(response_mask, dtype=torch.float32).masked_scatter(response_mask, x.float())
@@ -117,7 +118,9 @@ class HybridModel(nn.Module):
 
     def logits(self, hidden: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
         """`lm_head` and what the architecture does after it, in float32. hidden (..., H) -> (..., V)."""
-        logits = self.lm.get_output_embeddings()(hidden).float()  # (..., V)
+        with self._autocast():
+            logits = self.lm.get_output_embeddings()(hidden)  # (..., V)
+        logits = logits.float()
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
         if self.logit_cap is not None:
@@ -133,7 +136,11 @@ class HybridModel(nn.Module):
             "use_cache": cache is not None,
             self._cache_name: cache,
         }
-        return self.lm.base_model(**{k: v for k, v in inputs.items() if k in self._accepts and v is not None}).last_hidden_state
+        with self._autocast():
+            return self.lm.base_model(**{k: v for k, v in inputs.items() if k in self._accepts and v is not None}).last_hidden_state
+
+    def _autocast(self):
+        return torch.autocast(self.value_head.weight.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
 
     def new_cache(self):
         """An empty key-value cache for `hidden_states`, or None where the sampler has to do without."""

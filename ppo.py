@@ -279,6 +279,7 @@ def ppo_step(
     vf_coef: float = 0.1,
     target_kl: float | None = None,
     max_grad_norm: float = 1.0,
+    scaler: torch.amp.GradScaler | None = None,
     generator: torch.Generator | None = None,
 ) -> dict[str, float]:
     """`ppo_epochs` passes over the rollout, each in a fresh order and cut into `minibatches` optimiser steps of equal size
@@ -313,8 +314,8 @@ def ppo_step(
         order = usable[torch.randperm(len(usable), generator=generator).to(usable.device)]  # (b,)
         first_of_epoch = len(history)
         for rows in torch.tensor_split(order, min(minibatches, len(usable))):  # no tiny last minibatch
-            stats = accumulate(rollout, rows, micro_batch_size, loss_fn)
-            history.append(stats | apply_gradients(model, optimizer, max_grad_norm))
+            stats = accumulate(rollout, rows, micro_batch_size, loss_fn, scaler)
+            history.append(stats | apply_gradients(model, optimizer, max_grad_norm, scaler))
         epochs += 1
         approxkl = [stats["approxkl"] for stats in history[first_of_epoch:]]
         if target_kl is not None and sum(approxkl) / len(approxkl) > target_kl:

@@ -33,10 +33,11 @@ def sft_step(
     *,
     micro_batch_size: int | None = None,
     max_grad_norm: float = 1.0,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> dict[str, float]:
     """One optimiser step on one batch. Returns `sft/loss`, `sft/entropy` (nats per token), `sft/tokens`, `sft/grad_norm`.
 
-    The value head is not part of the loss and comes out unchanged.
+    The value head is not part of the loss and comes out unchanged. `scaler` is for float16.
     """
 
     def loss_fn(part: Batch):
@@ -45,7 +46,7 @@ def sft_step(
         return loss, {"loss": loss.detach(), "entropy": masked_mean(scores.entropy, part.response_mask)}
 
     rows = torch.arange(len(batch), device=batch.input_ids.device)  # (B,)
-    stats = accumulate(batch, rows, micro_batch_size, loss_fn)
+    stats = accumulate(batch, rows, micro_batch_size, loss_fn, scaler)
     stats["tokens"] = float(batch.response_mask.sum())
-    stats |= apply_gradients(model, optimizer, max_grad_norm)
+    stats |= apply_gradients(model, optimizer, max_grad_norm, scaler)
     return {f"sft/{name}": value for name, value in stats.items()}

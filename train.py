@@ -17,7 +17,8 @@ import transformers
 from tqdm import tqdm
 
 from data import BatchStream, columns_of, demonstration_batch, encode_prompt, load_examples, load_pairs, split_examples
-from engine import OPTIMIZERS, SCHEDULERS, Parser, UserError, learning_rate_factor, number, one_line_errors, pick_device
+from engine import AMP_DTYPES, OPTIMIZERS, SCHEDULERS, Parser, UserError, check_amp, learning_rate_factor, make_scaler, number
+from engine import one_line_errors, pick_device
 from evaluate import evaluate, verdict
 from hybrid import HybridModel, build_tiny
 from ppo import AdaptiveKLController, FixedKLController, collect_rollout, ppo_step
@@ -67,10 +68,11 @@ def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
     ppo_stream = BatchStream(train_examples, args.batch_size, seed=args.seed + 1)
     sampling_generator = torch.Generator(device).manual_seed(args.seed)  # draws the responses
     order_generator = torch.Generator().manual_seed(args.seed)  # orders the rows of PPO's minibatches
-    update = dict(micro_batch_size=args.micro_batch_size, max_grad_norm=args.max_grad_norm)
+    scaler = make_scaler(args.amp, device)
+    update = dict(micro_batch_size=args.micro_batch_size, max_grad_norm=args.max_grad_norm, scaler=scaler)
     sampling = dict(max_length=args.max_length, max_new_tokens=args.max_new_tokens, temperature=args.temperature)
     stateful = dict(optimizer=optimizer, scheduler=scheduler, sft_stream=sft_stream, ppo_stream=ppo_stream, kl_controller=kl_controller)
-    stateful |= {"reward": reward} if reward is not None else {}
+    stateful |= {name: thing for name, thing in (("reward", reward), ("scaler", scaler)) if thing is not None}
     generators = dict(sampling=sampling_generator, order=order_generator)
     if args.log != "none":
         require(args.log)
@@ -171,6 +173,7 @@ def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
 def prepare(args: argparse.Namespace):
     """Whatever can be wrong is wrong here, before the first step. -> model, tokenizer, examples, held-out examples, reward, reference."""
     device = pick_device(args.device)
+    check_amp(args.amp, device)
     torch.manual_seed(args.seed)
     examples = load_examples(
         args.data, limit=args.limit, prompt_field=args.prompt_field, target_field=args.target_field,
@@ -184,6 +187,9 @@ def prepare(args: argparse.Namespace):
     else:
         model, tokenizer = HybridModel.load(args.model, "--model")
     model.to(device).train()
+    model.amp_dtype = AMP_DTYPES[args.amp]
+    if args.gradient_checkpointing:
+        model.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     resolve_defaults(args, model)
     for example in examples:
         if example.messages is not None:
@@ -203,6 +209,7 @@ def prepare(args: argparse.Namespace):
             raise UserError(f"--ref-model {args.ref_model} has another vocabulary than --model {args.model}, so their KL is undefined")
         if args.max_length > reference.max_positions:
             raise UserError(f"--ref-model {args.ref_model} has a context of {reference.max_positions} tokens; --max-length is {args.max_length}")
+        reference.amp_dtype = AMP_DTYPES[args.amp]  # the same arithmetic on both sides, or the KL is not 0 where they are equal
         reference = reference.frozen_copy().to(device)
     return model, tokenizer, train_examples, held_out, reward, reference
 
@@ -323,6 +330,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--keep", type=count, default=2, help="checkpoints to keep, the newest ones")
     group.add_argument("--log", choices=("none", "wandb", "tensorboard"), default="none", help="mirror of metrics.jsonl (optional packages)")
     group.add_argument("--seed", type=number(int, 0, 2**32 - 2), default=0, help="of model, data order and sampling: the same seed, the same run")
+    group.add_argument("--amp", choices=tuple(AMP_DTYPES), default="no", help="compute in bf16 or fp16 (with loss scaling); weights and losses stay float32")
+    group.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations in the backward pass: less memory, a third more time")
     group.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args(argv)
     if args.resume is None:

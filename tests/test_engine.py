@@ -9,7 +9,8 @@ from conftest import build_lm, ragged_batch
 from torch.optim import lr_scheduler as torch_schedules
 
 from data import make_batch
-from engine import OPTIMIZERS, SCHEDULERS, MuonWithAdamW, learning_rate_factor
+from engine import OPTIMIZERS, SCHEDULERS, MuonWithAdamW, UserError, apply_gradients, check_amp, learning_rate_factor, make_scaler
+from generate import generate
 from hybrid import HybridModel
 from sft import sft_step
 
@@ -109,3 +110,75 @@ def test_schedules_in_closed_form():
         assert learning_rate_factor(name, 50, 0)(0) == 1 and learning_rate_factor(name, 5, 10)(4) == 0.5
     assert rates("linear")[30] == 0.5 and rates("cosine")[20] == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
     assert rates("wsd")[10:42] == [1.0] * 32 and rates("wsd")[42:] == pytest.approx([1 - i / 8 for i in range(8)])
+
+
+# ---- precision
+
+
+@pytest.mark.parametrize("amp, dtype", [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_mixed_precision_computes_low_and_keeps_everything_in_float32(model, amp, dtype):
+    batch = make_batch(None, *ragged_batch(), max_length=32)
+    exact = model(batch.input_ids, batch.attention_mask, batch.response_mask)
+    model.amp_dtype, seen = dtype, []
+    head = model.lm.get_output_embeddings()
+    handle = head.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    scores = model(batch.input_ids, batch.attention_mask, batch.response_mask)
+    assert seen == [dtype] and all(x.dtype == torch.float32 for x in scores) and {p.dtype for p in model.parameters()} == {torch.float32}
+    mask = batch.response_mask
+    assert not torch.equal(scores.logprobs, exact.logprobs)
+    assert (scores.logprobs - exact.logprobs)[mask].abs().median() < 0.2
+    again = model(batch.input_ids, batch.attention_mask, batch.response_mask)
+    assert torch.equal(again.logprobs, scores.logprobs), "the ratio of the first update is exactly 1 in low precision too"
+    handle.remove()
+    generation = generate(model, [[5, 6]], max_new_tokens=4, eos_token_id=2, generator=torch.Generator().manual_seed(0))
+    assert len(generation.responses[0]) >= 1
+
+
+def test_float16_scales_the_loss_unscales_before_the_clip_and_skips_overflow():
+    model = HybridModel(build_lm("llama"))
+    batch, device = make_batch(None, *ragged_batch(), max_length=32), torch.device("cpu")
+    twin = copy.deepcopy(model)
+    scaler = make_scaler("fp16", device)
+    assert make_scaler("bf16", device) is make_scaler("no", device) is None
+    scaled = sft_step(model, batch, torch.optim.SGD(model.parameters(), lr=0.1), scaler=scaler)
+    plain = sft_step(twin, batch, torch.optim.SGD(twin.parameters(), lr=0.1))
+    assert scaled == pytest.approx(plain, rel=1e-4), "the norm is that of the true gradient"
+    for x, y in zip(model.parameters(), twin.parameters()):
+        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-4)
+    before, scale = copy.deepcopy(model.state_dict()), scaler.get_scale()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, math.inf)
+    scaler.scale(torch.ones(1))  # a step has begun
+    assert apply_gradients(model, optimizer, 1.0, scaler) == {"skipped_steps": 1.0} and scaler.get_scale() == scale / 2
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+def test_a_precision_that_the_device_lacks_is_one_line(monkeypatch):
+    check_amp("bf16", torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    with pytest.raises(UserError, match="--amp bf16 cannot be used on cuda .this GPU has no bfloat16 arithmetic.; try --amp no"):
+        check_amp("bf16", torch.device("cuda"))
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError("fp16 is not implemented for this device")
+
+    monkeypatch.setattr(torch, "autocast", refuse)
+    with pytest.raises(UserError, match="--amp fp16 cannot be used on cpu .fp16 is not implemented"):
+        check_amp("fp16", torch.device("cpu"))
+
+
+def test_gradient_checkpointing_recomputes_and_changes_no_gradient():
+    model = HybridModel(build_lm("llama")).train()
+    twin = copy.deepcopy(model)
+    twin.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    batch = make_batch(None, *ragged_batch(), max_length=32)
+    calls = {"plain": 0, "checkpointed": 0}
+    for name, each in (("plain", model), ("checkpointed", twin)):
+        each.lm.model.layers[0].mlp.register_forward_pre_hook(lambda *a, name=name: calls.update({name: calls[name] + 1}))
+        each(batch.input_ids, batch.attention_mask, batch.response_mask).logprobs.sum().backward()
+    assert calls == {"plain": 1, "checkpointed": 2}
+    for x, y in zip(model.parameters(), twin.parameters()):
+        assert (x.grad is None) == (y.grad is None)
+        if x.grad is not None:
+            torch.testing.assert_close(x.grad, y.grad)

@@ -184,11 +184,11 @@ def test_constant_rate_runs_may_be_made_longer_without_a_trace(tmp_path):
 def test_a_lost_update_is_skipped_counted_and_reported_with_its_batch(tmp_path, capsys, monkeypatch, phase):
     calls, original = [], engine.apply_gradients
 
-    def poisoned(model, optimizer, max_grad_norm):
+    def poisoned(model, *rest):
         calls.append(0)
         if len(calls) == 3:
             next(model.parameters()).grad.fill_(math.nan)
-        return original(model, optimizer, max_grad_norm)
+        return original(model, *rest)
 
     for module in ("sft", "ppo"):
         monkeypatch.setattr(sys.modules[module], "apply_gradients", poisoned)
@@ -328,7 +328,7 @@ def test_a_healthy_run_is_called_so():
 
 
 SICK = {
-    "ppo/sampler_gap": 0.5, "ppo/first_ratio_gap": 0.2, "ppo/kl_k1": -3.0, "ppo/kl": 80.0, "ppo/score": -1.0, "ppo/entropy": 0.05, "ppo/clipfrac": 0.6,
+    "ppo/sampler_gap": 5.0, "ppo/first_ratio_gap": 0.2, "ppo/kl_k1": -3.0, "ppo/kl": 80.0, "ppo/score": -1.0, "ppo/entropy": 0.05, "ppo/clipfrac": 0.6,
     "ppo/var_explained": -4.0, "ppo/response_length": 60, "ppo/eos_rate": 0.01, "ppo/unscored": 0.5, "sft/skipped_steps": 1, "ppo/skipped_steps": 1, "sft/loss": 5.0,
 }  # fmt: skip
 
