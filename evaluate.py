@@ -8,6 +8,7 @@ Left out on purpose: benchmark suites.
     python evaluate.py --plot out          # out/curves.png (needs matplotlib)
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -68,7 +69,8 @@ def evaluate(
         metrics["reward"] = scores.nanmean()
         metrics |= {name: value for name, value in reward.metrics().items() if name.startswith("reward/")}
         for sample, score in zip(samples, scores.tolist()):
-            sample["score"] = score
+            if math.isfinite(score):  # a judge may have given no answer
+                sample["score"] = score
     if reference is not None:
         batch = make_batch(tokenizer, prompts, responses, max_length).to(device)
         ours, theirs = (score_rows(m, batch, micro_batch_size, temperature).logprobs for m in (model, reference))  # (B, T) each
@@ -97,7 +99,6 @@ RULES = [
     ("ppo/first_ratio_gap", lambda first, last: last > 1e-3, "the first ratio of an update is not 1: rollouts are off-policy, or dropout is on"),
     ("ppo/kl_k1", lambda first, last: last < -1, "the KL is negative: the sampler does not draw from the scored distribution"),
     ("ppo/kl", lambda first, last: last > 50, "the KL is above 50 nats a response: reward hacking; raise --kl-coef"),
-    ("ppo/score", lambda first, last: last < first - 0.05 * abs(first) - 1e-9, "the reward falls: --lr too large, or --kl-coef too high"),
     ("ppo/entropy", lambda first, last: last < 0.2 * first, "the entropy collapsed to a fifth: the same answer to everything"),
     ("ppo/clipfrac", lambda first, last: last > 0.3, "more than 0.3 of the tokens are clipped: lower --lr or --ppo-epochs"),
     ("ppo/var_explained", lambda first, last: last < -1, "the value head is worse than a constant: raise --vf-coef"),
@@ -108,6 +109,7 @@ RULES = [
     ("ppo/skipped_steps", lambda first, last: last > 0.01, "PPO updates were skipped: lower --lr, or scale the reward"),
     ("sft/loss", lambda first, last: last > 1.2 * first, "the SFT loss rises: --lr too large, or PPO undoes it; lower --ppo-ratio"),
 ]
+FALLING = "every part of the reward falls: --lr too large, or --kl-coef too high"
 SHOWN = ("ppo/score", "ppo/kl", "ppo/entropy", "ppo/clipfrac", "ppo/var_explained", "ppo/response_length", "sft/loss")
 
 
@@ -116,6 +118,11 @@ def verdict(rows: list[dict]) -> str:
     if not rows:
         return "verdict: nothing was recorded"
     suspicions = [f"{key} {ends[1]:.3g}: {text}" for key, sick, text in RULES if (ends := _ends(rows, key)) and sick(*ends)]
+    # The leaves are raw; the total may be standardised (ema, whiten, mixture), and then it has no trend of its own.
+    leaves = {key for row in rows for key in row if key.startswith("reward/")}
+    falls = [last < first - 0.05 * abs(first) - 1e-9 for first, last in filter(None, (_ends(rows, key) for key in sorted(leaves)))]
+    if falls and all(falls):
+        suspicions.append(FALLING)
     evaluations = [row for row in rows if row["phase"] == "eval"]
     nll = [row["eval/nll"] for row in evaluations if "eval/nll" in row]
     if nll and nll[-1] > min(nll) + 0.5:

@@ -306,8 +306,8 @@ def ppo_step(
         )
 
     usable = rollout.response_mask.any(1).nonzero().squeeze(1)  # (b,) rows with a score
-    if not len(usable):
-        return {"ppo/skipped_steps": 1.0}
+    if not len(usable):  # nothing to learn from; `ppo/unscored` is 1 and tells
+        return {"ppo/skipped_steps": 0.0}
     history: list[dict[str, float]] = []
     epochs = 0
     for _ in range(ppo_epochs):

@@ -17,6 +17,7 @@ import importlib
 import json
 import math
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -46,9 +47,13 @@ def open_run_folder(out: Path, flags: dict, overwrite: bool) -> None:
         for path in old:
             discard(path)
         versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
-        write_text(out / "config.json", json.dumps({**flags, "versions": versions, "git_commit": git_commit()}, indent=2) + "\n")
+        write_config(out, {**flags, "versions": versions, "git_commit": git_commit()})
     except OSError as problem:
         raise UserError(f"--out {out} cannot be written: {problem.strerror or problem}") from None
+
+
+def write_config(out: Path, config: dict) -> None:
+    write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def read_config(out: Path) -> dict:
@@ -56,7 +61,9 @@ def read_config(out: Path) -> dict:
     try:
         config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise UserError(f"--resume {out}: nothing to resume there; expected a run folder with a config.json") from None
+        config = None
+    if not isinstance(config, dict) or "ppo_ratio" not in config:
+        raise UserError(f"--resume {out}: nothing to resume there; expected a run folder with a config.json")
     config["ppo_ratio"] = tuple(config["ppo_ratio"]) if isinstance(config["ppo_ratio"], list) else config["ppo_ratio"]
     return config
 
@@ -112,7 +119,7 @@ def read_rows(path: Path) -> list[dict]:
     """The complete lines of a .jsonl file; none where there is no file."""
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last line break was torn
+    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last line break was torn
     rows = []
     for line in lines:
         try:
@@ -153,11 +160,14 @@ def save_checkpoint(folder: Path, model, tokenizer, reference, counters: dict, s
         torch.save(state, unfinished / "trainer_state.pt")
         for path in [*unfinished.rglob("*"), unfinished]:
             _flush(path)
-        if folder.exists():
-            discard(folder)
+        replaced = folder.with_name(f".{folder.name}.old")
+        if folder.exists():  # only `final` is ever there already; for an instant it has no name, and recover() knows
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.replace(folder, replaced)
         os.replace(unfinished, folder)
         _flush(folder.parent)
-        for old in sorted(folder.parent.glob("checkpoint-*"))[:-keep]:
+        shutil.rmtree(replaced, ignore_errors=True)
+        for old in checkpoints(folder.parent)[:-keep]:
             discard(old)
     except (OSError, RuntimeError, SafetensorError) as problem:  # torch and safetensors have errors of their own for a full disk
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -168,7 +178,7 @@ def save_checkpoint(folder: Path, model, tokenizer, reference, counters: dict, s
 
 def load_checkpoint(folder: Path, model: HybridModel, reference: HybridModel | None, stateful: dict, generators: dict):
     """The inverse: everything is put back in place. -> counters, reference."""
-    state = torch.load(folder / "trainer_state.pt", weights_only=True)
+    state = _read_state(folder)
     model.load_state_dict(HybridModel.load(str(folder), "checkpoint")[0].state_dict())
     for name, thing in stateful.items():
         thing.load_state_dict(state["stateful"][name])
@@ -184,11 +194,35 @@ def load_checkpoint(folder: Path, model: HybridModel, reference: HybridModel | N
     return state["counters"], reference
 
 
+def checkpoints(out: Path) -> list[Path]:
+    """The folders checkpoint-<number>, oldest first; folders of other names are somebody else's."""
+    return sorted((path for path in out.glob("checkpoint-*") if path.name[11:].isdecimal()), key=lambda path: int(path.name[11:]))
+
+
+def recover(out: Path) -> None:
+    """Clean up behind a killed process: `final` gets its name back if it died while being replaced, half-deleted things go."""
+    if (out / ".final.old" / "trainer_state.pt").is_file() and not (out / "final").exists():
+        os.replace(out / ".final.old", out / "final")
+    for rest in [*out.glob(".*.old"), *out.glob(".*.tmp")]:
+        shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
+
+
 def newest_checkpoint(out: Path) -> Path | None:
-    """The complete checkpoint, `final` included, with the most steps."""
-    states = [*out.glob("checkpoint-*/trainer_state.pt"), *out.glob("final/trainer_state.pt")]
-    newest = max(states, key=lambda path: torch.load(path, weights_only=True, mmap=True)["counters"]["step"], default=None)
-    return newest and newest.parent
+    """The complete checkpoint, `final` included, with the most steps. Raises UserError for one that cannot be read."""
+    newest, most = None, -1
+    for folder in [*checkpoints(out), out / "final"]:
+        if (folder / "trainer_state.pt").is_file():
+            step = _read_state(folder)["counters"]["step"]
+            newest, most = (folder, step) if step > most else (newest, most)
+    return newest
+
+
+def _read_state(folder: Path) -> dict:
+    try:
+        return torch.load(folder / "trainer_state.pt", weights_only=True, map_location="cpu", mmap=True)
+    except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as problem:
+        reason = str(problem).splitlines()[0]
+        raise UserError(f"{folder}/trainer_state.pt is damaged ({reason}); move {folder} away to resume from an older checkpoint") from None
 
 
 def _numpy_state() -> tuple:

@@ -24,11 +24,11 @@ from hybrid import HybridModel, build_tiny
 from ppo import AdaptiveKLController, FixedKLController, collect_rollout, ppo_step
 from rewards import build_reward
 from runs import MetricLog, Stop, append_rows, forget_after, graceful_stop, load_checkpoint, newest_checkpoint, open_run_folder
-from runs import read_config, read_rows, require, save_checkpoint
+from runs import read_config, read_rows, recover, require, save_checkpoint, write_config
 from sft import sft_step
 
 ON_THE_BAR = {"loss": "sft/loss", "reward": "ppo/score", "kl": "ppo/kl"}
-MAY_CHANGE = ("steps", "eval_every", "eval_size", "save_every", "keep", "log", "out", "device")  # what a resumed run may do differently
+MAY_CHANGE = ("steps", "eval_every", "eval_size", "save_every", "keep", "log")  # what a resumed run may do differently
 MAX_SKIPPED = 10  # cycles in a row without a finite gradient, after which a run is lost and says so
 
 
@@ -77,7 +77,10 @@ def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
     if args.log != "none":
         require(args.log)
     out = Path(args.resume or args.out)
-    if not args.resume:
+    if args.resume:
+        recover(out)
+        write_config(out, {**read_config(out), **{name: getattr(args, name) for name in MAY_CHANGE}})
+    else:
         open_run_folder(out, vars(args), args.overwrite)
     log = MetricLog(out, args.log, vars(args))
 
@@ -97,6 +100,9 @@ def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
     checkpoint = newest_checkpoint(out) if args.resume else None
     if checkpoint:
         counters, reference = load_checkpoint(checkpoint, model, reference, stateful, generators)
+        for group in optimizer.param_groups:  # by this run's schedule, which more --steps have stretched
+            group["lr"] = args.lr * factor(counters["step"])
+        scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
         if counters["step"] >= args.steps:
             raise UserError(f"--resume {out}: the run has done its {counters['step']} steps; give more --steps to go on")
         forget_after(out, counters["step"])
@@ -144,15 +150,17 @@ def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
             shown |= {name: f"{metrics[key]:.3f}" for name, key in ON_THE_BAR.items() if key in metrics}
             bar.set_postfix(shown, refresh=False)
             bar.update()
-            skipped = 0 if f"{phase}/grad_norm" in metrics else skipped + 1
+            if metrics.get("ppo/unscored") != 1:  # no answer from a judge is no lost gradient
+                skipped = 0 if f"{phase}/grad_norm" in metrics else skipped + 1
             if metrics[f"{phase}/skipped_steps"]:
                 append_rows(out / "skipped.jsonl", [{"step": step + 1, "phase": phase, "prompts": [example.prompt for example in drawn]}])
                 tqdm.write(f"step {step + 1}: {phase} gradient not finite, update skipped; the batch is in {out / 'skipped.jsonl'}")
             if skipped == MAX_SKIPPED:
+                skipped = 0  # whoever resumes has ten tries again
                 save(f"checkpoint-{step + 1:06d}", step + 1)  # the weights are those before the first of them
                 raise UserError(
                     f"no finite gradient in {MAX_SKIPPED} steps in a row (now step {step + 1}); the last good weights are in "
-                    f"{out / f'checkpoint-{step + 1:06d}'}, the batches in {out / 'skipped.jsonl'}; a smaller --lr may help"
+                    f"{out / f'checkpoint-{step + 1:06d}'}, the batches in {out / 'skipped.jsonl'}; start a new run from there with --model and a smaller --lr"
                 )
             if step + 1 == args.steps or (args.eval_every and (step + 1) % args.eval_every == 0):
                 after, samples_after = evaluate_now(step + 1)
@@ -336,8 +344,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.resume is None:
         return args
+    if args.overwrite:
+        raise UserError("--resume goes on with a run, --overwrite replaces one; say one of the two")
     config = read_config(Path(args.resume))
-    flags = {name: config[name] for name in vars(args) if name not in ("resume", "overwrite")}
+    flags = {name: config.get(name, default) for name, default in vars(args).items() if name not in ("resume", "overwrite")}
+    flags["out"] = args.resume if args.out == parser.get_default("out") else flags["out"]
     parser.set_defaults(**flags)
     args = parser.parse_args(argv)
     for name, value in flags.items():

@@ -239,7 +239,7 @@ def test_a_response_without_a_score_teaches_nothing(tokenizer, tiny_model):
     assert_same_gradients(*gradients)
     nothing, metrics, _ = rollout_of(tiny_model, tokenizer, lambda *a, **k: torch.full((16,), math.nan))
     stats = ppo_step(tiny_model, nothing, CapturedGradients(tiny_model.parameters(), lr=0.1), ppo_epochs=1, minibatches=1)
-    assert metrics["ppo/unscored"] == 1 and stats["ppo/skipped_steps"] == 1
+    assert metrics["ppo/unscored"] == 1 and stats == {"ppo/skipped_steps": 0}
 
 
 def test_columns_reach_the_reward_by_name():
