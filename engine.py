@@ -131,7 +131,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 def _muon(model: torch.nn.Module, lr: float, adamw: dict) -> MuonWithAdamW:
-    ends = {id(p) for module in (model.lm.get_input_embeddings(), model.lm.get_output_embeddings(), model.value_head) for p in module.parameters()}
+    embeddings = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]  # of positions too
+    ends = {id(p) for module in (*embeddings, model.lm.get_output_embeddings(), model.value_head) for p in module.parameters()}
     matrices = [p for p in model.parameters() if p.dim() == 2 and id(p) not in ends]
     chosen = {id(p) for p in matrices}
     return MuonWithAdamW(matrices, [p for p in model.parameters() if id(p) not in chosen], lr, adamw)

@@ -358,9 +358,15 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if Path(args.out).exists():
         raise UserError(f"--out {args.out} already exists; choose another folder")
+    if not Path(args.out).absolute().parent.is_dir():
+        raise UserError(f"--out {args.out}: there is no folder {Path(args.out).absolute().parent} to put it in")
     (a, tokenizer), (b, other) = HybridModel.load(args.a), HybridModel.load(args.b)
     if tokenizer.get_vocab() != other.get_vocab():
         raise UserError(f"{args.a} and {args.b} have different vocabularies, so their weights do not mean the same")
+    ours, theirs = a.lm.config.to_dict(), b.lm.config.to_dict()
+    for name in sorted((ours.keys() | theirs.keys()) - {"_name_or_path", "transformers_version", "dtype"}):
+        if ours.get(name) != theirs.get(name):  # weights of one shape mean other things under another number of heads
+            raise UserError(f"{args.a} and {args.b} do not fit together: {name} is {ours.get(name)} in one, {theirs.get(name)} in the other")
     merge(a, b, args.weight).save(args.out, tokenizer)
     print(f"{1 - args.weight:g} x {args.a} + {args.weight:g} x {args.b} is in {args.out}")
 

@@ -9,6 +9,7 @@ Left out on purpose: training a judge (reward_model.py does that), pairwise tour
 """
 
 import copy
+import http.client
 import json
 import math
 import re
@@ -30,11 +31,14 @@ MAX_LENGTH = 1024  # tokens; what is longer loses its beginning, so that the end
 def load_judge(auto_class, name: str, device) -> tuple[torch.nn.Module, object]:
     """A frozen model and its own tokenizer from a folder or hub id. Raises UserError."""
     try:
-        model = auto_class.from_pretrained(name, dtype=torch.float32)
+        model, report = auto_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as problem:
         reason = next(iter(str(problem).strip().splitlines()), type(problem).__name__).rstrip(".")
         raise UserError(f"reward model {name} cannot be loaded ({reason}); give a folder, or a hub id and a network") from None
+    missing = [key for key in report["missing_keys"] if not key.startswith("pooler")]
+    if missing:
+        raise UserError(f"reward model {name} lacks the weights {', '.join(sorted(missing)[:3])}: it was not trained for this use")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # a filler under a mask of 0
     tokenizer.truncation_side, tokenizer.padding_side = "left", "right"
@@ -197,6 +201,8 @@ def judge(context: dict, id_or_url: str, rubric: str = DEFAULT_RUBRIC, top: int 
     OpenAI's chat API (vLLM, Ollama, llama.cpp) is asked for a number, `retries` times more if it is late, broken or says something
     else; answers are cached. A text that got no grade has NO score: it is left out of the update and counted, never scored as 0.
     """
+    if type(timeout) not in (int, float) or not timeout > 0 or type(retries) is not int or retries < 0:
+        raise UserError(f"judge(timeout={timeout!r}, retries={retries!r}): expected seconds above 0 and a whole number of at least 0")
     if not (isinstance(top, int) and 2 <= top <= 9):
         raise UserError(f"judge(top={top!r}): expected a whole number from 2 to 9, so that a grade is one digit")
     ask = _endpoint(id_or_url, model, top, timeout, retries) if id_or_url.startswith(("http://", "https://")) else _local(context, id_or_url, top)
@@ -250,10 +256,11 @@ def _endpoint(url: str, model: str, top: int, timeout: float, retries: int) -> C
         try:
             with urllib.request.urlopen(request, timeout=timeout) as response:
                 answer = json.load(response)["choices"][0]["message"]["content"]
-        except (OSError, ValueError, KeyError, IndexError, TypeError):  # late, refused, status 4xx/5xx, not JSON, not that JSON
+        except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError):  # late, refused, status 4xx/5xx, not JSON, not that JSON
             return None
-        number = re.search(r"\d+(?:\.\d+)?", str(answer))
-        return float(number.group()) if number and 1 <= float(number.group()) <= top else None
+        # A number alone, or "Grade: 4", "4 / 5", "2.5 of 5"; the first number of a sentence may be anything.
+        number = re.fullmatch(r"\W*(?:(?:grade|score|rating)\W*)?(?<!-)(\d+(?:\.\d+)?)(?:\s*(?:/|of|out of)\s*\d+)?\W*", str(answer), re.IGNORECASE)
+        return float(number.group(1)) if number and 1 <= float(number.group(1)) <= top else None
 
     def ask_patiently(question: str) -> float | None:
         for _ in range(retries + 1):
@@ -293,7 +300,7 @@ def starting_model(context: dict, name: str):
 def _plain_batch(tokenizer, model, texts: list[str]) -> dict[str, torch.Tensor]:
     """Right-padded ids for a causal LM whose tokenizer may have no pad token."""
     filler = tokenizer.eos_token_id
-    rows = [tokenizer(text).input_ids or [filler] for text in texts]
+    rows = [tokenizer(text).input_ids[-_context_of(model) :] or [filler] for text in texts]
     width = max(len(row) for row in rows)
     device = next(model.parameters()).device
     ids = torch.tensor([row + [filler] * (width - len(row)) for row in rows], device=device)  # (b, T)
@@ -313,7 +320,7 @@ def _targets(columns: dict, name: str) -> list[str]:
 
 def _filled(template: str, prompts: list[str], completions: list[str], columns: dict) -> list[str]:
     try:
-        return [template.format(prompt=prompt, **{name: values[i] for name, values in columns.items()}) for i, prompt in enumerate(prompts)]
+        return [template.format(**{**{name: values[i] for name, values in columns.items()}, "prompt": prompt}) for i, prompt in enumerate(prompts)]
     except (KeyError, IndexError) as problem:
         raise UserError(f"gptscore: the template {template!r} asks for {problem}, which is no column of the data") from None
 

@@ -95,6 +95,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     transformers.utils.logging.set_verbosity_error()  # "newly initialized: score" is what we want here
     if Path(args.out).exists():
         raise UserError(f"--out {args.out} already exists; choose another folder")
+    if not Path(args.out).absolute().parent.is_dir():
+        raise UserError(f"--out {args.out}: there is no folder {Path(args.out).absolute().parent} to put it in")
     device = pick_device(args.device)
     pairs = load_pairs(args.data, limit=args.limit, encoding=args.encoding)
     # Split by prompt, through the same hash as everything else: no prompt is on both sides.

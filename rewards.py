@@ -24,6 +24,7 @@ import json
 import math
 import numbers
 import operator
+import random
 import re
 import sys
 from collections import Counter
@@ -419,7 +420,8 @@ def normalize_answer(text: str) -> str:
 
 def last_number(text: str) -> Decimal | None:
     """The last number of a text: sign, thousands commas and decimals understood (GSM8K's answers stand at the end)."""
-    numbers = re.findall(r"(?<![\w.])-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|-?\.[0-9]+", text)
+    found = r"(?<![\w.])-?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
+    numbers = re.findall(found, text.replace("\u2212", "-"))  # the typographic minus
     return Decimal(numbers[-1].replace(",", "")) if numbers else None
 
 
@@ -507,8 +509,10 @@ def _style_reward(context, aspect: str = "all", sentence_length: float = 15):
 
 def _coverage_reward(context):
     def reward(prompts, completions, **columns):
-        wanted = columns["keywords"] if "keywords" in columns else [" ".join(r) for r in _references(columns, "coverage")]
-        return [coverage(completion, keywords) for completion, keywords in zip(completions, wanted, strict=True)]
+        keywords = columns.get("keywords", [None] * len(completions))
+        if None in keywords:  # a row without any falls back on its reference
+            keywords = [k if k is not None else " ".join(r) for k, r in zip(keywords, _references(columns, "coverage"), strict=True)]
+        return [coverage(completion, wanted) for completion, wanted in zip(completions, keywords, strict=True)]
 
     return reward
 
@@ -533,7 +537,7 @@ def _truthful_reward(context, metric: str = "rouge_1"):
             answers = columns.get(name, columns.get(name.replace("_", " ").title()))  # TruthfulQA's file says "Correct Answers"
             if answers is None:
                 raise UserError(f"reward 'truthful' needs the columns correct_answers and incorrect_answers; {name} is missing")
-            answers = [[a.strip() for a in x.split(";")] if isinstance(x, str) else x for x in answers]
+            answers = [[a.strip() for a in x.split(";")] if isinstance(x, str) else x or [] for x in answers]
             sides.append([max((similarity(c, a) for a in row), default=0.0) for c, row in zip(completions, answers, strict=True)])
         return [right - wrong for right, wrong in zip(*sides)]
 
@@ -586,10 +590,18 @@ REWARDS: dict[str, tuple[Callable, str]] = {
 
 # ------------------------------------------------------------------------------------------------ the expression
 
+
+
+def _bounds(low: float, high: float) -> tuple[float, float]:
+    if not all(type(x) in (int, float) and math.isfinite(x) for x in (low, high)) or low > high:
+        raise ValueError(f"expected finite numbers, the lower first, found {low!r}" + (f" and {high!r}" if high is not low else ""))
+    return float(low), float(high)
+
+
 # name -> make(**literals) -> function of (x (B,), learn) -> (B,); only `ema` has a memory
 POST_PROCESSORS: dict[str, tuple[Callable, str]] = {
-    "clip": (lambda low, high: lambda x, learn: x.clamp(low, high), "clip(x, low, high): no less than low, no more than high"),
-    "scale": (lambda factor: lambda x, learn: x * factor, "scale(x, factor): times factor"),
+    "clip": (lambda low, high: lambda x, learn, bounds=_bounds(low, high): x.clamp(*bounds), "clip(x, low, high): no less than low, no more than high"),
+    "scale": (lambda factor: lambda x, learn, factor=_bounds(factor, factor)[0]: x * factor, "scale(x, factor): times factor"),
     "tanh": (lambda: lambda x, learn: torch.tanh(x), "tanh(x): squashed into -1..1"),
     "whiten": (lambda: lambda x, learn: RunningNorm()(x), "whiten(x): minus the mean of the batch, over its standard deviation"),
     "ema": (lambda decay=0.99: RunningNorm(decay), "ema(x, decay=0.99): the same by running statistics, which checkpoints keep"),
@@ -617,9 +629,16 @@ class Reward:
 
     @contextmanager
     def frozen(self):
+        """Measuring leaves no trace: no statistics, and the random states that a user's reward may draw from are put back."""
+        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
         self._learn = False
-        yield
-        self._learn = True
+        try:
+            yield
+        finally:
+            self._learn = True
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.set_rng_state(states[2])
 
     def metrics(self) -> dict[str, float]:
         """Of the last call: `reward/<leaf>`, the mean of its raw values, and `reward_weight/<name>` of a mixture."""
@@ -694,9 +713,9 @@ class _Parser:
         source = _FILE_FUNCTION.sub(stand_in, self.expression.strip())
         try:
             tree = ast.parse(source, mode="eval").body
-        except (SyntaxError, ValueError) as problem:
-            raise UserError(f"--reward {self.expression!r} is not an expression: {getattr(problem, 'msg', problem)}; {_known()}") from None
-        return Reward(self.build(tree), self.leaves, self.stateful)
+            return Reward(self.build(tree), self.leaves, self.stateful)
+        except (SyntaxError, RecursionError, MemoryError, OverflowError) as problem:
+            raise UserError(f"--reward {self.expression[:200]!r} is not an expression: {getattr(problem, 'msg', problem)}; {_known()}") from None
 
     def build(self, node: ast.expr) -> Callable:
         if isinstance(node, ast.BinOp) and type(node.op) in (ast.Add, ast.Sub, ast.Mult):
@@ -733,40 +752,55 @@ class _Parser:
         inner = self.build(node.args[0])
         process = self.call(node, POST_PROCESSORS[node.func.id][0], skip=1)
         if isinstance(process, RunningNorm):
-            self.stateful[self.text(node)] = process
+            self.remember(node, process)
         return lambda parts, learn: process(inner(parts, learn), learn)
+
+    def remember(self, node: ast.Call, thing: RunningNorm | Mixture) -> None:
+        key = self.text(node)
+        self.stateful[f"{key} #{len(self.stateful)}" if key in self.stateful else key] = thing
 
     def mixture(self, node: ast.Call) -> Callable:
         components = [self.build(argument) for argument in node.args]
         names = [self.text(argument) for argument in node.args]
         mixture = self.call(node, Mixture, names, skip=len(names))
-        self.stateful[self.text(node)] = mixture
+        self.remember(node, mixture)
         if "mixture_pairs" in self.context:
             pairs = self.context["mixture_pairs"]
-            columns = {name: [pair.columns.get(name) for pair in pairs] for pair in pairs for name in pair.columns}
-            sides = []
-            for completions in ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs]):
-                prompts = [pair.prompt for pair in pairs]
-                parts = {name: _call_leaf(name, f, prompts, completions, columns) for name, f in self.leaves.items()}
-                sides.append(torch.stack([component(parts, False) for component in components], dim=1))  # (n, K)
-            mixture.fit(*sides)
+            # Both sides in one call, so that whatever standardises a component by its batch treats them alike.
+            completions = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+            columns = {name: [pair.columns.get(name) for pair in pairs] * 2 for name in {n: 0 for pair in pairs for n in pair.columns}}
+            prompts = [pair.prompt for pair in pairs] * 2
+            parts = {name: _call_leaf(name, f, prompts, completions, columns) for name, f in self.leaves.items()}
+            scores = torch.stack([component(parts, False) + torch.zeros(len(completions)) for component in components], dim=1)  # (2n, K)
+            chosen, rejected = scores.chunk(2)  # (n, K) each
+            answered = torch.isfinite(chosen).all(1) & torch.isfinite(rejected).all(1)  # (n,)
+            if not answered.any():
+                raise UserError(f"--reward {self.expression!r}: no preference pair has a score from every part of the mixture")
+            mixture.fit(chosen[answered], rejected[answered])
         return lambda parts, learn: mixture([component(parts, learn) for component in components], learn)
 
     def call(self, node: ast.Name | ast.Call, make: Callable, *first, skip: int = 0):
         """make(*first, literals of the call after `skip` of them). Raises UserError for arguments that are no literals, or do not fit."""
         try:
-            arguments = [ast.literal_eval(argument) for argument in getattr(node, "args", [])[skip:]]
-            keywords = {keyword.arg: ast.literal_eval(keyword.value) for keyword in getattr(node, "keywords", [])}
+            arguments = [self.literal(argument) for argument in getattr(node, "args", [])[skip:]]
+            keywords = {keyword.arg: self.literal(keyword.value) for keyword in getattr(node, "keywords", [])}
             inspect.signature(make).bind(*first, *arguments, **keywords)
             return make(*first, *arguments, **keywords)
         except UserError:
             raise
-        except (ValueError, TypeError) as problem:
+        except (ValueError, TypeError, AttributeError) as problem:
             raise UserError(f"--reward {self.expression!r}: cannot read {self.text(node)!r}: {problem}") from None
+
+    def literal(self, node: ast.expr):
+        value = ast.literal_eval(node)
+        return self.restore(value) if isinstance(value, str) else value
 
     def text(self, node: ast.expr) -> str:
         """The part of the expression as the user wrote it, but for spaces."""
-        text = ast.unparse(node).replace("'", '"')
+        return self.restore(ast.unparse(node).replace("'", '"'))
+
+    def restore(self, text: str) -> str:
+        """Put the `file.py:function` back where a placeholder stands for it."""
         for placeholder, (file, function) in self.functions.items():
             text = text.replace(placeholder, f"{file}:{function}")
         return text
@@ -815,9 +849,9 @@ def main(argv: list[str]) -> None:
     records = list(read_records(argv[1]))
     if not records or not all(isinstance(r.get("completion"), str) for r in records):
         raise UserError(f"{argv[1]}: every record needs a string 'completion'; prompt, target and other columns as the reward asks")
-    names = {name for record in records for name in record if record[name] is not None} - {"prompt", "completion"}
+    names = {name for record in records for name in record if record[name] is not None} - {"prompt", "completion", "prompts", "completions"}
     columns = {name: [record.get(name) for record in records] for name in names}
-    prompts = [record.get("prompt") or "" for record in records]
+    prompts = [str(record.get("prompt") or "") for record in records]
     reward = build_reward(argv[0], documents=prompts)
     total = reward(prompts, [record["completion"] for record in records], **columns)  # (B,)
     scored = {"total": total, **reward.parts}

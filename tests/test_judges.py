@@ -231,7 +231,7 @@ def test_http_judge_that_answers_well(server):
     assert len(server.asked) == 4, "the second time is answered from the cache"
 
 
-@pytest.mark.parametrize("behave", [lambda q, n: (500, "oops", 0), lambda q, n: (200, "not json", 0), lambda q, n: (200, reply("excellent!"), 0), lambda q, n: (200, reply("9"), 0), lambda q, n: (200, "[]", 0), lambda q, n: (200, reply("3"), 1.0)])
+@pytest.mark.parametrize("behave", [lambda q, n: (500, "oops", 0), lambda q, n: (200, "not json", 0), lambda q, n: (200, reply("excellent!"), 0), lambda q, n: (200, reply("9"), 0), lambda q, n: (200, "[]", 0), lambda q, n: (200, reply("On a scale from 1 to 5 I say 4"), 0), lambda q, n: (200, reply("-3"), 0), lambda q, n: (200, reply("3"), 1.0)])
 def test_http_judge_that_fails_gives_no_score_and_never_0(server, behave):
     scores = ask(server, behave, retries=1, timeout=0.3)(PROMPTS[:2], TEXTS[:2])
     assert torch.isnan(scores).all()
@@ -250,6 +250,21 @@ def test_a_text_without_a_grade_has_no_total_either(server):
     assert torch.isnan(total).tolist() == [True, False, False, False]
     assert [key for key in reward.metrics()] == [f'reward/judge("{server.url}", retries=0)', "reward/length(target=5)"]
     assert all(math.isfinite(value) for value in reward.metrics().values())
+
+
+def test_a_causal_lm_is_no_classifier(folders):
+    with pytest.raises(UserError, match="lacks the weights score.weight: it was not trained for this use"):
+        build_reward(f'classifier("{folders["lm"]}")')
+
+
+def test_a_run_outlives_its_judge(tmp_path, server):
+    from train import main
+
+    server.behave = lambda q, n: (500, "", 0)
+    flags = "--limit 40 --steps 12 --ppo-ratio 1 --batch-size 4 --eval-size 4 --max-new-tokens 6 --eval-every 4 --device cpu".split()
+    main([*flags, "--reward", f'judge("{server.url}", retries=0)', "--out", str(tmp_path / "run")])
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["ppo/unscored"] for row in rows if row["phase"] == "ppo"] == [1] * 12 and "eval/reward" not in rows[-1]
 
 
 def test_a_judge_that_is_not_there(server):

@@ -122,7 +122,22 @@ def test_mixture_in_an_expression_is_fitted_logged_and_restored():
     assert reward(*texts)[0] > reward(*texts)[1]
 
 
-@pytest.mark.parametrize("expression, part", [("mixture(bleu)", "at least two"), ("mixture(bleu, rouge_l, floor=0.6)", "floor"), ("ema()", "cannot read"), ("ema(bleu, decay=2)", "decay"), ("clip(bleu)", "clip"), ("clip(bleu, rouge_l, 1)", "clip")])
+@pytest.mark.parametrize("part", ["length(target=40)", "ema(length(target=40))", "whiten(length(target=40))"])
+def test_a_fit_standardises_both_sides_of_a_pair_together(part):
+    pairs = [Pair("p", "w " * (i % 5 + 6), "w " * (i % 5 + 1)) for i in range(40)]
+    reward = build_reward(f"mixture({part}, sentiment, floor=0.02)", mixture_pairs=pairs)
+    assert reward.metrics()[f"reward_weight/{part}"] > 0.9
+
+
+def test_two_equal_terms_have_a_memory_each():
+    reward, other = build_reward("ema(sentiment)*ema(sentiment)"), build_reward("ema(sentiment)*ema(sentiment)")
+    reward(["p"] * 2, ["good", "bad"])
+    other.load_state_dict(json.loads(json.dumps(reward.state_dict())))
+    texts = (["p"] * 2, ["good good", "bad"])
+    assert reward(*texts).tolist() == other(*texts).tolist() and len(reward.state_dict()) == 2
+
+
+@pytest.mark.parametrize("expression, part", [("clip(bleu, 'a', 'b')", "clip"), ("clip(bleu, 3, -3)", "lower first"), ("scale(bleu, 'a')", "scale"), ("-" * 3000 + "bleu", "not an expression"), ("mixture(bleu)", "at least two"), ("mixture(bleu, rouge_l, floor=0.6)", "floor"), ("ema()", "cannot read"), ("ema(bleu, decay=2)", "decay"), ("clip(bleu)", "clip"), ("clip(bleu, rouge_l, 1)", "clip")])
 def test_wrong_post_processors_are_named(expression, part):
     from engine import UserError
 

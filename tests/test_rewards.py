@@ -304,7 +304,7 @@ def test_exact_match_and_numeric():
     exact = build_reward("exact_match")(["q"] * 4, ["The Eiffel Tower!", "eiffel tower", "tower", ""], target=["Eiffel Tower"] * 4)
     assert exact.tolist() == [1, 1, 0, 0]
     cases = [("so 3 + 4 = 7", "#### 7", 1), ("$1,234.50", "1234.5", 1), ("-5", "5", 0), ("7.0", "7", 1), ("none", "7", 0), ("7", "no number", 0)]
-    cases += [("there are 12, then 13.", "13", 1), ("v2", "2", 0), ("1,23", "23", 1), ("", "", 0), (".5", "0.50", 1), ("٣", "3", 0)]
+    cases += [("there are 12, then 13.", "13", 1), ("v2", "2", 0), ("No.5", "0.5", 0), ("\u22125", "-5", 1), ("1,23", "23", 1), ("", "", 0), (".5", "0.50", 1), ("٣", "3", 0)]
     for completion, target, expected in cases:
         assert build_reward("numeric")(["q"], [completion], target=[target]).item() == expected, (completion, target)
 

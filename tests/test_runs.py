@@ -343,6 +343,49 @@ def test_each_rule_finds_its_own_illness_and_no_other(key, text):
     assert line.startswith("verdict: suspect ") and text in line and sum(other in line for _, _, other in RULES) == 1
 
 
+def test_the_reward_falls_when_every_raw_part_of_it_falls():
+    rows = healthy_rows()
+    for i, row in enumerate(rows):
+        if row["phase"] == "ppo":
+            row |= {"ppo/score": 0.0, "reward/a": -i, "reward/b": 1.0}
+    assert verdict(rows).startswith("verdict: healthy"), "one part holds; and a standardised total has no trend"
+    for i, row in enumerate(rows):
+        if row["phase"] == "ppo":
+            row["reward/b"] = 1 - i / 10
+    assert "every part of the reward falls" in verdict(rows)
+
+
+def test_a_line_torn_inside_a_character_is_dropped(tmp_path):
+    (tmp_path / "samples.jsonl").write_bytes('{"step": 1, "prompt": "é"}\n{"step": 2, "prompt": "'.encode() + b"\xc3")
+    runs.forget_after(tmp_path, 5)
+    assert runs.read_rows(tmp_path / "samples.jsonl") == [{"step": 1, "prompt": "é"}]
+
+
+def test_final_gets_its_name_back_when_it_was_being_replaced(tmp_path):
+    main([*SHORT, "--save-every", "0", "--out", str(tmp_path / "run")])
+    os.rename(tmp_path / "run" / "final", tmp_path / "run" / ".final.old")  # killed between the two renames
+    (tmp_path / "run" / ".final.tmp").mkdir()
+    main(["--resume", str(tmp_path / "run"), "--steps", "16"])
+    assert [row["step"] for row in rows_of(tmp_path / "run") if row["phase"] != "eval"] == list(range(1, 17))
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == 16
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_only_numbered_checkpoints_are_ours_and_their_order_is_that_of_numbers(tmp_path):
+    for name in ("checkpoint-999900", "checkpoint-1000000", "checkpoint-best"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in runs.checkpoints(tmp_path)] == ["checkpoint-999900", "checkpoint-1000000"]
+
+
+def test_a_damaged_state_is_one_line(tmp_path, capsys):
+    main([*SHORT, "--out", str(tmp_path / "run")])
+    state = tmp_path / "run" / "final" / "trainer_state.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(SystemExit) as caught:
+        main(["--resume", str(tmp_path / "run"), "--steps", "20"])
+    assert caught.value.code == 2 and "trainer_state.pt is damaged" in capsys.readouterr().err
+
+
 def test_the_verdict_reads_the_held_out_numbers_too():
     rows = healthy_rows()
     rows[-1] |= {"eval/nll": 3.1, "eval/distinct": 0.2}
