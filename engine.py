@@ -16,6 +16,10 @@ class UserError(ValueError):
     """Something that the user can mend. `train.py` prints it as one line, `error: ...`, and exits with status 2."""
 
 
+class NonFiniteReward(UserError):
+    """A reward that is no finite number. Before training it ends the run; during training it costs one update."""
+
+
 def one_line_errors(main: Callable):
     """`main`, but a UserError becomes one line on stderr, `error: ...`, and exit status 2."""
 

@@ -37,7 +37,7 @@ import numpy as np
 import torch
 
 from data import Example, encode_prompt, encode_target, read_records
-from engine import UserError, one_line_errors
+from engine import NonFiniteReward, UserError, one_line_errors
 from judges import JUDGES, starting_model
 from mixture import Mixture, RunningNorm
 
@@ -670,7 +670,7 @@ def _call_leaf(name: str, function: Callable, prompts: list[str], completions: l
         raise UserError(f"reward '{name}' must return a list of {len(completions)} floats, one per completion; it returned {found}")
     for value, text in zip(values, completions):
         if not isinstance(value, numbers.Real) or not abs(value) < 1e38:  # float32 ends at 3.4e38; a NaN is not below anything
-            raise UserError(f"reward '{name}' gave {value!r}, not a finite number, for the completion {text[:80]!r}")
+            raise NonFiniteReward(f"reward '{name}' gave {value!r}, not a finite number, for the completion {text[:80]!r}")
     return torch.tensor(values, dtype=torch.float32)
 
 

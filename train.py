@@ -17,7 +17,7 @@ import transformers
 from tqdm import tqdm
 
 from data import BatchStream, columns_of, demonstration_batch, encode_prompt, load_examples, load_pairs, split_examples
-from engine import AMP_DTYPES, OPTIMIZERS, SCHEDULERS, Parser, UserError, check_amp, learning_rate_factor, make_scaler, number
+from engine import AMP_DTYPES, OPTIMIZERS, SCHEDULERS, NonFiniteReward, Parser, UserError, check_amp, learning_rate_factor, make_scaler, number
 from engine import one_line_errors, pick_device
 from evaluate import evaluate, verdict
 from hybrid import HybridModel, build_tiny
@@ -128,20 +128,24 @@ def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
                 if reference is None or (args.ref_refresh and ppo_steps and ppo_steps % args.ref_refresh == 0):
                     reference = model.frozen_copy()  # the policy as PPO first meets it: the KL must not undo what SFT has taught
                 drawn = ppo_stream.next()
-                rollout, metrics = collect_rollout(
-                    model, reference, tokenizer, drawn, reward, **sampling,
-                    kl_coef=kl_controller.value, kl_estimator=args.kl_estimator, gamma=args.gamma, lam=args.lam,
-                    missing_eos_penalty=args.missing_eos_penalty, whiten_rewards=args.whiten_rewards,
-                    micro_batch_size=args.micro_batch_size, generator=sampling_generator,
-                )  # fmt: skip
-                metrics |= reward.metrics()
-                metrics |= ppo_step(
-                    model, rollout, optimizer, **update, ppo_epochs=args.ppo_epochs, minibatches=args.minibatches,
-                    temperature=args.temperature, cliprange=args.cliprange, cliprange_value=args.cliprange_value,
-                    vf_coef=args.vf_coef, target_kl=args.target_kl, generator=order_generator,
-                )  # fmt: skip
-                if metrics["ppo/unscored"] < 1:
-                    kl_controller.update(metrics["ppo/kl_k1"], args.batch_size)
+                try:
+                    rollout, metrics = collect_rollout(
+                        model, reference, tokenizer, drawn, reward, **sampling,
+                        kl_coef=kl_controller.value, kl_estimator=args.kl_estimator, gamma=args.gamma, lam=args.lam,
+                        missing_eos_penalty=args.missing_eos_penalty, whiten_rewards=args.whiten_rewards,
+                        micro_batch_size=args.micro_batch_size, generator=sampling_generator,
+                    )  # fmt: skip
+                    metrics |= reward.metrics()
+                    metrics |= ppo_step(
+                        model, rollout, optimizer, **update, ppo_epochs=args.ppo_epochs, minibatches=args.minibatches,
+                        temperature=args.temperature, cliprange=args.cliprange, cliprange_value=args.cliprange_value,
+                        vf_coef=args.vf_coef, target_kl=args.target_kl, generator=order_generator,
+                    )  # fmt: skip
+                    if metrics["ppo/unscored"] < 1:
+                        kl_controller.update(metrics["ppo/kl_k1"], args.batch_size)
+                except NonFiniteReward as problem:  # it never becomes an advantage; counted below like a gradient that is not finite
+                    tqdm.write(f"step {step + 1}: {problem}")
+                    metrics = {"ppo/skipped_steps": 1.0}
                 ppo_steps += 1
             # ---- bookkeeping
             metrics |= {"lr": scheduler.get_last_lr()[0], "seconds": time.perf_counter() - started}
@@ -154,12 +158,12 @@ def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
                 skipped = 0 if f"{phase}/grad_norm" in metrics else skipped + 1
             if metrics[f"{phase}/skipped_steps"]:
                 append_rows(out / "skipped.jsonl", [{"step": step + 1, "phase": phase, "prompts": [example.prompt for example in drawn]}])
-                tqdm.write(f"step {step + 1}: {phase} gradient not finite, update skipped; the batch is in {out / 'skipped.jsonl'}")
+                tqdm.write(f"step {step + 1}: {phase} reward or gradient not finite, update skipped; the batch is in {out / 'skipped.jsonl'}")
             if skipped == MAX_SKIPPED:
                 skipped = 0  # whoever resumes has ten tries again
                 save(f"checkpoint-{step + 1:06d}", step + 1)  # the weights are those before the first of them
                 raise UserError(
-                    f"no finite gradient in {MAX_SKIPPED} steps in a row (now step {step + 1}); the last good weights are in "
+                    f"no finite reward and gradient in {MAX_SKIPPED} steps in a row (now step {step + 1}); the last good weights are in "
                     f"{out / f'checkpoint-{step + 1:06d}'}, the batches in {out / 'skipped.jsonl'}; start a new run from there with --model and a smaller --lr"
                 )
             if step + 1 == args.steps or (args.eval_every and (step + 1) % args.eval_every == 0):

@@ -198,8 +198,21 @@ def test_a_lost_update_is_skipped_counted_and_reported_with_its_batch(tmp_path, 
     assert [rows[step][f"{phase}/skipped_steps"] for step in (1, 2, 3, 4)] == [0, 0, 1, 0] and f"{phase}/grad_norm" not in rows[3]
     (report,) = runs.read_rows(tmp_path / "run" / "skipped.jsonl")
     assert report["step"] == 3 and len(report["prompts"]) == 4
-    assert f"step 3: {phase} gradient not finite, update skipped" in capsys.readouterr().out
+    assert f"step 3: {phase} reward or gradient not finite, update skipped" in capsys.readouterr().out
     assert all(torch.isfinite(x).all() for x in load_file(tmp_path / "run" / "final" / "model.safetensors").values())
+
+
+def test_a_reward_that_turns_nan_costs_one_update(tmp_path, capsys):
+    (tmp_path / "r.py").write_text(
+        "calls = []\ndef r(completions, **columns):\n    calls.append(0)\n"
+        "    return [float('nan') if len(calls) == 5 else 1.0] + [0.0] * (len(completions) - 1)\n"
+    )  # probe, evaluation, rollouts 1 and 2, and then the NaN
+    flags = "--limit 60 --steps 4 --ppo-ratio 1 --batch-size 4 --max-new-tokens 6 --eval-size 4 --eval-every 0 --device cpu".split()
+    main([*flags, "--reward", f"{tmp_path}/r.py:r", "--out", str(tmp_path / "run")])
+    rows = [row for row in runs.read_rows(tmp_path / "run" / "metrics.jsonl") if row["phase"] == "ppo"]
+    assert [row["ppo/skipped_steps"] for row in rows] == [0, 0, 1, 0] and "ppo/score" not in rows[2]
+    assert runs.read_rows(tmp_path / "run" / "skipped.jsonl")[0]["step"] == 3
+    assert "step 3: reward 'r' gave nan, not a finite number, for the completion" in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of")
@@ -209,7 +222,7 @@ def test_ten_lost_updates_in_a_row_stop_with_the_last_good_weights(tmp_path, cap
         main([*SHORT, "--ppo-ratio", "0", "--sft-warmup", "0", "--reward", "length", "--steps", "30", "--save-every", "0", "--out", str(tmp_path / "run")])
     monkeypatch.undo()
     message = capsys.readouterr().err
-    assert caught.value.code == 2 and "no finite gradient in 10 steps in a row (now step 10)" in message and "checkpoint-000010" in message
+    assert caught.value.code == 2 and "no finite reward and gradient in 10 steps in a row (now step 10)" in message and "checkpoint-000010" in message
     saved = load_file(tmp_path / "run" / "checkpoint-000010" / "model.safetensors")
     from data import load_examples, split_examples
 

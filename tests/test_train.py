@@ -243,7 +243,7 @@ def test_ten_lost_steps_in_a_row_end_the_run(tmp_path, monkeypatch, capsys):
         run(tmp_path, "--steps", 20, "--ppo-ratio", 0)
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert caught.value.code == 2 and rows[-1]["step"] == 10 and "sft/loss" not in rows[-1]
-    assert "error: no finite gradient in 10 steps in a row" in capsys.readouterr().err
+    assert "error: no finite reward and gradient in 10 steps in a row" in capsys.readouterr().err
 
 
 def test_real_model_on_real_stories(tmp_path, shared):
