@@ -24,7 +24,7 @@ from pathlib import Path
 import jinja2  # comes with torch; chat templates are written in it
 import torch
 
-from engine import UserError, one_line_errors
+from engine import UserError, first_line, one_line_errors
 
 PROMPT_FIELDS = ("prompt", "instruction", "question", "query")
 TARGET_FIELDS = ("target", "completion", "response", "output", "answer")
@@ -311,7 +311,7 @@ def read_records(source: str, limit: int | None = None, encoding: str = "utf-8",
         for record in itertools.islice(records, limit):
             yield {name: value for name, value in record.items() if path.suffix != ".csv" or value != ""}  # an empty cell is absent
     except (OSError, ValueError, KeyError, TypeError, datasets.exceptions.DatasetsError) as problem:
-        reason = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
+        reason = first_line(problem)
         if is_file:
             raise UserError(f"--data {source} cannot be read: {reason}") from None
         raise UserError(

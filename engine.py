@@ -7,6 +7,7 @@ without it: `accumulate` is "backward over the rows", `apply_gradients` is "opti
 import argparse
 import math
 import sys
+from pathlib import Path
 from typing import Callable
 
 import torch
@@ -18,6 +19,20 @@ class UserError(ValueError):
 
 class NonFiniteReward(UserError):
     """A reward that is no finite number. Before training it ends the run; during training it costs one update."""
+
+
+def first_line(problem: BaseException) -> str:
+    """The first line of an exception's message, for an error of one line; its class where it says nothing."""
+    return next(iter(str(problem).strip().splitlines()), type(problem).__name__).rstrip(".")
+
+
+def check_new_folder(out: str) -> None:
+    """Raises UserError unless `out` can be made: what takes long to compute must not fail when it is saved."""
+    path = Path(out)
+    if path.exists():
+        raise UserError(f"--out {out} already exists; choose another folder")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {path.absolute().parent} to put it in")
 
 
 def one_line_errors(main: Callable):

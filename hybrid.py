@@ -28,7 +28,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, PreTrainedTokenizerFast
 
-from engine import Parser, UserError, number, one_line_errors
+from engine import Parser, UserError, check_new_folder, first_line, number, one_line_errors
 
 LOGIT_CHUNK = 1024  # response tokens that pass through lm_head together: bounds the memory at (LOGIT_CHUNK, V)
 VALUE_HEAD = "value_head.safetensors"
@@ -168,7 +168,7 @@ class HybridModel(nn.Module):
             try:
                 model.value_head.load_state_dict(load_file(Path(name) / VALUE_HEAD))
             except (SafetensorError, RuntimeError) as problem:
-                raise UserError(f"{Path(name) / VALUE_HEAD} does not fit the model: {_first_line(problem)}") from None
+                raise UserError(f"{Path(name) / VALUE_HEAD} does not fit the model: {first_line(problem)}") from None
         return model, tokenizer
 
 
@@ -268,9 +268,9 @@ def load_lm(name: str, what: str = "model") -> tuple[nn.Module, PreTrainedTokeni
         lm, report = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as problem:
         if looks_local:
-            raise UserError(f"{what} {name} cannot be read as a causal LM: {_first_line(problem)}") from None
+            raise UserError(f"{what} {name} cannot be read as a causal LM: {first_line(problem)}") from None
         raise UserError(
-            f"{what} {name} is no local folder and could not be fetched from the Hugging Face hub ({_first_line(problem)}); "
+            f"{what} {name} is no local folder and could not be fetched from the Hugging Face hub ({first_line(problem)}); "
             "check the name and the network, give a downloaded folder, or use the built-in --model tiny"
         ) from None
     if report["missing_keys"]:
@@ -279,7 +279,7 @@ def load_lm(name: str, what: str = "model") -> tuple[nn.Module, PreTrainedTokeni
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, ImportError, AttributeError) as problem:
-        raise UserError(f"{what} {name} has no tokenizer that can be read: {_first_line(problem)}") from None
+        raise UserError(f"{what} {name} has no tokenizer that can be read: {first_line(problem)}") from None
     check_tokenizer(f"{what} {name}", lm, tokenizer)
     return lm, tokenizer
 
@@ -293,10 +293,6 @@ def check_tokenizer(name: str, lm: nn.Module, tokenizer) -> None:
         raise UserError(f"{name}: the tokenizer has {len(tokenizer)} tokens but the model embeds only {rows}; they do not belong together")
     if tokenizer.eos_token_id is None:
         raise UserError(f"{name}: the tokenizer has no EOS token, so a response could never end; set eos_token in tokenizer_config.json")
-
-
-def _first_line(problem: BaseException) -> str:
-    return next(iter(str(problem).strip().splitlines()), type(problem).__name__).rstrip(".")
 
 
 def build_tiny(texts: list[str], seed: int = 0) -> tuple[nn.Module, PreTrainedTokenizerFast]:
@@ -356,10 +352,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--weight", type=number(float, 0, 1), default=0.5, help="share of the second model: 0 is the first, 1 the second")
     parser.add_argument("--out", required=True, help="folder for the result; must not exist")
     args = parser.parse_args(argv)
-    if Path(args.out).exists():
-        raise UserError(f"--out {args.out} already exists; choose another folder")
-    if not Path(args.out).absolute().parent.is_dir():
-        raise UserError(f"--out {args.out}: there is no folder {Path(args.out).absolute().parent} to put it in")
+    check_new_folder(args.out)
     (a, tokenizer), (b, other) = HybridModel.load(args.a), HybridModel.load(args.b)
     if tokenizer.get_vocab() != other.get_vocab():
         raise UserError(f"{args.a} and {args.b} have different vocabularies, so their weights do not mean the same")

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-from engine import UserError
+from engine import UserError, first_line
 
 BATCH_SIZE = 16  # texts that a judge reads together
 MAX_LENGTH = 1024  # tokens; what is longer loses its beginning, so that the end of the response is always read
@@ -34,8 +34,7 @@ def load_judge(auto_class, name: str, device) -> tuple[torch.nn.Module, object]:
         model, report = auto_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as problem:
-        reason = next(iter(str(problem).strip().splitlines()), type(problem).__name__).rstrip(".")
-        raise UserError(f"reward model {name} cannot be loaded ({reason}); give a folder, or a hub id and a network") from None
+        raise UserError(f"reward model {name} cannot be loaded ({first_line(problem)}); give a folder, or a hub id and a network") from None
     missing = [key for key in report["missing_keys"] if not key.startswith("pooler")]
     if missing:
         raise UserError(f"reward model {name} lacks the weights {', '.join(sorted(missing)[:3])}: it was not trained for this use")
@@ -47,8 +46,7 @@ def load_judge(auto_class, name: str, device) -> tuple[torch.nn.Module, object]:
 
 def tokenize(tokenizer, model, texts: list[str], pairs: list[str] | None = None) -> dict[str, torch.Tensor]:
     """One padded batch on the model's device; each (b, T). A text without tokens is read as one EOS (or pad) token."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or MAX_LENGTH
-    limit = min(MAX_LENGTH, context, tokenizer.model_max_length)
+    limit = min(MAX_LENGTH, _context_of(model), tokenizer.model_max_length)
     limit -= 2 if "roberta" in model.config.model_type else 0  # its positions start at 2
     inputs = tokenizer(texts, pairs, truncation=True, max_length=limit, padding=True, return_tensors="pt")
     if inputs["input_ids"].shape[1] == 0:  # every text of the batch is empty
@@ -149,7 +147,7 @@ def cosine_sts(context: dict, id: str | None = None) -> Callable:
     if id is not None:
         model, tokenizer = load_judge(AutoModel, id, context.get("device"))
     else:
-        lm, tokenizer = starting_model(context, "cosine_sts")
+        lm, tokenizer = frozen_lm(context, "cosine_sts", None)
         model = lm.base_model
 
     @torch.no_grad()
@@ -173,13 +171,7 @@ def gptscore(context: dict, id: str | None = None, template: str = "{prompt}") -
     """
     from rewards import perplexity
 
-    if id is not None:
-        from hybrid import load_lm
-
-        lm, tokenizer = load_lm(id)
-        lm = lm.to(context.get("device", "cpu")).eval().requires_grad_(False)
-    else:
-        lm, tokenizer = starting_model(context, "gptscore")
+    lm, tokenizer = frozen_lm(context, "gptscore", id)
     worst = -math.log(lm.config.get_text_config().vocab_size)
 
     def reward(prompts, completions, **columns):
@@ -217,10 +209,7 @@ def judge(context: dict, id_or_url: str, rubric: str = DEFAULT_RUBRIC, top: int 
 
 def _local(context: dict, id: str, top: int) -> Callable[[list[str]], list[float]]:
     """Expected grade under the next-token distribution restricted to the digits 1..top."""
-    from hybrid import load_lm
-
-    lm, tokenizer = load_lm(id)
-    lm = lm.to(context.get("device", "cpu")).eval().requires_grad_(False)
+    lm, tokenizer = frozen_lm(context, "judge", id)
     digits = []  # (top, variants): a digit may be one token with and one without a space before it
     for digit in range(1, top + 1):
         variants = {ids[-1] for text in (str(digit), f" {digit}") if len(ids := tokenizer(text, add_special_tokens=False).input_ids) <= 2}
@@ -290,11 +279,21 @@ def comet(context: dict, id: str) -> Callable:
     return reward
 
 
-def starting_model(context: dict, name: str):
-    """A frozen copy of `context["model"]` as it is now, before training, and its tokenizer. Raises UserError where there is none."""
-    if "model" not in context:
+def frozen_lm(context: dict, name: str, id: str | None):
+    """A causal LM that never changes, and its tokenizer: the folder or hub id, else a copy of `context["model"]` as it is now.
+
+    `train.py` puts the policy there before training. Raises UserError, naming the reward, where there is neither.
+    """
+    if id is not None:
+        from hybrid import load_lm
+
+        lm, tokenizer = load_lm(id)
+        lm = lm.to(context.get("device", "cpu"))
+    elif "model" in context:
+        lm, tokenizer = copy.deepcopy(context["model"]), context["tokenizer"]
+    else:
         raise UserError(f'reward {name!r} needs a model to ask: name one, {name}("gpt2")')
-    return copy.deepcopy(context["model"]).eval().requires_grad_(False), context["tokenizer"]
+    return lm.eval().requires_grad_(False), tokenizer
 
 
 def _plain_batch(tokenizer, model, texts: list[str]) -> dict[str, torch.Tensor]:

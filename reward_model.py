@@ -13,7 +13,6 @@ Left out on purpose: ensembles, margins, several epochs (a reward model overfits
 
 import copy
 import sys
-from pathlib import Path
 
 import torch
 import transformers
@@ -22,7 +21,7 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from data import BatchStream, Example, Pair, load_pairs, split_examples
-from engine import Parser, UserError, apply_gradients, number, one_line_errors, pick_device
+from engine import Parser, UserError, apply_gradients, check_new_folder, first_line, number, one_line_errors, pick_device
 from hybrid import build_tiny, disable_dropout
 from judges import batched_logits, sequence_logits, tokenize
 
@@ -55,8 +54,7 @@ def load_backbone(name: str, pairs: list[Pair], seed: int):
             model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, dtype=torch.float32, ignore_mismatched_sizes=True)
             tokenizer = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as problem:
-            reason = next(iter(str(problem).strip().splitlines()), type(problem).__name__).rstrip(".")
-            raise UserError(f"--model {name} cannot be loaded as a classifier ({reason}); give a folder, a hub id, or tiny") from None
+            raise UserError(f"--model {name} cannot be loaded as a classifier ({first_line(problem)}); give a folder, a hub id, or tiny") from None
     if hasattr(model, "score"):  # decoders: the published initialisation of the head (Stiennon et al.; N+ details)
         torch.nn.init.normal_(model.score.weight, std=(model.score.weight.shape[1] + 1) ** -0.5)
     if tokenizer.pad_token is None:
@@ -93,10 +91,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     args = parser.parse_args(argv)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # "newly initialized: score" is what we want here
-    if Path(args.out).exists():
-        raise UserError(f"--out {args.out} already exists; choose another folder")
-    if not Path(args.out).absolute().parent.is_dir():
-        raise UserError(f"--out {args.out}: there is no folder {Path(args.out).absolute().parent} to put it in")
+    check_new_folder(args.out)
     device = pick_device(args.device)
     pairs = load_pairs(args.data, limit=args.limit, encoding=args.encoding)
     # Split by prompt, through the same hash as everything else: no prompt is on both sides.

@@ -1,8 +1,8 @@
 """Rewards: text in, one float per completion out, higher is better.
 
 A reward is any callable  f(prompts, completions, **columns) -> list[float]; every column of the data arrives as a keyword
-list, the reference text as `target` (the convention of TRL's GRPO reward functions, so existing ones run unchanged).
-`--reward` takes an expression over the names at the end of this file, read with `ast` and never evaluated as Python:
+list, the reference text as `target` (the convention of TRL's GRPO reward functions, so those written for plain text run unchanged).
+`--reward` takes an expression over the names in `REWARDS` below, read with `ast` and never evaluated as Python:
 
     rouge_l                                 0.7*rouge_l + 0.3*bleu - 0.1*length(target=40)
     sentiment(lexicon="vader.txt")          my_rewards.py:politeness
@@ -38,11 +38,10 @@ import torch
 
 from data import Example, encode_prompt, encode_target, read_records
 from engine import NonFiniteReward, UserError, one_line_errors
-from judges import JUDGES, starting_model
+from judges import JUDGES, frozen_lm
 from mixture import Mixture, RunningNorm
 
 # ------------------------------------------------------------------------------------------------ BLEU
-
 
 _SPLIT_13A = [
     (re.compile(r"([{-~\[-`!-&(-+:-@/])"), r" \1 "),  # ASCII punctuation but , - . and '
@@ -459,13 +458,7 @@ def _bleu_reward(context, max_order: int = 4):
 
 
 def _perplexity_reward(context, model: str | None = None):
-    if model is not None:
-        from hybrid import load_lm  # only this reward needs a model, so only it imports one
-
-        lm, tokenizer = load_lm(model)
-        lm = lm.to(context.get("device", "cpu")).eval().requires_grad_(False)
-    else:
-        lm, tokenizer = starting_model(context, "perplexity")
+    lm, tokenizer = frozen_lm(context, "perplexity", model)
     return lambda prompts, completions, **columns: [1 / value for value in perplexity(lm, tokenizer, completions, prompts)]
 
 
@@ -589,7 +582,6 @@ REWARDS: dict[str, tuple[Callable, str]] = {
 }
 
 # ------------------------------------------------------------------------------------------------ the expression
-
 
 
 def _bounds(low: float, high: float) -> tuple[float, float]:

@@ -32,7 +32,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from engine import UserError
+from engine import UserError, first_line
 from hybrid import HybridModel
 
 
@@ -221,7 +221,7 @@ def _read_state(folder: Path) -> dict:
     try:
         return torch.load(folder / "trainer_state.pt", weights_only=True, map_location="cpu", mmap=True)
     except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as problem:
-        reason = str(problem).splitlines()[0]
+        reason = first_line(problem)
         raise UserError(f"{folder}/trainer_state.pt is damaged ({reason}); move {folder} away to resume from an older checkpoint") from None
 
 
