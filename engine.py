@@ -160,8 +160,8 @@ def _muon(model: torch.nn.Module, lr: float, adamw: dict) -> MuonWithAdamW:
 # Adam's eps 1e-5, not torch's 1e-8: the first steps are far less wild (N+ details, 2403.17031). No weight decay: PPO has its own anchor.
 _ADAM = dict(betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
 OPTIMIZERS = {
-    "adamw": lambda model, lr: torch.optim.AdamW(model.parameters(), lr=lr, **_ADAM),
-    "adam": lambda model, lr: torch.optim.Adam(model.parameters(), lr=lr, **_ADAM),
+    "adamw": lambda model, lr: torch.optim.AdamW(model.parameters(), lr=lr, fused=True, **_ADAM),
+    "adam": lambda model, lr: torch.optim.Adam(model.parameters(), lr=lr, fused=True, **_ADAM),
     "sgd": lambda model, lr: torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9),
     "adafactor": lambda model, lr: torch.optim.Adafactor(model.parameters(), lr=lr),
     "muon": lambda model, lr: _muon(model, lr, _ADAM),

@@ -15,6 +15,8 @@ import torch
 
 from hybrid import HybridModel
 
+KEEP_WHILE = 0.75  # finished rows leave the batch once no more than this share of it is still being written
+
 
 @dataclass
 class Generation:
@@ -48,32 +50,45 @@ def generate(
     # Positions count real tokens only (critical!): under left padding a plain 0..P-1 would shift learned positions such as GPT-2's.
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (B, P)
     cache = model.new_cache()
-    alive = torch.ones(len(prompts), dtype=torch.bool, device=device)  # (B,)
-    tokens, logprobs, alive_at = [], [], []
-    for _ in range(max_new_tokens):
-        hidden = model.hidden_states(input_ids, attention_mask, position_ids=position_ids, cache=cache)[:, -1]  # (B, H)
-        logp = torch.log_softmax(model.logits(hidden, temperature or 1.0), dim=-1)  # (B, V)
-        if temperature == 0:
-            token = logp.argmax(-1)  # (B,)
-        else:
-            token = torch.multinomial(logp.exp(), 1, generator=generator).squeeze(1)  # (B,)
-        tokens.append(token)
-        logprobs.append(logp.gather(1, token[:, None]).squeeze(1))  # (B,)
-        alive_at.append(alive)
-        alive = alive & (token != eos_token_id)  # (B,) a row stops at its first EOS; what follows is thrown away
-        if not alive.any():
-            break
-        attention_mask = torch.cat([attention_mask, torch.ones_like(attention_mask[:, :1])], dim=1)  # (B, P + step)
-        if cache is None:  # no cache: read the whole row again
-            input_ids = torch.cat([input_ids, token[:, None]], dim=1)
-            position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
-        else:
-            input_ids = token[:, None]  # (B, 1)
-            position_ids = position_ids[:, -1:] + 1  # (B, 1)
+    tokens = torch.zeros(len(prompts), max_new_tokens, dtype=torch.long, device=device)  # (B, R)
+    logprobs = torch.zeros(len(prompts), max_new_tokens, device=device)  # (B, R)
+    lengths = torch.zeros(len(prompts), dtype=torch.long, device=device)  # (B,)
+    row = torch.arange(len(prompts), device=device)  # (b,) the prompts whose responses are still being written, and a few that ended
+    alive = torch.ones_like(row, dtype=torch.bool)  # (b,)
+    with model.autocast():  # around the loop, so that weights are converted to low precision once and not at every token
+        for step in range(max_new_tokens):
+            hidden = model.hidden_states(input_ids, attention_mask, position_ids=position_ids, cache=cache)[:, -1]  # (b, H)
+            logp = torch.log_softmax(model.logits(hidden, temperature or 1.0), dim=-1)  # (b, V)
+            token = logp.argmax(-1) if temperature == 0 else draw(logp.exp(), generator)  # (b,)
+            tokens[row, step], logprobs[row, step] = token, logp.gather(1, token[:, None]).squeeze(1)
+            lengths[row] += alive
+            alive = alive & (token != eos_token_id)  # (b,) a row stops at its first EOS; what follows is thrown away
+            n_alive = int(alive.sum())
+            if n_alive == 0 or step + 1 == max_new_tokens:
+                break
+            attention_mask = torch.cat([attention_mask, torch.ones_like(attention_mask[:, :1])], dim=1)  # (b, P + step + 1)
+            if cache is None:  # no cache: read the whole row again
+                input_ids = torch.cat([input_ids, token[:, None]], dim=1)
+                position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+            else:
+                input_ids = token[:, None]  # (b, 1)
+                position_ids = position_ids[:, -1:] + 1  # (b, 1)
+            if n_alive <= KEEP_WHILE * len(row):  # the cache is copied, so not for every row that ends
+                kept = alive.nonzero().squeeze(1)  # (b',)
+                row, alive, input_ids, attention_mask, position_ids = (x[kept] for x in (row, alive, input_ids, attention_mask, position_ids))
+                if cache is not None:
+                    cache.batch_select_indices(kept)
     model.train(was_training)
-    lengths = torch.stack(alive_at, dim=1).sum(1).tolist()  # B
-    tokens, logprobs = torch.stack(tokens, dim=1).tolist(), torch.stack(logprobs, dim=1).tolist()  # B x R
+    lengths, tokens, logprobs = lengths.tolist(), tokens.tolist(), logprobs.tolist()
     return Generation(
-        responses=[row[:n] for row, n in zip(tokens, lengths)],
-        logprobs=[row[:n] for row, n in zip(logprobs, lengths)],
+        responses=[ids[:n] for ids, n in zip(tokens, lengths)],
+        logprobs=[values[:n] for values, n in zip(logprobs, lengths)],
     )
+
+
+def draw(probs: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """One index a row, by its probability: probs (b, V) -> (b,). The inverse of the cumulative distribution at a uniform number."""
+    cumulative = probs.cumsum(-1)  # (b, V)
+    uniform = torch.rand(len(probs), 1, device=probs.device, generator=generator)  # (b, 1)
+    # right: the first index whose cumulative probability EXCEEDS the number, so that none of probability 0 is ever drawn
+    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(1).clamp(max=probs.shape[1] - 1)

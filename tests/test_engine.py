@@ -16,8 +16,8 @@ from sft import sft_step
 
 ADAM = dict(betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
 ORACLES = {
-    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, **ADAM),
-    "adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-3, **ADAM),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, fused=True, **ADAM),
+    "adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-3, fused=True, **ADAM),
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=1e-3, momentum=0.9),
     "adafactor": lambda parameters: torch.optim.Adafactor(parameters, lr=1e-3),
 }

@@ -1,13 +1,15 @@
 """The sampler: what it draws is what the scorer scores, whatever the model's own generation settings say."""
 
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
 from conftest import ARCHITECTURES, build_lm, ragged_batch
+from transformers import DynamicCache
 
 from data import make_batch
-from generate import generate
+from generate import draw, generate
 from hybrid import HybridModel
 
 EOS = 2
@@ -29,6 +31,25 @@ def test_sampler_equals_scorer(architecture, temperature):
         model, prompts, max_new_tokens=12, eos_token_id=EOS, temperature=temperature, generator=torch.Generator().manual_seed(0)
     )
     for seen, scored in zip(generation.logprobs, rescored(model, prompts, generation.responses, temperature), strict=True):
+        torch.testing.assert_close(torch.tensor(seen), torch.tensor(scored), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "gemma3_text", "bloom"])
+def test_rows_that_ended_leave_the_batch_and_the_rest_goes_on_unharmed(architecture, cached, monkeypatch):
+    """With EOS likely, the batch shrinks several times; what is sampled afterwards must still be what the scorer scores."""
+    model = HybridModel(build_lm(architecture))
+    model._cache_name = model._cache_name if cached else None
+    logits, sizes = model.logits, []
+    eos = torch.zeros(61).index_fill(0, torch.tensor([EOS]), 3.5)
+    monkeypatch.setattr(model, "logits", lambda hidden, temperature: logits(hidden, temperature) + eos)
+    read = model.hidden_states
+    monkeypatch.setattr(model, "hidden_states", lambda ids, *args, **kwargs: sizes.append(len(ids)) or read(ids, *args, **kwargs))
+    prompts = ragged_batch(rows=32)[0]
+    generation = generate(model, prompts, max_new_tokens=20, eos_token_id=EOS, generator=torch.Generator().manual_seed(0))
+    assert len(set(sizes)) > 3 and sizes[0] == 32 and sizes == sorted(sizes, reverse=True)
+    assert len({len(response) for response in generation.responses}) > 3
+    for seen, scored in zip(generation.logprobs, rescored(model, prompts, generation.responses, 1.0), strict=True):
         torch.testing.assert_close(torch.tensor(seen), torch.tensor(scored), atol=1e-4, rtol=0)
 
 
@@ -73,7 +94,10 @@ class Rigged(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.tensor(probabilities).log())
 
     def new_cache(self):
-        return object()
+        return DynamicCache()
+
+    def autocast(self):
+        return nullcontext()
 
     def hidden_states(self, input_ids, attention_mask, position_ids=None, cache=None):
         return torch.zeros(*input_ids.shape, 1)
@@ -110,3 +134,10 @@ def test_training_mode_and_global_random_state_are_left_alone(model):
     state = torch.get_rng_state()
     generate(model, [[5]], max_new_tokens=3, eos_token_id=EOS, generator=torch.Generator().manual_seed(0))
     assert model.training and torch.equal(state, torch.get_rng_state())
+
+
+def test_a_draw_is_the_first_index_whose_cumulative_probability_exceeds_the_number(monkeypatch):
+    probs = torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]]).repeat(5, 1)
+    uniform = torch.tensor([[0.0], [0.2499], [0.25], [0.75], [1.0]])  # 1.0: what rounding could make of the largest number below it
+    monkeypatch.setattr(torch, "rand", lambda *shape, **options: uniform)
+    assert draw(probs).tolist() == [1, 1, 3, 4, 5], "5 only for a number that torch.rand does not draw"

@@ -40,6 +40,43 @@ def test_forward_equals_the_full_logits_path(architecture):
         assert x.dtype == torch.float32 and (x[~batch.response_mask] == 0).all()
 
 
+# ALiBi's distances run through a packed row, a state runs on through it, and OPT counts its positions by the mask: read row by row.
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_short_rows_share_a_row_of_the_lm_where_the_architecture_can_tell_them_apart(architecture):
+    model = HybridModel(build_lm(architecture))
+    could_pack = model.can_pack
+    assert could_pack == (architecture not in ("bloom", "mamba", "opt")) or architecture == "falcon"  # whose answer depends on transformers
+    lengths = [(3, 20), (2, 2), (1, 4), (5, 3), (9, 8), (1, 1)]  # as rows 6 x 23; without padding 59
+    batch = make_batch(None, [list(range(3, 3 + p)) for p, _ in lengths], [list(range(30, 30 + r)) for _, r in lengths], max_length=32)
+    with torch.no_grad():
+        logprobs, _ = full_logits_scores(model.lm, batch)
+    read, shapes, gradients = model.lm.base_model.forward, [], []
+    weight = model.lm.get_input_embeddings().weight
+
+    def forward(*args, **inputs):
+        shapes.append(tuple(inputs["input_ids"].shape))
+        return read(*args, **inputs)
+
+    model.lm.base_model.forward = forward
+    for packs in (model.can_pack, False):
+        model.can_pack = packs
+        scores = model(batch.input_ids, batch.attention_mask, batch.response_mask)
+        torch.testing.assert_close(scores.logprobs.double(), logprobs, atol=2e-4, rtol=1e-4)
+        gradients.append(torch.autograd.grad(scores.logprobs.sum(), weight)[0])
+    assert shapes[1] == (6, 22) and (shapes[0][0] < 4 or not could_pack)
+    torch.testing.assert_close(*gradients, atol=2e-4, rtol=1e-3)
+
+
+def test_packing_loses_nothing_overlaps_nowhere_and_fills_well():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        lengths = torch.randint(1, 100, (int(torch.randint(1, 60, (1,), generator=generator)),), generator=generator).tolist()
+        bins, begins, width = hybrid.pack(lengths)
+        taken = [(b, begin + i) for b, begin, n in zip(bins, begins, lengths) for i in range(n)]
+        assert len(set(taken)) == sum(lengths) and max(column for _, column in taken) < width <= max(1.5 * max(lengths), max(lengths))
+        assert len(lengths) < 30 or sum(lengths) > 0.85 * (max(bins) + 1) * width
+
+
 @pytest.mark.parametrize("architecture, scale, cap", [("gemma2", 1, 5), ("granite", 1 / 7, None), ("cohere", 0.0625, None), ("gpt2", 1, None)])
 def test_logit_transform_is_found(architecture, scale, cap):
     found_scale, found_cap = hybrid.find_logit_transform(build_lm(architecture))
