@@ -1,16 +1,20 @@
 """What every script here shares and no paper talks about: errors and flags, device, optimisers, micro-batches, the guarded step.
 
-Left out on purpose: anything algorithmic. This file imports none of ours, so that `sft.py` and `ppo.py` can be read
-without it: `accumulate` is "backward over the rows", `apply_gradients` is "optimizer.step()".
+Left out on purpose: anything algorithmic, so that `sft.py` and `ppo.py` can be read without this file: `accumulate` is "backward over
+the rows", `apply_gradients` is "optimizer.step()".
 """
 
 import argparse
 import math
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Callable
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import parallel
 
 
 class UserError(ValueError):
@@ -118,6 +122,15 @@ def make_scaler(amp: str, device: torch.device) -> torch.amp.GradScaler | None:
     return torch.amp.GradScaler(device.type, init_scale=2.0**12) if amp == "fp16" else None
 
 
+def compile_lm(model: torch.nn.Module) -> None:
+    """torch.compile the trunk in place, for rows and columns of any number. Raises UserError where this machine cannot compile."""
+    try:
+        torch.compile(lambda x: x * 2 + 1, dynamic=True)(torch.ones(3, device=model.value_head.weight.device))
+    except Exception as problem:  # a missing C++ compiler or Triton shows itself in errors of many kinds
+        raise UserError(f"--compile: torch.compile does not work on this machine ({first_line(problem)}); leave it out") from None
+    model.lm.base_model.compile(dynamic=True)
+
+
 class MuonWithAdamW(torch.optim.Optimizer):
     """torch's Muon for the matrices between embedding and head, AdamW for everything else, behind one optimiser's face.
 
@@ -187,46 +200,87 @@ def learning_rate_factor(name: str, steps: int, warmup_steps: int) -> Callable[[
     return factor
 
 
-def accumulate(batch, rows: torch.Tensor, micro_batch_size: int | None, loss_fn, scaler: torch.amp.GradScaler | None = None) -> dict[str, float]:
-    """Backward of one optimiser step over `rows`, `micro_batch_size` rows at a time (None: all at once).
+class Backend:
+    """How the gradient of a loss comes about and is applied: plain torch, `GradScaler` for float16, DistributedDataParallel where there
+    are several processes. `zero.py` has the one for DeepSpeed."""
+
+    def __init__(self, model: torch.nn.Module, scaler: torch.amp.GradScaler | None = None):
+        self.model, self.scaler = model, scaler
+        # Unused parameters: an SFT loss does not reach the value head. It keeps no gradient, and so stays as it is.
+        self.ddp = DistributedDataParallel(_Loss(model), find_unused_parameters=True) if parallel.world() > 1 else None
+
+    def backward(self, loss_fn: Callable, part, weight: torch.Tensor, last: bool) -> dict[str, torch.Tensor]:
+        """Add the gradient of weight * loss; processes exchange theirs after the `last` part of a step. -> the stats of `loss_fn`."""
+        with nullcontext() if last or self.ddp is None else self.ddp.no_sync():
+            loss, stats = (self.ddp or _call)(loss_fn, part)
+            loss = loss * weight * parallel.world()  # DistributedDataParallel divides by that number
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        return stats
+
+    def step(self, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> float:
+        """Clip, step unless the gradient is not finite, forget the gradient. -> its norm before the clip."""
+        if self.scaler is not None:
+            self.scaler.unscale_(optimizer)  # before the clip (critical!): the limit is in units of the true gradient
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_grad_norm))
+        if self.scaler is not None:
+            self.scaler.step(optimizer)  # skips what is not finite by itself
+            self.scaler.update()
+        elif math.isfinite(grad_norm):
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)  # None, not 0: a parameter without gradient is not touched, not even by weight decay
+        return grad_norm
+
+
+def _call(loss_fn: Callable, part):
+    return loss_fn(part)
+
+
+class _Loss(torch.nn.Module):
+    """A loss as a module, since DistributedDataParallel wants to see what the backward pass will start from."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, loss_fn: Callable, part):
+        return loss_fn(part)
+
+
+def accumulate(backend: Backend, batch, rows: torch.Tensor, micro_batch_size: int | None, loss_fn) -> dict[str, float]:
+    """Backward of one optimiser step over `rows`, `micro_batch_size` of them at a time on each process (None: all at once).
 
     `loss_fn(part) -> (loss, stats)` must return means over the response tokens of `part`. Each part counts by its share of
-    the tokens of the whole step, so the gradient is that of ONE mean over all tokens: 1x8 == 8x1 == 4x2 rows, also when
-    lengths differ. (A mean of means would overweight the tokens of short rows.) Returns the same means of `stats`;
-    a name that ends in `_max` is joined by maximum instead.
+    the tokens of the whole step, so the gradient is that of ONE mean over all tokens: 1x8 == 8x1 == 4x2 rows == 2 processes, also when
+    lengths differ. (A mean of means would overweight the tokens of short rows.) Rows of like length go together, so that few columns
+    are padding. Returns the same means of `stats`; a name that ends in `_max` is joined by maximum instead.
     """
-    total: dict[str, float] = {}
     n_tokens = batch.response_mask[rows].sum()  # scalar
-    for part_rows in rows.split(micro_batch_size or len(rows)):
-        part = batch.rows(part_rows)
-        share = part.response_mask.sum() / n_tokens  # scalar
-        loss, stats = loss_fn(part)
-        loss = loss * share
-        (loss if scaler is None else scaler.scale(loss)).backward()
-        for name, value in stats.items():
-            if name.endswith("_max"):
-                total[name] = max(total.get(name, -math.inf), float(value))
-            else:
-                total[name] = total.get(name, 0.0) + float(value * share)
-    return total
+    per_process = math.ceil(len(rows) / parallel.world())
+    n_parts = math.ceil(per_process / (micro_batch_size or per_process))  # the same on every process: they meet at the last one
+    if len(rows) > 1 and (n_parts > 1 or parallel.world() > 1):
+        rows = rows[batch.attention_mask[rows].sum(1).argsort(stable=True)]
+    total: dict[str, float] = {}
+    for i, part_rows in enumerate(torch.tensor_split(parallel.share(rows), n_parts)):
+        weight = batch.response_mask[part_rows].sum() / n_tokens  # scalar; 0 for a process that has run out of rows and only keeps step
+        part = batch.rows(part_rows if len(part_rows) else rows[:1])
+        stats = backend.backward(loss_fn, part, weight, last=i == n_parts - 1)
+        _join(total, {name: float(value if name.endswith("_max") else value * weight) for name, value in stats.items()})
+    whole: dict[str, float] = {}
+    for each in parallel.everybody(total):
+        _join(whole, each)
+    return whole
 
 
-def apply_gradients(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, scaler: torch.amp.GradScaler | None = None
-) -> dict[str, float]:
+def _join(total: dict[str, float], more: dict[str, float]) -> None:
+    for name, value in more.items():
+        total[name] = max(total.get(name, -math.inf), value) if name.endswith("_max") else total.get(name, 0.0) + value
+
+
+def apply_gradients(backend: Backend, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> dict[str, float]:
     """Clip the gradient, step, and forget the gradient. `grad_norm` is the norm BEFORE the clip.
 
     A gradient that is not finite never reaches weights or optimiser state: the step is skipped and says so
     (`skipped_steps` 1, no `grad_norm`, which would not be a number).
     """
-    if scaler is not None:
-        scaler.unscale_(optimizer)  # before the clip (critical!): the limit is in units of the true gradient
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-    finite = bool(torch.isfinite(grad_norm))
-    if scaler is not None:
-        scaler.step(optimizer)  # skips what is not finite by itself
-        scaler.update()
-    elif finite:
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)  # None, not 0: a parameter without gradient is not touched, not even by weight decay
-    return {"grad_norm": float(grad_norm), "skipped_steps": 0.0} if finite else {"skipped_steps": 1.0}
+    grad_norm = backend.step(optimizer, max_grad_norm)
+    return {"grad_norm": grad_norm, "skipped_steps": 0.0} if math.isfinite(grad_norm) else {"skipped_steps": 1.0}

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 
+import parallel
 from data import Example, columns_of, decode, demonstration_batch, encode_prompt, make_batch, review_metrics
 from engine import Parser, UserError, one_line_errors
-from generate import generate
+from generate import sample
 from hybrid import HybridModel, score_rows
 from ppo import kl_estimate
 from runs import read_rows
@@ -49,12 +50,12 @@ def evaluate(
     metrics = {"nll": sft_loss(score_rows(model, batch, micro_batch_size).logprobs, batch.response_mask)}
 
     prompts = [encode_prompt(tokenizer, example)[-(max_length - max_new_tokens) :] for example in examples]
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed + parallel.rank())
     sampling = {"max_new_tokens": max_new_tokens, "eos_token_id": tokenizer.eos_token_id, "temperature": temperature}
     responses = []
     for begin in range(0, len(prompts), batch_size):
         part = prompts[begin : begin + batch_size]
-        responses += generate(model, part, generator=generator, **sampling).responses
+        responses += sample(model, part, generator=generator, **sampling).responses
     completions = [decode(tokenizer, response) for response in responses]
     samples = [{"prompt": e.prompt, "response": completion} for e, completion in zip(examples, completions)]
 
@@ -68,16 +69,16 @@ def evaluate(
             scores = reward([example.prompt for example in examples], completions, **columns_of(examples))  # (B,)
         metrics["reward"] = scores.nanmean()
         metrics |= {name: value for name, value in reward.metrics().items() if name.startswith("reward/")}
-        for sample, score in zip(samples, scores.tolist()):
+        for row, score in zip(samples, scores.tolist()):
             if math.isfinite(score):  # a judge may have given no answer
-                sample["score"] = score
+                row["score"] = score
     if reference is not None:
         batch = make_batch(tokenizer, prompts, responses, max_length).to(device)
         ours, theirs = (score_rows(m, batch, micro_batch_size, temperature).logprobs for m in (model, reference))  # (B, T) each
         kl = kl_estimate(ours, theirs, "k3").sum(1)  # (B,) nats a response
         metrics["kl"] = kl.mean()
-        for sample, row_kl in zip(samples, kl.tolist()):
-            sample["kl"] = row_kl
+        for row, row_kl in zip(samples, kl.tolist()):
+            row["kl"] = row_kl
     if is_reviews:
         metrics |= review_metrics([example.prompt for example in examples], completions)
     return {f"eval/{name}": float(value) for name, value in metrics.items()}, samples

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+import parallel
 from hybrid import HybridModel
 
 KEEP_WHILE = 0.75  # finished rows leave the batch once no more than this share of it is still being written
@@ -84,6 +85,13 @@ def generate(
         responses=[ids[:n] for ids, n in zip(tokens, lengths)],
         logprobs=[values[:n] for values, n in zip(logprobs, lengths)],
     )
+
+
+def sample(model: HybridModel, prompts: list[list[int]], **options) -> Generation:
+    """`generate`, shared out over the processes: each samples its own prompts, alone and at its own pace, then all hear of all."""
+    mine = parallel.share(prompts)
+    generation = generate(model, mine, **options) if mine else Generation([], [])
+    return Generation(parallel.gather(generation.responses), parallel.gather(generation.logprobs))
 
 
 def draw(probs: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:

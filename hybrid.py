@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, PreTrainedTokenizerFast
 from transformers.activations import NewGELUActivation
 
+import parallel
 from engine import Parser, UserError, check_new_folder, first_line, number, one_line_errors
 
 LOGIT_CHUNK = 1024  # response tokens that pass through lm_head together: bounds the memory at (LOGIT_CHUNK, V)
@@ -202,14 +203,19 @@ class HybridModel(nn.Module):
 
 @torch.no_grad()
 def score_rows(model: HybridModel, batch, micro_batch_size: int | None, temperature: float = 1.0) -> TokenScores:
-    """`model.forward` over the whole batch without gradient, `micro_batch_size` rows at a time. Each (B, T)."""
-    width = batch.input_ids.shape[1]
-    parts = []
-    for rows in torch.arange(len(batch), device=batch.input_ids.device).split(micro_batch_size or len(batch)):
+    """`model.forward` over the whole batch without gradient, each process its share, `micro_batch_size` rows at a time. Each (B, T)."""
+    width, device = batch.input_ids.shape[1], batch.input_ids.device
+    by_length = batch.attention_mask.sum(1).argsort(stable=True)  # (B,) like lengths go together: little padding
+    mine = parallel.share(by_length)
+    parts = [torch.zeros(3, 0, width, device=device)]
+    for rows in mine.split(micro_batch_size or len(batch)) if len(mine) else ():
         part = batch.rows(rows)
-        scores = model(part.input_ids, part.attention_mask, part.response_mask, temperature)  # (b, t) each
-        parts.append([torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in scores])  # (b, T) each
-    return TokenScores(*(torch.cat(columns) for columns in zip(*parts)))
+        scores = torch.stack(model(part.input_ids, part.attention_mask, part.response_mask, temperature))  # (3, b, t)
+        parts.append(torch.nn.functional.pad(scores, (0, width - scores.shape[2])))  # (3, b, T)
+    scores = torch.cat(parts, dim=1)  # (3, my share, T)
+    if parallel.world() > 1:
+        scores = torch.stack(parallel.gather(list(scores.cpu().unbind(1))), dim=1).to(device)  # (3, B, T)
+    return TokenScores(*torch.empty_like(scores).index_copy_(1, by_length, scores))
 
 
 def disable_dropout(lm: nn.Module) -> None:

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 
 from data import Batch, Example, columns_of, decode, encode_prompt, make_batch
-from engine import accumulate, apply_gradients
-from generate import generate
+from engine import Backend, accumulate, apply_gradients
+from generate import sample
 from hybrid import HybridModel, masked_mean, score_rows
 
 # ------------------------------------------------------------------------------------------------ pure functions
@@ -215,7 +215,7 @@ def collect_rollout(
     device = next(model.parameters()).device
     prompts = [encode_prompt(tokenizer, example)[-(max_length - max_new_tokens) :] for example in examples]
     options = dict(max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id, temperature=temperature, generator=generator)
-    generation = generate(model, prompts, **options)
+    generation = sample(model, prompts, **options)
     completions = [decode(tokenizer, response) for response in generation.responses]
     raw_scores = reward([e.prompt for e in examples], completions, **columns_of(examples)).to(device)  # (B,)
     scored = torch.isfinite(raw_scores)  # (B,)
@@ -279,7 +279,7 @@ def ppo_step(
     vf_coef: float = 0.1,
     target_kl: float | None = None,
     max_grad_norm: float = 1.0,
-    scaler: torch.amp.GradScaler | None = None,
+    backend: Backend | None = None,
     generator: torch.Generator | None = None,
 ) -> dict[str, float]:
     """`ppo_epochs` passes over the rollout, each in a fresh order and cut into `minibatches` optimiser steps of equal size
@@ -287,7 +287,8 @@ def ppo_step(
 
     After an epoch whose mean `approxkl` exceeds `target_kl` the remaining epochs are not run. Returns the means over the
     optimiser steps taken, the number of those skipped, the largest `ratio_gap_max`, and `first_ratio_gap`: max |ratio - 1| of the first minibatch,
-    which is 0 up to rounding as long as rollouts are on-policy. `generator` (CPU) orders the rows.
+    which is 0 up to rounding as long as rollouts are on-policy. `generator` (CPU) orders the rows; `backend` is for float16 and several
+    processes, None is plain torch.
     """
 
     def loss_fn(part: Rollout):
@@ -305,6 +306,7 @@ def ppo_step(
             vf_coef,
         )
 
+    backend = backend or Backend(model)
     usable = rollout.response_mask.any(1).nonzero().squeeze(1)  # (b,) rows with a score
     if not len(usable):  # nothing to learn from; `ppo/unscored` is 1 and tells
         return {"ppo/skipped_steps": 0.0}
@@ -314,8 +316,8 @@ def ppo_step(
         order = usable[torch.randperm(len(usable), generator=generator).to(usable.device)]  # (b,)
         first_of_epoch = len(history)
         for rows in torch.tensor_split(order, min(minibatches, len(usable))):  # no tiny last minibatch
-            stats = accumulate(rollout, rows, micro_batch_size, loss_fn, scaler)
-            history.append(stats | apply_gradients(model, optimizer, max_grad_norm, scaler))
+            stats = accumulate(backend, rollout, rows, micro_batch_size, loss_fn)
+            history.append(stats | apply_gradients(backend, optimizer, max_grad_norm))
         epochs += 1
         approxkl = [stats["approxkl"] for stats in history[first_of_epoch:]]
         if target_kl is not None and sum(approxkl) / len(approxkl) > target_kl:

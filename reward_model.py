@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from data import BatchStream, Example, Pair, load_pairs, split_examples
-from engine import Parser, UserError, apply_gradients, check_new_folder, first_line, number, one_line_errors, pick_device
+from engine import Backend, Parser, UserError, apply_gradients, check_new_folder, first_line, number, one_line_errors, pick_device
 from hybrid import build_tiny, disable_dropout
 from judges import batched_logits, sequence_logits, tokenize
 
@@ -37,7 +37,7 @@ def reward_model_step(model, batch: dict[str, torch.Tensor], optimizer, *, max_g
     loss = reward_model_loss(chosen, rejected)
     loss.backward()
     stats = {"loss": float(loss), "accuracy": float((chosen > rejected).float().mean())}
-    return stats | apply_gradients(model, optimizer, max_grad_norm)
+    return stats | apply_gradients(Backend(model), optimizer, max_grad_norm)
 
 
 def load_backbone(name: str, pairs: list[Pair], seed: int):

@@ -36,6 +36,7 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 
+import parallel
 from data import Example, encode_prompt, encode_target, read_records
 from engine import NonFiniteReward, UserError, one_line_errors
 from judges import JUDGES, frozen_lm
@@ -613,11 +614,23 @@ class Reward:
 
     def __call__(self, prompts: list[str], completions: list[str], **columns) -> torch.Tensor:
         """One float per completion. Raises UserError naming reward and text where a leaf raises, miscounts or gives no number."""
-        self.parts = {name: _call_leaf(name, f, prompts, completions, columns) for name, f in self._leaves.items()}  # (B,) each
+        self.parts = self._ask_leaves(*map(parallel.share, (prompts, completions)), {k: parallel.share(v) for k, v in columns.items()})
         total = self._evaluate(self.parts, self._learn) + torch.zeros(len(completions))  # (B,) also for a mere number
         if torch.isinf(total).any():
             raise UserError(f"the reward is too large for a float32: {total.tolist()}")
         return total
+
+    def _ask_leaves(self, prompts: list[str], completions: list[str], columns: dict[str, list]) -> dict[str, torch.Tensor]:
+        """The raw values (B,) of every leaf; each process asks for its share of the texts, and a text that fails fails for all."""
+        problem, parts = None, {}
+        try:
+            parts = {name: _call_leaf(name, f, prompts, completions, columns) for name, f in self._leaves.items() if completions}
+        except UserError as raised:
+            problem = raised
+        for each in parallel.everybody(problem):
+            if each is not None:
+                raise each
+        return {name: torch.tensor(parallel.gather(parts[name].tolist() if completions else [])) for name in self._leaves}
 
     @contextmanager
     def frozen(self):

@@ -140,17 +140,17 @@ def forget_after(out: Path, step: int) -> None:
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 
-def save_checkpoint(folder: Path, model, tokenizer, reference, counters: dict, stateful: dict, generators: dict, keep: int) -> None:
+def save_checkpoint(folder: Path, model, tokenizer, reference, counters: dict, states: dict, order: torch.Generator, keep: int) -> None:
     """The model as a plain Hugging Face folder, and `trainer_state.pt`: everything else that the next step depends on.
 
-    `stateful` things have state_dict / load_state_dict; `keep` newest checkpoint-* remain. Raises UserError when the disk refuses.
+    `states` are state_dicts by name, `order` draws the order of PPO's minibatches; `keep` newest checkpoint-* remain. Raises UserError when the disk refuses.
     """
     unfinished = folder.with_name(f".{folder.name}.tmp")
     state = {
         "counters": counters,
-        "stateful": {name: thing.state_dict() for name, thing in stateful.items()},
-        "generators": {name: generator.get_state() for name, generator in generators.items()},
-        # Ours draw from the generators above; these three are for rewards that users write.
+        "stateful": states,
+        "order": order.get_state(),
+        # For rewards that users write. Responses are drawn from a seed that follows from the step.
         "rng": {"python": random.getstate(), "numpy": _numpy_state(), "torch": torch.get_rng_state()},
         "reference": reference and reference.state_dict(),
     }
@@ -176,14 +176,13 @@ def save_checkpoint(folder: Path, model, tokenizer, reference, counters: dict, s
         raise UserError(f"{folder} could not be written ({str(problem).splitlines()[0]}); {rest}") from None
 
 
-def load_checkpoint(folder: Path, model: HybridModel, reference: HybridModel | None, stateful: dict, generators: dict):
-    """The inverse: everything is put back in place. -> counters, reference."""
+def load_checkpoint(folder: Path, model: HybridModel, reference: HybridModel | None, stateful: dict, order: torch.Generator):
+    """The inverse: everything is put back in place, `stateful` things by their load_state_dict. -> counters, reference."""
     state = _read_state(folder)
     model.load_state_dict(HybridModel.load(str(folder), "checkpoint")[0].state_dict())
     for name, thing in stateful.items():
         thing.load_state_dict(state["stateful"][name])
-    for name, generator in generators.items():
-        generator.set_state(state["generators"][name])
+    order.set_state(state["order"])
     random.setstate(state["rng"]["python"])
     kind, keys, *rest = state["rng"]["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))

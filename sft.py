@@ -10,7 +10,7 @@ Left out on purpose: packing, label smoothing, anything that needs a Trainer. Ru
 import torch
 
 from data import Batch
-from engine import accumulate, apply_gradients
+from engine import Backend, accumulate, apply_gradients
 from hybrid import HybridModel, masked_mean
 
 
@@ -33,11 +33,11 @@ def sft_step(
     *,
     micro_batch_size: int | None = None,
     max_grad_norm: float = 1.0,
-    scaler: torch.amp.GradScaler | None = None,
+    backend: Backend | None = None,
 ) -> dict[str, float]:
     """One optimiser step on one batch. Returns `sft/loss`, `sft/entropy` (nats per token), `sft/tokens`, `sft/grad_norm`.
 
-    The value head is not part of the loss and comes out unchanged. `scaler` is for float16.
+    The value head is not part of the loss and comes out unchanged. `backend` is for float16 and several processes; None is plain torch.
     """
 
     def loss_fn(part: Batch):
@@ -46,7 +46,8 @@ def sft_step(
         return loss, {"loss": loss.detach(), "entropy": masked_mean(scores.entropy, part.response_mask)}
 
     rows = torch.arange(len(batch), device=batch.input_ids.device)  # (B,)
-    stats = accumulate(batch, rows, micro_batch_size, loss_fn, scaler)
+    backend = backend or Backend(model)
+    stats = accumulate(backend, batch, rows, micro_batch_size, loss_fn)
     stats["tokens"] = float(batch.response_mask.sum())
-    stats |= apply_gradients(model, optimizer, max_grad_norm, scaler)
+    stats |= apply_gradients(backend, optimizer, max_grad_norm)
     return {f"sft/{name}": value for name, value in stats.items()}

@@ -2,6 +2,7 @@
 
     python train.py                                     # built-in task, tiny model, no download, about a minute on a laptop
     python train.py --model gpt2 --ppo-ratio 0.5        # any hub id or local folder
+    torchrun --nproc_per_node=2 train.py                # data parallel (parallel.py)
 
 Every step is one optimiser cycle of one phase: an SFT step on demonstrations, or a PPO rollout with its updates. Both phases
 share one model, one optimiser and one step counter. Left out on purpose: a Trainer, callbacks, config files.
@@ -16,9 +17,10 @@ import torch
 import transformers
 from tqdm import tqdm
 
+import parallel
 from data import BatchStream, columns_of, demonstration_batch, encode_prompt, load_examples, load_pairs, split_examples
-from engine import AMP_DTYPES, OPTIMIZERS, SCHEDULERS, NonFiniteReward, Parser, UserError, check_amp, learning_rate_factor, make_scaler, number
-from engine import one_line_errors, pick_device
+from engine import AMP_DTYPES, OPTIMIZERS, SCHEDULERS, Backend, NonFiniteReward, Parser, UserError, check_amp, compile_lm, learning_rate_factor
+from engine import make_scaler, number, one_line_errors, pick_device
 from evaluate import evaluate, verdict
 from hybrid import HybridModel, build_tiny
 from ppo import AdaptiveKLController, FixedKLController, collect_rollout, ppo_step
@@ -26,6 +28,7 @@ from rewards import build_reward
 from runs import MetricLog, Stop, append_rows, forget_after, graceful_stop, load_checkpoint, newest_checkpoint, open_run_folder
 from runs import read_config, read_rows, recover, require, save_checkpoint, write_config
 from sft import sft_step
+from zero import ZeroBackend
 
 ON_THE_BAR = {"loss": "sft/loss", "reward": "ppo/score", "kl": "ppo/kl"}
 MAY_CHANGE = ("steps", "eval_every", "eval_size", "save_every", "keep", "log")  # what a resumed run may do differently
@@ -58,6 +61,8 @@ def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
     model, tokenizer, train_examples, held_out, reward, reference = prepare(args)
     device = next(model.parameters()).device
     optimizer = OPTIMIZERS[args.optimizer](model, args.lr)
+    scaler = make_scaler(args.amp, device)
+    backend = ZeroBackend(model, optimizer, args.deepspeed, args.max_grad_norm, args.amp) if args.deepspeed else Backend(model, scaler)
     factor = learning_rate_factor(args.scheduler, args.steps, args.warmup_steps)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     if args.kl_target is None:
@@ -66,53 +71,52 @@ def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
         kl_controller = AdaptiveKLController(args.kl_coef, args.kl_target, args.kl_horizon)
     sft_stream = BatchStream(train_examples, args.batch_size, seed=args.seed)
     ppo_stream = BatchStream(train_examples, args.batch_size, seed=args.seed + 1)
-    sampling_generator = torch.Generator(device).manual_seed(args.seed)  # draws the responses
+    sampling_generator = torch.Generator(device)  # draws the responses; seeded at every step, for every process its own
     order_generator = torch.Generator().manual_seed(args.seed)  # orders the rows of PPO's minibatches
-    scaler = make_scaler(args.amp, device)
-    update = dict(micro_batch_size=args.micro_batch_size, max_grad_norm=args.max_grad_norm, scaler=scaler)
+    update = dict(micro_batch_size=args.micro_batch_size, max_grad_norm=args.max_grad_norm, backend=backend)
     sampling = dict(max_length=args.max_length, max_new_tokens=args.max_new_tokens, temperature=args.temperature)
-    stateful = dict(optimizer=optimizer, scheduler=scheduler, sft_stream=sft_stream, ppo_stream=ppo_stream, kl_controller=kl_controller)
+    stateful = dict(optimizer=backend if args.deepspeed else optimizer, scheduler=scheduler, sft_stream=sft_stream, ppo_stream=ppo_stream, kl_controller=kl_controller)
     stateful |= {name: thing for name, thing in (("reward", reward), ("scaler", scaler)) if thing is not None}
-    generators = dict(sampling=sampling_generator, order=order_generator)
     if args.log != "none":
         require(args.log)
     out = Path(args.resume or args.out)
     if args.resume:
-        recover(out)
-        write_config(out, {**read_config(out), **{name: getattr(args, name) for name in MAY_CHANGE}})
+        parallel.on_main(recover, out)
+        parallel.on_main(write_config, out, {**read_config(out), **{name: getattr(args, name) for name in MAY_CHANGE}})
     else:
-        open_run_folder(out, vars(args), args.overwrite)
-    log = MetricLog(out, args.log, vars(args))
+        parallel.on_main(open_run_folder, out, vars(args), args.overwrite)
+    log = MetricLog(out, args.log if parallel.rank() == 0 else "none", vars(args))
 
     def evaluate_now(step: int) -> tuple[dict, list[dict]]:
         metrics, samples = evaluate(
             model, tokenizer, held_out, **sampling, reward=reward, reference=reference, batch_size=args.batch_size,
             micro_batch_size=args.micro_batch_size, seed=args.seed, is_reviews=args.data == "reviews",
         )  # fmt: skip
-        log.write(step, "eval", metrics)
-        append_rows(out / "samples.jsonl", [{"step": step, **sample} for sample in samples[:3]])
+        parallel.on_main(log.write, step, "eval", metrics)
+        parallel.on_main(append_rows, out / "samples.jsonl", [{"step": step, **sample} for sample in samples[:3]])
         return metrics, samples[:3]
 
     def save(name: str, step: int) -> None:
         counters = dict(step=step, ppo_steps=ppo_steps, skipped=skipped, before=before, samples_before=samples_before)
-        save_checkpoint(out / name, model, tokenizer, reference, counters, stateful, generators, args.keep)
+        states = {name: thing.state_dict() for name, thing in stateful.items()}  # on every process: ZeRO's is spread over them
+        parallel.on_main(save_checkpoint, out / name, model, tokenizer, reference, counters, states, order_generator, args.keep)
 
     checkpoint = newest_checkpoint(out) if args.resume else None
     if checkpoint:
-        counters, reference = load_checkpoint(checkpoint, model, reference, stateful, generators)
+        counters, reference = load_checkpoint(checkpoint, model, reference, stateful, order_generator)
         for group in optimizer.param_groups:  # by this run's schedule, which more --steps have stretched
             group["lr"] = args.lr * factor(counters["step"])
         scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
         if counters["step"] >= args.steps:
             raise UserError(f"--resume {out}: the run has done its {counters['step']} steps; give more --steps to go on")
-        forget_after(out, counters["step"])
+        parallel.on_main(forget_after, out, counters["step"])
     else:  # a run that died before its first checkpoint starts again
-        forget_after(out, -1)
+        parallel.on_main(forget_after, out, -1)
         before, samples_before = evaluate_now(0)
         counters = dict(step=0, ppo_steps=0, skipped=0, before=before, samples_before=samples_before)
     first_step, ppo_steps, skipped, before, samples_before = counters.values()
     shown = {}  # what stands behind the bar: the latest value of each, whichever phase is running
-    with tqdm(total=args.steps, initial=first_step, desc="train", dynamic_ncols=True) as bar:
+    with tqdm(total=args.steps, initial=first_step, desc="train", dynamic_ncols=True, disable=parallel.rank() > 0) as bar:
         for step in range(first_step, args.steps):
             started = time.perf_counter()
             since_warmup = step - args.sft_warmup
@@ -128,6 +132,7 @@ def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
                 if reference is None or (args.ref_refresh and ppo_steps and ppo_steps % args.ref_refresh == 0):
                     reference = model.frozen_copy()  # the policy as PPO first meets it: the KL must not undo what SFT has taught
                 drawn = ppo_stream.next()
+                sampling_generator.manual_seed((args.seed * 2**20 + step) * 2**10 + parallel.rank())
                 try:
                     rollout, metrics = collect_rollout(
                         model, reference, tokenizer, drawn, reward, **sampling,
@@ -150,14 +155,15 @@ def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
             # ---- bookkeeping
             metrics |= {"lr": scheduler.get_last_lr()[0], "seconds": time.perf_counter() - started}
             scheduler.step()
-            log.write(step + 1, phase, metrics)
+            parallel.on_main(log.write, step + 1, phase, metrics)
             shown |= {name: f"{metrics[key]:.3f}" for name, key in ON_THE_BAR.items() if key in metrics}
             bar.set_postfix(shown, refresh=False)
             bar.update()
             if metrics.get("ppo/unscored") != 1:  # no answer from a judge is no lost gradient
                 skipped = 0 if f"{phase}/grad_norm" in metrics else skipped + 1
             if metrics[f"{phase}/skipped_steps"]:
-                append_rows(out / "skipped.jsonl", [{"step": step + 1, "phase": phase, "prompts": [example.prompt for example in drawn]}])
+                row = {"step": step + 1, "phase": phase, "prompts": [example.prompt for example in drawn]}
+                parallel.on_main(append_rows, out / "skipped.jsonl", [row])
                 tqdm.write(f"step {step + 1}: {phase} reward or gradient not finite, update skipped; the batch is in {out / 'skipped.jsonl'}")
             if skipped == MAX_SKIPPED:
                 skipped = 0  # whoever resumes has ten tries again
@@ -171,6 +177,7 @@ def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
                 print_evaluation(step + 1, after, samples_after)
             if step + 1 == args.steps:
                 break
+            stop.signal = next(filter(None, parallel.everybody(stop.signal)), None)  # whoever was asked to stop, all do
             if stop.signal or (args.save_every and (step + 1) % args.save_every == 0):
                 save(f"checkpoint-{step + 1:06d}", step + 1)
             if stop.signal:
@@ -184,7 +191,7 @@ def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
 
 def prepare(args: argparse.Namespace):
     """Whatever can be wrong is wrong here, before the first step. -> model, tokenizer, examples, held-out examples, reward, reference."""
-    device = pick_device(args.device)
+    device = parallel.start(pick_device(args.device))
     check_amp(args.amp, device)
     torch.manual_seed(args.seed)
     examples = load_examples(
@@ -200,6 +207,8 @@ def prepare(args: argparse.Namespace):
         model, tokenizer = HybridModel.load(args.model, "--model")
     model.to(device).train()
     model.amp_dtype = AMP_DTYPES[args.amp]
+    if args.compile:
+        compile_lm(model)
     if args.gradient_checkpointing:
         model.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     resolve_defaults(args, model)
@@ -223,6 +232,8 @@ def prepare(args: argparse.Namespace):
             raise UserError(f"--ref-model {args.ref_model} has a context of {reference.max_positions} tokens; --max-length is {args.max_length}")
         reference.amp_dtype = AMP_DTYPES[args.amp]  # the same arithmetic on both sides, or the KL is not 0 where they are equal
         reference = reference.frozen_copy().to(device)
+        if args.compile:
+            compile_lm(reference)
     return model, tokenizer, train_examples, held_out, reward, reference
 
 
@@ -243,8 +254,12 @@ def resolve_defaults(args: argparse.Namespace, model: HybridModel) -> None:
         args.lr = 3e-3 if tiny else 1e-5
     if args.sft_warmup is None:  # a model that has not learnt to write yet has nothing for PPO to improve
         args.sft_warmup = round(0.3 * args.steps) if tiny and args.ppo_ratio not in (0, 1) else 0
+    if args.batch_size < parallel.world():
+        raise UserError(f"--batch-size {args.batch_size} counts all {parallel.world()} processes together; give each at least one row")
+    if args.micro_batch_size is not None and args.grad_accum is not None:
+        raise UserError("--micro-batch-size and --grad-accum say the same in two ways; give one of them")
     if args.micro_batch_size is None:
-        args.micro_batch_size = args.batch_size
+        args.micro_batch_size = math.ceil(args.batch_size / (parallel.world() * (args.grad_accum or 1)))
     if args.reward is None and args.ppo_ratio != 0:
         args.reward = "sentiment"
 
@@ -306,8 +321,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--steps", type=count, default=700, help="optimiser cycles, SFT and PPO together")
     group.add_argument("--ppo-ratio", type=ratio, default=0.5, help="share of cycles that are PPO: 0 pure SFT, 1 pure PPO, 0.1:0.9 a ramp")
     group.add_argument("--sft-warmup", type=number(int, 0), help="SFT cycles before the first PPO one (default: 30%% of a mixed run of 'tiny', else 0)")
-    group.add_argument("--batch-size", type=count, default=32, help="demonstrations of an SFT step, episodes of a PPO step")
-    group.add_argument("--micro-batch-size", type=count, help="rows per forward and backward; changes memory, not results (default: the batch)")
+    group.add_argument("--batch-size", type=count, default=32, help="demonstrations of an SFT step, episodes of a PPO step, of all processes together")
+    group.add_argument("--micro-batch-size", type=count, help="rows per forward and backward on each process; changes memory, not results (default: its share of the batch)")
+    group.add_argument("--grad-accum", type=count, help="the same, said as the number of parts that each process cuts its share of the batch into")
     group.add_argument("--lr", type=positive, help="peak learning rate (default: 3e-3 for 'tiny', else 1e-5; 1e-6 to 1e-3)")
     group.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="adamw", help="torch's own; muon takes the matrices, AdamW the rest")
     group.add_argument("--scheduler", choices=tuple(SCHEDULERS), default="linear", help="learning rate after the warm-up; wsd decays in the last fifth")
@@ -344,6 +360,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--seed", type=number(int, 0, 2**32 - 2), default=0, help="of model, data order and sampling: the same seed, the same run")
     group.add_argument("--amp", choices=tuple(AMP_DTYPES), default="no", help="compute in bf16 or fp16 (with loss scaling); weights and losses stay float32")
     group.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations in the backward pass: less memory, a third more time")
+    group.add_argument("--compile", action="store_true", help="torch.compile the model: slow to start, then faster on a GPU (on the CPU hardly)")
+    group.add_argument("--deepspeed", metavar="JSON", help="DeepSpeed configuration with ZeRO stage 1 or 2, under torchrun (optional package)")
     group.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args(argv)
     if args.resume is None:

@@ -9,7 +9,7 @@ from conftest import build_lm, ragged_batch
 from torch.optim import lr_scheduler as torch_schedules
 
 from data import make_batch
-from engine import OPTIMIZERS, SCHEDULERS, MuonWithAdamW, UserError, apply_gradients, check_amp, learning_rate_factor, make_scaler
+from engine import OPTIMIZERS, SCHEDULERS, Backend, MuonWithAdamW, UserError, apply_gradients, check_amp, learning_rate_factor, make_scaler
 from generate import generate
 from hybrid import HybridModel
 from sft import sft_step
@@ -140,7 +140,7 @@ def test_float16_scales_the_loss_unscales_before_the_clip_and_skips_overflow():
     twin = copy.deepcopy(model)
     scaler = make_scaler("fp16", device)
     assert make_scaler("bf16", device) is make_scaler("no", device) is None
-    scaled = sft_step(model, batch, torch.optim.SGD(model.parameters(), lr=0.1), scaler=scaler)
+    scaled = sft_step(model, batch, torch.optim.SGD(model.parameters(), lr=0.1), backend=Backend(model, scaler))
     plain = sft_step(twin, batch, torch.optim.SGD(twin.parameters(), lr=0.1))
     assert scaled == pytest.approx(plain, rel=1e-4), "the norm is that of the true gradient"
     for x, y in zip(model.parameters(), twin.parameters()):
@@ -150,7 +150,7 @@ def test_float16_scales_the_loss_unscales_before_the_clip_and_skips_overflow():
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, math.inf)
     scaler.scale(torch.ones(1))  # a step has begun
-    assert apply_gradients(model, optimizer, 1.0, scaler) == {"skipped_steps": 1.0} and scaler.get_scale() == scale / 2
+    assert apply_gradients(Backend(model, scaler), optimizer, 1.0) == {"skipped_steps": 1.0} and scaler.get_scale() == scale / 2
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
 

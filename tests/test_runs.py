@@ -186,11 +186,11 @@ def test_constant_rate_runs_may_be_made_longer_without_a_trace(tmp_path):
 def test_a_lost_update_is_skipped_counted_and_reported_with_its_batch(tmp_path, capsys, monkeypatch, phase):
     calls, original = [], engine.apply_gradients
 
-    def poisoned(model, *rest):
+    def poisoned(backend, *rest):
         calls.append(0)
         if len(calls) == 3:
-            next(model.parameters()).grad.fill_(math.nan)
-        return original(model, *rest)
+            next(backend.model.parameters()).grad.fill_(math.nan)
+        return original(backend, *rest)
 
     for module in ("sft", "ppo"):
         monkeypatch.setattr(sys.modules[module], "apply_gradients", poisoned)
@@ -219,7 +219,7 @@ def test_a_reward_that_turns_nan_costs_one_update(tmp_path, capsys):
 
 @pytest.mark.filterwarnings("ignore:Detected call of")
 def test_ten_lost_updates_in_a_row_stop_with_the_last_good_weights(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(engine.torch, "isfinite", lambda x: torch.tensor(False))
+    monkeypatch.setattr(engine.torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.nan))
     with pytest.raises(SystemExit) as caught:
         main([*SHORT, "--ppo-ratio", "0", "--sft-warmup", "0", "--reward", "length", "--steps", "30", "--save-every", "0", "--out", str(tmp_path / "run")])
     monkeypatch.undo()

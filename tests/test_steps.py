@@ -8,7 +8,7 @@ import torch
 from conftest import REVIEWS, build_lm, ragged_batch
 
 from data import Batch, Example, columns_of, demonstration_batch, encode_prompt, encode_target, make_batch
-from engine import UserError, apply_gradients
+from engine import Backend, UserError, apply_gradients
 from hybrid import HybridModel
 from ppo import Rollout, collect_rollout, ppo_step
 from rewards import build_reward
@@ -292,7 +292,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(model):
     weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
     for bad in (math.nan, math.inf):
         next(model.parameters()).grad = torch.full_like(next(model.parameters()), bad)
-        assert apply_gradients(model, optimizer, 1.0) == {"skipped_steps": 1.0}
+        assert apply_gradients(Backend(model), optimizer, 1.0) == {"skipped_steps": 1.0}
     assert all(torch.equal(x, weights[name]) for name, x in model.state_dict().items())
     assert str(optimizer.state_dict()) == str(state) and next(model.parameters()).grad is None
 
