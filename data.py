@@ -65,6 +65,14 @@ class Batch:
         width = int(self.attention_mask[index].sum(1).max())
         return type(self)(**{f.name: getattr(self, f.name)[index, :width] for f in fields(self)})
 
+    def weight(self, index: torch.Tensor) -> torch.Tensor:
+        """What a mean over these rows is taken over, a scalar: their response tokens."""
+        return self.response_mask[index].sum()
+
+    def lengths(self) -> torch.Tensor:
+        """Tokens of each row, (B,)."""
+        return self.attention_mask.sum(1)
+
     def to(self, device: torch.device) -> "Batch":
         return type(self)(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 

@@ -46,7 +46,8 @@ def one_line_errors(main: Callable):
         try:
             return main(argv)
         except UserError as problem:
-            print(f"error: {' '.join(str(problem).split())}", file=sys.stderr)
+            whose = f" in process {parallel.rank()}" if parallel.rank() else ""
+            print(f"error{whose}: {' '.join(str(problem).split())}", file=sys.stderr)
             raise SystemExit(2) from None
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
@@ -254,14 +255,14 @@ def accumulate(backend: Backend, batch, rows: torch.Tensor, micro_batch_size: in
     lengths differ. (A mean of means would overweight the tokens of short rows.) Rows of like length go together, so that few columns
     are padding. Returns the same means of `stats`; a name that ends in `_max` is joined by maximum instead.
     """
-    n_tokens = batch.response_mask[rows].sum()  # scalar
+    whole_weight = batch.weight(rows)  # scalar: response tokens, or pairs for DPO
     per_process = math.ceil(len(rows) / parallel.world())
     n_parts = math.ceil(per_process / (micro_batch_size or per_process))  # the same on every process: they meet at the last one
     if len(rows) > 1 and (n_parts > 1 or parallel.world() > 1):
-        rows = rows[batch.attention_mask[rows].sum(1).argsort(stable=True)]
+        rows = rows[batch.lengths()[rows].argsort(stable=True)]
     total: dict[str, float] = {}
     for i, part_rows in enumerate(torch.tensor_split(parallel.share(rows), n_parts)):
-        weight = batch.response_mask[part_rows].sum() / n_tokens  # scalar; 0 for a process that has run out of rows and only keeps step
+        weight = batch.weight(part_rows) / whole_weight  # scalar; 0 for a process that has run out of rows and only keeps step
         part = batch.rows(part_rows if len(part_rows) else rows[:1])
         stats = backend.backward(loss_fn, part, weight, last=i == n_parts - 1)
         _join(total, {name: float(value if name.endswith("_max") else value * weight) for name, value in stats.items()})

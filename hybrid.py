@@ -205,7 +205,7 @@ class HybridModel(nn.Module):
 def score_rows(model: HybridModel, batch, micro_batch_size: int | None, temperature: float = 1.0) -> TokenScores:
     """`model.forward` over the whole batch without gradient, each process its share, `micro_batch_size` rows at a time. Each (B, T)."""
     width, device = batch.input_ids.shape[1], batch.input_ids.device
-    by_length = batch.attention_mask.sum(1).argsort(stable=True)  # (B,) like lengths go together: little padding
+    by_length = batch.lengths().argsort(stable=True)  # (B,) like lengths go together: little padding
     mine = parallel.share(by_length)
     parts = [torch.zeros(3, 0, width, device=device)]
     for rows in mine.split(micro_batch_size or len(batch)) if len(mine) else ():

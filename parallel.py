@@ -31,6 +31,12 @@ def start(device: torch.device) -> torch.device:
     return device
 
 
+def finish() -> None:
+    """Leave together."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 

@@ -17,10 +17,11 @@ import torch
 import transformers
 from tqdm import tqdm
 
+import cost
 import parallel
 from data import BatchStream, columns_of, demonstration_batch, encode_prompt, load_examples, load_pairs, split_examples
 from engine import AMP_DTYPES, OPTIMIZERS, SCHEDULERS, Backend, NonFiniteReward, Parser, UserError, check_amp, compile_lm, learning_rate_factor
-from engine import make_scaler, number, one_line_errors, pick_device
+from engine import first_line, make_scaler, number, one_line_errors, pick_device
 from evaluate import evaluate, verdict
 from hybrid import HybridModel, build_tiny
 from ppo import AdaptiveKLController, FixedKLController, collect_rollout, ppo_step
@@ -32,6 +33,7 @@ from zero import ZeroBackend
 
 ON_THE_BAR = {"loss": "sft/loss", "reward": "ppo/score", "kl": "ppo/kl"}
 MAY_CHANGE = ("steps", "eval_every", "eval_size", "save_every", "keep", "log")  # what a resumed run may do differently
+EVERY_TIME = ("resume", "overwrite", "deepspeed", "dry_run")  # what is not remembered: said anew, or not, by whoever starts a run or goes on with it
 MAX_SKIPPED = 10  # cycles in a row without a finite gradient, after which a run is lost and says so
 
 
@@ -64,7 +66,6 @@ def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
     scaler = make_scaler(args.amp, device)
     backend = ZeroBackend(model, optimizer, args.deepspeed, args.max_grad_norm, args.amp) if args.deepspeed else Backend(model, scaler)
     factor = learning_rate_factor(args.scheduler, args.steps, args.warmup_steps)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     if args.kl_target is None:
         kl_controller = FixedKLController(args.kl_coef)
     else:
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
     order_generator = torch.Generator().manual_seed(args.seed)  # orders the rows of PPO's minibatches
     update = dict(micro_batch_size=args.micro_batch_size, max_grad_norm=args.max_grad_norm, backend=backend)
     sampling = dict(max_length=args.max_length, max_new_tokens=args.max_new_tokens, temperature=args.temperature)
-    stateful = dict(optimizer=backend if args.deepspeed else optimizer, scheduler=scheduler, sft_stream=sft_stream, ppo_stream=ppo_stream, kl_controller=kl_controller)
+    stateful = dict(optimizer=backend if args.deepspeed else optimizer, sft_stream=sft_stream, ppo_stream=ppo_stream, kl_controller=kl_controller)
     stateful |= {name: thing for name, thing in (("reward", reward), ("scaler", scaler)) if thing is not None}
     if args.log != "none":
         require(args.log)
@@ -104,9 +105,6 @@ def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
     checkpoint = newest_checkpoint(out) if args.resume else None
     if checkpoint:
         counters, reference = load_checkpoint(checkpoint, model, reference, stateful, order_generator)
-        for group in optimizer.param_groups:  # by this run's schedule, which more --steps have stretched
-            group["lr"] = args.lr * factor(counters["step"])
-        scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
         if counters["step"] >= args.steps:
             raise UserError(f"--resume {out}: the run has done its {counters['step']} steps; give more --steps to go on")
         parallel.on_main(forget_after, out, counters["step"])
@@ -119,6 +117,9 @@ def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
     with tqdm(total=args.steps, initial=first_step, desc="train", dynamic_ncols=True, disable=parallel.rank() > 0) as bar:
         for step in range(first_step, args.steps):
             started = time.perf_counter()
+            lr = args.lr * factor(step)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
             since_warmup = step - args.sft_warmup
             if since_warmup < 0 or not is_ppo_step(since_warmup, args.ppo_ratio, args.steps - args.sft_warmup):
                 # ---- SFT: learn from demonstrations
@@ -153,8 +154,7 @@ def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
                     metrics = {"ppo/skipped_steps": 1.0}
                 ppo_steps += 1
             # ---- bookkeeping
-            metrics |= {"lr": scheduler.get_last_lr()[0], "seconds": time.perf_counter() - started}
-            scheduler.step()
+            metrics |= {"lr": lr, "seconds": time.perf_counter() - started}
             parallel.on_main(log.write, step + 1, phase, metrics)
             shown |= {name: f"{metrics[key]:.3f}" for name, key in ON_THE_BAR.items() if key in metrics}
             bar.set_postfix(shown, refresh=False)
@@ -267,6 +267,23 @@ def resolve_defaults(args: argparse.Namespace, model: HybridModel) -> None:
 # ------------------------------------------------------------------------------------------------ what a person sees
 
 
+def print_estimate(args: argparse.Namespace) -> None:
+    """--dry-run: what the run would take, from the model's config alone."""
+    if args.model == "tiny":
+        sizes = cost.Sizes(parameters=1.0e6, layers=2, width=192, kv_width=192, vocab=512)
+    else:
+        try:
+            sizes = cost.sizes_of(args.model)
+        except (OSError, ValueError, AttributeError) as problem:
+            raise UserError(f"--model {args.model} has no config that can be read: {first_line(problem)}") from None
+    if args.optimizer != "adamw":
+        print(f"--optimizer {args.optimizer} is counted like adamw")
+    length = args.max_length or 256
+    options = dict(length=length, response=args.max_new_tokens, amp=args.amp != "no", checkpointing=args.gradient_checkpointing, ppo=args.ppo_ratio != 0)
+    print(f"rows of {length} tokens, {args.max_new_tokens} of them sampled; the formula is in cost.py")
+    print(cost.table(sizes, lambda devices: args.micro_batch_size or math.ceil(args.batch_size / (devices * (args.grad_accum or 1))), **options))
+
+
 def print_evaluation(step: int, metrics: dict[str, float], samples: list[dict]) -> None:
     numbers = "  ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in metrics.items())
     tqdm.write(f"step {step}  {numbers}")
@@ -362,6 +379,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations in the backward pass: less memory, a third more time")
     group.add_argument("--compile", action="store_true", help="torch.compile the model: slow to start, then faster on a GPU (on the CPU hardly)")
     group.add_argument("--deepspeed", metavar="JSON", help="DeepSpeed configuration with ZeRO stage 1 or 2, under torchrun (optional package)")
+    group.add_argument("--dry-run", action="store_true", help="print the memory that this run would take on 1 to 8 devices, and exit")
     group.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args(argv)
     if args.resume is None:
@@ -369,7 +387,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.overwrite:
         raise UserError("--resume goes on with a run, --overwrite replaces one; say one of the two")
     config = read_config(Path(args.resume))
-    flags = {name: config.get(name, default) for name, default in vars(args).items() if name not in ("resume", "overwrite")}
+    flags = {name: config.get(name, default) for name, default in vars(args).items() if name not in EVERY_TIME}
     flags["out"] = args.resume if args.out == parser.get_default("out") else flags["out"]
     parser.set_defaults(**flags)
     args = parser.parse_args(argv)
@@ -386,8 +404,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     transformers.utils.logging.disable_progress_bar()  # one bar is enough: ours
     transformers.utils.logging.set_verbosity_error()
     args = parse_args(argv)
+    if args.dry_run:
+        return print_estimate(args)
     with graceful_stop() as stop:
-        return run(args, stop)
+        metrics = run(args, stop)
+    parallel.finish()
+    return metrics
 
 
 if __name__ == "__main__":

@@ -51,6 +51,10 @@ def place(tmp_path_factory, tiny_folder):
     def data(name, content):
         (root / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
+    for name, config in (("zero3", {"stage": 3}), ("zero", {"stage": 2}), ("zero_fp16", {"stage": 1})):
+        more = {"fp16": {"enabled": True}} if name == "zero_fp16" else {}
+        data(f"{name}.json", json.dumps({"zero_optimization": config, **more}))
+    data("zero0.json", "{}")
     data("good.jsonl", '{"prompt": "a b", "target": "c d"}\n' * 5)
     data("empty.jsonl", "")
     data("blank.jsonl", "\n\n")
@@ -137,6 +141,15 @@ MISTAKES = [
     ("--steps 1.5", "--steps: expected a whole number"),
     ("--batch-size zero", "--batch-size: expected a whole number"),
     ("--micro-batch-size 0", "--micro-batch-size"),
+    ("--micro-batch-size 2 --grad-accum 2", "say the same in two ways"),
+    ("--deepspeed {root}/none.json", "is no JSON file"),
+    ("--deepspeed {root}/zero3.json", "ZeRO-3 splits the weights"),
+    ("--deepspeed {root}/zero0.json", "or 2, found stage None"),
+    ("--deepspeed {root}/zero_fp16.json", "fp16 is said by train.py's flags"),
+    ("--deepspeed {root}/zero.json", "start with torchrun --nproc_per_node=2"),
+    ("--deepspeed {root}/zero.json --optimizer muon", "goes with --optimizer adamw, adam or sgd only"),
+    ("--deepspeed {root}/zero.json --amp fp16", "goes with --amp bf16 or no"),
+    ("--dry-run --model {root}/no_config", "has no config that can be read"),
     ("--max-new-tokens 0", "--max-new-tokens"),
     ("--max-length 1", "--max-length: expected a whole number at least 2"),
     ("--limit 0", "--limit"),
