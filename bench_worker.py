@@ -64,6 +64,7 @@ class Words:
 
 def hybrid(load: dict):
     """sft, rollout (sampling alone) or ppo (a whole step: rollout, both scorings, PPO_EPOCHS updates) by this project."""
+    import dialogue
     import ppo
     from data import Example, make_batch
     from engine import AMP_DTYPES, OPTIMIZERS, compile_lm
@@ -81,7 +82,7 @@ def hybrid(load: dict):
     generator = torch.Generator(device).manual_seed(0)
     update = dict(micro_batch_size=load["micro_batch"])
     # Prompts and responses are ids from end to end; what lies between them and text is not what is measured.
-    ppo.encode_prompt, ppo.decode = lambda tokenizer, example: example.prompt, lambda tokenizer, ids: ""
+    dialogue.encode_prompt, dialogue.decode = lambda tokenizer, example: example.prompt, lambda tokenizer, ids: ""
 
     def sft(prompts):
         targets = make_prompts({**load, "prompt_len": load["response_len"]}, round_number=1)

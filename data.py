@@ -37,13 +37,15 @@ ROLES = ("system", "user", "assistant", "tool")
 class Example:
     """One training example. `columns` are the record's other fields; rewards receive them by name.
 
-    `messages` is set where the prompt is the history of a dialogue: a list of {role, content}.
+    `messages` is set where the prompt is the history of a dialogue: a list of {role, content}; `user_turns` is what its user says next.
+    An empty `target` means that there is none: the example serves PPO alone.
     """
 
     prompt: str
     target: str
     columns: dict = field(default_factory=dict)
     messages: list[dict] | None = None
+    user_turns: tuple[str, ...] = ()
 
 
 # ------------------------------------------------------------------------------------------------ the layout
@@ -90,21 +92,26 @@ def make_batch(tokenizer, prompts: list[list[int]], responses: list[list[int]], 
     """
     if max_length < 2:
         raise ValueError(f"max_length is {max_length}, but a row needs a prompt token and a response token")
-    rows, prompt_lengths = [], []
+    rows, masks = [], []
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         if not prompt or not response:
             raise ValueError(f"row {i} has an empty {'response' if prompt else 'prompt'}")
         response = response[: max_length - 1]
         prompt = prompt[-(max_length - len(response)) :]
         rows.append(prompt + response)
-        prompt_lengths.append(len(prompt))
+        masks.append([False] * len(prompt) + [True] * len(response))
+    return batch_of(tokenizer, rows, masks)
+
+
+def batch_of(tokenizer, rows: list[list[int]], masks: list[list[bool]]) -> Batch:
+    """Rows of token ids and, for each token, whether the model is responsible for it -> a Batch, right padded."""
     lengths = torch.tensor([len(row) for row in rows])  # (B,)
     width = int(lengths.max())
     filler = pad_id(tokenizer)
     input_ids = torch.tensor([row + [filler] * (width - len(row)) for row in rows])  # (B, T)
     column = torch.arange(width)[None]  # (1, T)
     attention_mask = column < lengths[:, None]  # (B, T)
-    response_mask = attention_mask & (column >= torch.tensor(prompt_lengths)[:, None])  # (B, T)
+    response_mask = torch.tensor([mask + [False] * (width - len(mask)) for mask in masks])  # (B, T)
     return Batch(input_ids, attention_mask, response_mask)
 
 
@@ -192,7 +199,7 @@ def load_examples(
     """Examples from `reviews` (built in), a .jsonl / .json / .csv / .parquet / .txt file, or a hub dataset id.
 
     A record is one of: prompt + target (aliases above; Alpaca's instruction / input / output); `messages`, one example for
-    every assistant turn, with its history as prompt; `text`, whose first `prompt_words` words are the prompt. A .txt file has
+    every assistant turn, with its history as prompt; `turns`, what a user says in a dialogue that has no answers yet; `text`, whose first `prompt_words` words are the prompt. A .txt file has
     one record a line, or is cut at `<|endoftext|>` where it has that. At most `limit` records are read.
     Raises UserError naming file and line, or what else was wrong.
     """
@@ -220,6 +227,8 @@ def to_examples(record: dict, prompt_field: str | None = None, target_field: str
     if prompt_field is None and target_field is None:
         if "messages" in record:
             return _dialogue_examples(record)
+        if "turns" in record:
+            return _question_examples(record)
         if "text" in record and not any(name in record for name in TARGET_FIELDS):
             return _text_examples(record, prompt_words)
     prompt_field = _pick_field(record, prompt_field, PROMPT_FIELDS, "prompt")
@@ -251,7 +260,28 @@ def _dialogue_examples(record: dict) -> list[Example]:
     if not turns:
         raise UserError("'messages' has no assistant turn with content, so there is nothing to learn from it")
     columns = {name: value for name, value in record.items() if name != "messages"}
-    return [Example(render_dialogue(messages[:i]), messages[i]["content"], columns, messages[:i]) for i in turns]
+    return [
+        Example(
+            prompt=render_dialogue(messages[:i]),
+            target=messages[i]["content"],
+            columns=columns,
+            messages=messages[:i],
+            user_turns=tuple(m["content"] for m in messages[i + 1 :] if m["role"] == "user"),
+        )
+        for i in turns
+    ]
+
+
+def _question_examples(record: dict) -> list[Example]:
+    """`turns`: what a user says, one string after the other (MT-bench); `reference`, if there is one, holds the answers."""
+    turns = record["turns"]
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
+        raise UserError("field 'turns' must be a list of what the user says, strings that are not empty")
+    answers = record.get("reference")
+    first = answers[0] if isinstance(answers, list) and answers and isinstance(answers[0], str) else ""
+    columns = {name: value for name, value in record.items() if name not in ("turns", "reference")}
+    messages = [{"role": "user", "content": turns[0]}]
+    return [Example(render_dialogue(messages), first, columns, messages, tuple(turns[1:]))]
 
 
 def _text_examples(record: dict, prompt_words: int) -> list[Example]:
@@ -518,6 +548,17 @@ def make_reviews(n: int, seed: int = 0) -> list[Example]:
         cut = rng.randint(2, 7)
         examples.append(Example(" ".join(words[:cut]), " " + " ".join(words[cut:] + ["."])))
     return examples
+
+
+def review_pairs(examples: list[Example], seed: int = 0) -> list[Pair]:
+    """For each review, two endings that differ in their judgements alone: one that praises, preferred, and one that blames."""
+    rng = random.Random(seed)
+
+    def ending(example: Example, words: list[str]) -> str:
+        return " ".join(rng.choice(words) if word in PRAISE + BLAME else word for word in example.target.split(" "))
+
+    pairs = [Pair(example.prompt, ending(example, PRAISE), ending(example, BLAME)) for example in examples]
+    return [pair for pair in pairs if pair.chosen != pair.rejected]
 
 
 def is_fluent_review(text: str) -> bool:

@@ -20,6 +20,7 @@ from engine import Parser, UserError, one_line_errors
 from generate import sample
 from hybrid import HybridModel, score_rows
 from ppo import kl_estimate
+from references import ReferenceMixture, reference_logprobs
 from runs import read_rows
 from sft import sft_loss
 
@@ -31,7 +32,7 @@ def evaluate(
     examples: list[Example],
     *,
     reward,
-    reference: HybridModel | None,
+    reference: HybridModel | ReferenceMixture | None,
     max_length: int,
     max_new_tokens: int,
     temperature: float,
@@ -46,8 +47,11 @@ def evaluate(
     same draw at every evaluation. `reward` and `reference` may be None: their metrics are then absent.
     """
     device = next(model.parameters()).device
-    batch = demonstration_batch(tokenizer, examples, max_length).to(device)
-    metrics = {"nll": sft_loss(score_rows(model, batch, micro_batch_size).logprobs, batch.response_mask)}
+    metrics = {}
+    shown = [example for example in examples if example.target]
+    if shown:
+        batch = demonstration_batch(tokenizer, shown, max_length).to(device)
+        metrics["nll"] = sft_loss(score_rows(model, batch, micro_batch_size).logprobs, batch.response_mask)
 
     prompts = [encode_prompt(tokenizer, example)[-(max_length - max_new_tokens) :] for example in examples]
     generator = torch.Generator(device).manual_seed(seed + parallel.rank())
@@ -74,7 +78,8 @@ def evaluate(
                 row["score"] = score
     if reference is not None:
         batch = make_batch(tokenizer, prompts, responses, max_length).to(device)
-        ours, theirs = (score_rows(m, batch, micro_batch_size, temperature).logprobs for m in (model, reference))  # (B, T) each
+        ours = score_rows(model, batch, micro_batch_size, temperature).logprobs  # (B, T)
+        theirs, _ = reference_logprobs(reference, batch, examples, micro_batch_size, temperature)  # (B, T)
         kl = kl_estimate(ours, theirs, "k3").sum(1)  # (B,) nats a response
         metrics["kl"] = kl.mean()
         for row, row_kl in zip(samples, kl.tolist()):

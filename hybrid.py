@@ -93,7 +93,7 @@ class HybridModel(nn.Module):
         """
         if response_mask[:, 0].any():
             raise ValueError("response_mask is True in column 0, but a response needs at least one token before it")
-        before = self._states_before(input_ids, attention_mask, response_mask)  # (N, H) the state just before each response token
+        before = self.states_before(input_ids, attention_mask, response_mask)  # (N, H) the state just before each response token
         targets = input_ids[response_mask]  # (N,)
         recompute = torch.is_grad_enabled() and len(targets) > LOGIT_CHUNK  # one chunk alone is bounded already
         logprobs, entropy = [], []
@@ -111,7 +111,7 @@ class HybridModel(nn.Module):
 
         return TokenScores(place(torch.cat(logprobs)), place(torch.cat(entropy)), place(values))
 
-    def _states_before(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
+    def states_before(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
         """The hidden states that predict the response tokens: (N, H), row by row.
 
         Under causal attention no token sees the padding on its right, so the LM needs no mask. Where that padding is a tenth of the
@@ -207,15 +207,16 @@ def score_rows(model: HybridModel, batch, micro_batch_size: int | None, temperat
     width, device = batch.input_ids.shape[1], batch.input_ids.device
     by_length = batch.lengths().argsort(stable=True)  # (B,) like lengths go together: little padding
     mine = parallel.share(by_length)
-    parts = [torch.zeros(3, 0, width, device=device)]
+    parts = []
     for rows in mine.split(micro_batch_size or len(batch)) if len(mine) else ():
         part = batch.rows(rows)
-        scores = torch.stack(model(part.input_ids, part.attention_mask, part.response_mask, temperature))  # (3, b, t)
-        parts.append(torch.nn.functional.pad(scores, (0, width - scores.shape[2])))  # (3, b, T)
-    scores = torch.cat(parts, dim=1)  # (3, my share, T)
+        scores = torch.stack(model(part.input_ids, part.attention_mask, part.response_mask, temperature))  # (S, b, t) S kinds of score
+        parts += torch.nn.functional.pad(scores, (0, width - scores.shape[2])).unbind(1)  # b x (S, T)
     if parallel.world() > 1:
-        scores = torch.stack(parallel.gather(list(scores.cpu().unbind(1))), dim=1).to(device)  # (3, B, T)
-    return TokenScores(*torch.empty_like(scores).index_copy_(1, by_length, scores))
+        parts = parallel.gather([part.cpu() for part in parts])  # B x (S, T)
+    scores = torch.stack(parts, dim=1).to(device)  # (S, B, T)
+    columns = torch.empty_like(scores).index_copy_(1, by_length, scores)
+    return TokenScores(*columns) if isinstance(model, HybridModel) else tuple(columns)
 
 
 def disable_dropout(lm: nn.Module) -> None:

@@ -18,10 +18,12 @@ from dataclasses import dataclass
 
 import torch
 
-from data import Batch, Example, columns_of, decode, encode_prompt, make_batch
+from data import Batch, Example, batch_of, columns_of
+from dialogue import hold
 from engine import Backend, accumulate, apply_gradients
-from generate import sample
 from hybrid import HybridModel, masked_mean, score_rows
+from references import ReferenceMixture, reference_logprobs
+from sft import sft_loss
 
 # ------------------------------------------------------------------------------------------------ pure functions
 
@@ -88,6 +90,29 @@ def compute_gae(
     return advantages, torch.where(mask, advantages + values, 0)
 
 
+def clipped_surrogate(
+    new_logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, cliprange: float = 0.2
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The clipped surrogate of 1707.06347 (eq. 7), with its sign turned, as a mean over tokens. All (B, T) -> scalar, detached stats.
+
+    A > 0: the gradient stops once ratio > 1 + cliprange; A < 0: once ratio < 1 - cliprange. Elsewhere it flows, so that a ratio
+    that drifted the wrong way can always come back.
+    """
+    log_ratio = torch.where(mask, new_logprobs - old_logprobs, 0).clamp(max=20)  # (B, T) beyond that exp would overflow
+    ratio = torch.exp(log_ratio)  # (B, T)  r_t(theta), eq. 6
+    advantages = torch.where(mask, advantages, 0)  # (B, T)
+    surrogate = -advantages * ratio  # (B, T)
+    surrogate_clipped = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)  # (B, T)
+    policy_loss = masked_mean(torch.max(surrogate, surrogate_clipped), mask)  # scalar, eq. 7
+    stats = {
+        "policy_loss": policy_loss,
+        "approxkl": masked_mean(0.5 * log_ratio**2, mask),
+        "clipfrac": masked_mean((surrogate_clipped > surrogate).float(), mask),
+        "ratio_gap_max": torch.where(mask, (ratio - 1).abs(), 0).max(),
+    }
+    return policy_loss, {name: value.detach() for name, value in stats.items()}
+
+
 def ppo_loss(
     new_logprobs: torch.Tensor,
     old_logprobs: torch.Tensor,
@@ -100,35 +125,18 @@ def ppo_loss(
     cliprange_value: float = 0.2,
     vf_coef: float = 0.1,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The clipped surrogate (1707.06347, eq. 7, with its sign turned) plus vf_coef times the clipped value loss. All (B, T).
+    """The clipped surrogate plus vf_coef times the clipped value loss. All (B, T) -> a scalar mean over tokens, detached scalar stats.
 
-    A > 0: the gradient stops once ratio > 1 + cliprange; A < 0: once ratio < 1 - cliprange. Elsewhere it flows, so that a ratio
-    that drifted the wrong way can always come back. The paper's value loss is not clipped; this clip and the factor 0.5 are those of
-    Ziegler et al.'s code. Returns a scalar mean over tokens and detached scalar stats.
+    The paper's value loss is not clipped; this clip and the factor 0.5 are those of Ziegler et al.'s code.
     """
-    log_ratio = torch.where(mask, new_logprobs - old_logprobs, 0).clamp(max=20)  # (B, T) beyond that exp would overflow
-    ratio = torch.exp(log_ratio)  # (B, T)  r_t(theta), eq. 6
-    advantages = torch.where(mask, advantages, 0)  # (B, T)
-    surrogate = -advantages * ratio  # (B, T)
-    surrogate_clipped = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)  # (B, T)
-    policy_loss = masked_mean(torch.max(surrogate, surrogate_clipped), mask)  # scalar, eq. 7
-
+    policy_loss, stats = clipped_surrogate(new_logprobs, old_logprobs, advantages, mask, cliprange)
     values_clipped = old_values + (new_values - old_values).clamp(-cliprange_value, cliprange_value)  # (B, T)
     value_error = torch.where(mask, new_values - returns, 0) ** 2  # (B, T)
     value_error_clipped = torch.where(mask, values_clipped - returns, 0) ** 2  # (B, T)
     value_loss = 0.5 * masked_mean(torch.max(value_error, value_error_clipped), mask)  # scalar
-
-    loss = policy_loss + vf_coef * value_loss
-    with torch.no_grad():
-        stats = {
-            "policy_loss": policy_loss,
-            "value_loss": value_loss,
-            "approxkl": masked_mean(0.5 * log_ratio**2, mask),
-            "clipfrac": masked_mean((surrogate_clipped > surrogate).float(), mask),
-            "value_clipfrac": masked_mean((value_error_clipped > value_error).float(), mask),
-            "ratio_gap_max": torch.where(mask, (ratio - 1).abs(), 0).max(),
-        }
-    return loss, {name: value.detach() for name, value in stats.items()}
+    stats["value_loss"] = value_loss.detach()
+    stats["value_clipfrac"] = masked_mean((value_error_clipped > value_error).float(), mask)
+    return policy_loss + vf_coef * value_loss, stats
 
 
 class AdaptiveKLController:
@@ -178,18 +186,19 @@ class Rollout(Batch):
     returns: torch.Tensor  # what the value head is to predict: GAE advantages before whitening, plus values
 
 
-def place_rewards(kl: torch.Tensor, scores: torch.Tensor, mask: torch.Tensor, kl_coef: float) -> torch.Tensor:
-    """Per-token reward: kl, mask (B, T), scores (B,) -> (B, T). Each row sums to score - kl_coef * sum(kl)."""
-    column = torch.arange(mask.shape[1], device=mask.device)  # (T,)
-    last = torch.where(mask, column, -1).max(dim=1).values  # (B,) the last response token, EOS included
-    rewards = torch.where(mask, -kl_coef * kl, 0)  # (B, T)
-    return rewards + scores[:, None] * (column == last[:, None])
+def place_rewards(
+    kl: torch.Tensor, mask: torch.Tensor, kl_coef: float, scores: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
+) -> torch.Tensor:
+    """Per-token reward: kl, mask (B, T) -> (B, T). Score n (of scores, rows, columns (n,)) stands at its row and column, the last token of
+    the response that it is about, EOS included; each row sums to its scores - kl_coef * sum(kl)."""
+    placed = torch.zeros_like(kl).index_put_((rows, columns), scores, accumulate=True)  # (B, T)
+    return torch.where(mask, placed - kl_coef * kl, 0)
 
 
 @torch.no_grad()
 def collect_rollout(
     model: HybridModel,
-    reference: HybridModel,
+    reference: HybridModel | ReferenceMixture,
     tokenizer,
     examples: list[Example],
     reward,
@@ -205,33 +214,49 @@ def collect_rollout(
     whiten_rewards: bool = False,
     micro_batch_size: int | None = None,
     generator: torch.Generator | None = None,
+    turns: int = 1,
+    user=None,
+    turn_rewards: bool = False,
 ) -> tuple[Rollout, dict[str, float]]:
     """Sample one response per example, score it, and work out advantages. -> rollout, metrics.
 
     Must be called after the SFT steps of its cycle, since the old log-probabilities belong to the weights as they are now.
     `reward(prompts, completions, **columns) -> (B,)`; where it is NaN (a judge that gave no answer) the response is taken off the
     mask, so that nothing is learnt from it. `missing_eos_penalty` is taken off the score of a response that the length limit cut.
+    With `turns` above 1 an episode is a dialogue with `user` (dialogue.py): one score at its end, for all that was said, or with `turn_rewards`
+    one for each response, given what was said before it.
     """
     device = next(model.parameters()).device
-    prompts = [encode_prompt(tokenizer, example)[-(max_length - max_new_tokens) :] for example in examples]
-    options = dict(max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id, temperature=temperature, generator=generator)
-    generation = sample(model, prompts, **options)
-    completions = [decode(tokenizer, response) for response in generation.responses]
-    raw_scores = reward([e.prompt for e in examples], completions, **columns_of(examples)).to(device)  # (B,)
-    scored = torch.isfinite(raw_scores)  # (B,)
-    ended = torch.tensor([response[-1] == tokenizer.eos_token_id for response in generation.responses], device=device)  # (B,)
-    scores = torch.where(scored, raw_scores, 0) - missing_eos_penalty * ~ended  # (B,)
+    lengths = dict(max_length=max_length, max_new_tokens=max_new_tokens)
+    episodes = hold(model, tokenizer, examples, turns=turns, user=user, **lengths, temperature=temperature, generator=generator)
+    # What is scored: (row, prompt, completion, column of the score), one for each row, or for each turn of each row
+    if turn_rewards:
+        judged = [(i, *turn) for i, e in enumerate(episodes) for turn in zip(e.histories, e.responses, e.ends)]
+    else:
+        judged = [(i, e.example.prompt, e.text(), e.ends[-1]) for i, e in enumerate(episodes)]
+    rows, prompts, completions, columns = zip(*judged)
+    raw_scores = reward(list(prompts), list(completions), **columns_of([examples[i] for i in rows])).to(device)  # (n,)
+    rows, columns = torch.tensor(rows, device=device), torch.tensor(columns, device=device)  # (n,) each
+    scored = torch.ones(len(examples), dtype=torch.bool, device=device)  # (B,)
+    scored[rows[~torch.isfinite(raw_scores)]] = False
+    cut = [(i, end) for i, e in enumerate(episodes) for end, ended in zip(e.ends, e.ended) if not ended]  # by the length limit
+    penalties = torch.tensor(cut, dtype=torch.long, device=device).view(-1, 2)  # (c, 2) rows and columns
+    n_responses = sum(len(e.responses) for e in episodes)
 
-    batch = make_batch(tokenizer, prompts, generation.responses, max_length).to(device)
+    batch = batch_of(tokenizer, [e.ids for e in episodes], [e.mine for e in episodes]).to(device)
     # Recomputed, not the sampler's: the ratio of the first update is then 1 because both come from the same forward (critical!)
     policy = score_rows(model, batch, micro_batch_size, temperature)  # (B, T) each
-    ref_logprobs = score_rows(reference, batch, micro_batch_size, temperature).logprobs  # (B, T)
+    ref_logprobs, named = reference_logprobs(reference, batch, examples, micro_batch_size, temperature)  # (B, T), {name: (B, T)}
     sampled = torch.zeros_like(policy.logprobs)  # (B, T) what the sampler saw, for `sampler_gap`
-    sampled[batch.response_mask] = torch.tensor([x for row in generation.logprobs for x in row], device=device)
+    sampled[batch.response_mask] = torch.tensor([x for e in episodes for x in e.logprobs], device=device)
 
     mask = batch.response_mask & scored[:, None]  # (B, T)
     kl = kl_estimate(policy.logprobs, ref_logprobs, kl_estimator)  # (B, T)
-    rewards = place_rewards(kl, scores, mask, kl_coef)  # (B, T)
+    rewards = place_rewards(
+        kl, mask, kl_coef,
+        scores=torch.cat([raw_scores.nan_to_num(0), torch.full((len(cut),), -missing_eos_penalty, device=device)]),
+        rows=torch.cat([rows, penalties[:, 0]]), columns=torch.cat([columns, penalties[:, 1]]),
+    )  # fmt: skip
     metrics = {
         "score": raw_scores.nanmean(),
         "unscored": (~scored).float().mean(),
@@ -241,9 +266,10 @@ def collect_rollout(
         "kl_coef": kl_coef,
         "entropy": masked_mean(policy.entropy, mask),
         "response_length": batch.response_mask.sum(1).float().mean(),
-        "eos_rate": ended.float().mean(),
+        "eos_rate": 1 - len(cut) / n_responses,
         "sampler_gap": (sampled - policy.logprobs).abs().max(),
     }
+    metrics |= {f"kl/{name}": kl_estimate(policy.logprobs, each, "k3").sum(1)[scored].mean() for name, each in named.items()}
     if whiten_rewards:
         rewards = masked_whiten(rewards, mask, shift_mean=False)
     advantages, returns = compute_gae(rewards, policy.values, mask, gamma, lam)  # (B, T) each
@@ -281,15 +307,10 @@ def ppo_step(
     max_grad_norm: float = 1.0,
     backend: Backend | None = None,
     generator: torch.Generator | None = None,
+    demonstrations: Batch | None = None,
+    sft_weight: float = 0.0,
 ) -> dict[str, float]:
-    """`ppo_epochs` passes over the rollout, each in a fresh order and cut into `minibatches` optimiser steps of equal size
-    (to within one row).
-
-    After an epoch whose mean `approxkl` exceeds `target_kl` the remaining epochs are not run. Returns the means over the
-    optimiser steps taken, the number of those skipped, the largest `ratio_gap_max`, and `first_ratio_gap`: max |ratio - 1| of the first minibatch,
-    which is 0 up to rounding as long as rollouts are on-policy. `generator` (CPU) orders the rows; `backend` is for float16 and several
-    processes, None is plain torch.
-    """
+    """PPO's updates on one rollout: `optimise` with `ppo_loss`. -> metrics named `ppo/...`."""
 
     def loss_fn(part: Rollout):
         new = model(part.input_ids, part.attention_mask, part.response_mask, temperature)
@@ -306,26 +327,72 @@ def ppo_step(
             vf_coef,
         )
 
+    metrics = optimise(
+        model, rollout, optimizer, loss_fn, epochs=ppo_epochs, minibatches=minibatches, micro_batch_size=micro_batch_size,
+        target_kl=target_kl, max_grad_norm=max_grad_norm, backend=backend, generator=generator, demonstrations=demonstrations, sft_weight=sft_weight,
+    )  # fmt: skip
+    return {f"ppo/{name}": value for name, value in metrics.items()}
+
+
+def optimise(
+    model: HybridModel,
+    rollout: Rollout,
+    optimizer: torch.optim.Optimizer,
+    loss_fn,
+    *,
+    epochs: int,
+    minibatches: int,
+    micro_batch_size: int | None,
+    target_kl: float | None,
+    max_grad_norm: float,
+    backend: Backend | None,
+    generator: torch.Generator | None,
+    demonstrations: Batch | None = None,
+    sft_weight: float = 0.0,
+) -> dict[str, float]:
+    """`epochs` passes over the rollout, each in a fresh order and cut into `minibatches` optimiser steps of equal size
+    (to within one row).
+
+    After an epoch whose mean `approxkl` exceeds `target_kl` the remaining epochs are not run. Returns the means over the
+    optimiser steps taken, the number of those skipped, the largest `ratio_gap_max`, and `first_ratio_gap`: max |ratio - 1| of the first minibatch,
+    which is 0 up to rounding as long as rollouts are on-policy. `generator` (CPU) orders the rows; `backend` is for float16 and several
+    processes, None is plain torch.
+
+    With `demonstrations`, every update follows (1 - sft_weight) * loss_fn + sft_weight * sft_loss (InstructGPT 2203.02155, eq. 2, has a sum with
+    a coefficient), and `sft_loss` is among the stats.
+    """
     backend = backend or Backend(model)
+
+    def weighted_loss(part: Rollout):
+        loss, stats = loss_fn(part)
+        return (1 - sft_weight) * loss, stats
+
+    def weighted_sft_loss(part: Batch):
+        loss = sft_loss(model(part.input_ids, part.attention_mask, part.response_mask).logprobs, part.response_mask)
+        return sft_weight * loss, {"sft_loss": loss.detach()}
+
     usable = rollout.response_mask.any(1).nonzero().squeeze(1)  # (b,) rows with a score
-    if not len(usable):  # nothing to learn from; `ppo/unscored` is 1 and tells
-        return {"ppo/skipped_steps": 0.0}
+    if not len(usable):  # nothing to learn from; `unscored` is 1 and tells
+        return {"skipped_steps": 0.0}
     history: list[dict[str, float]] = []
-    epochs = 0
-    for _ in range(ppo_epochs):
+    passes = 0
+    for _ in range(epochs):
         order = usable[torch.randperm(len(usable), generator=generator).to(usable.device)]  # (b,)
         first_of_epoch = len(history)
         for rows in torch.tensor_split(order, min(minibatches, len(usable))):  # no tiny last minibatch
-            stats = accumulate(backend, rollout, rows, micro_batch_size, loss_fn)
+            stats = accumulate(backend, rollout, rows, micro_batch_size, weighted_loss if demonstrations else loss_fn)
+            if demonstrations:
+                every = torch.arange(len(demonstrations), device=usable.device)
+                stats |= accumulate(backend, demonstrations, every, micro_batch_size, weighted_sft_loss)
             history.append(stats | apply_gradients(backend, optimizer, max_grad_norm))
-        epochs += 1
+        passes += 1
         approxkl = [stats["approxkl"] for stats in history[first_of_epoch:]]
         if target_kl is not None and sum(approxkl) / len(approxkl) > target_kl:
             break
-    metrics = {"epochs": float(epochs), "first_ratio_gap": history[0]["ratio_gap_max"]}
+    metrics = {"epochs": float(passes), "first_ratio_gap": history[0]["ratio_gap_max"]}
     taken = [stats for stats in history if not stats["skipped_steps"]] or history
     for name in taken[0]:
         values = [stats[name] for stats in taken]
         metrics[name] = max(values) if name.endswith("_max") else sum(values) / len(values)
     metrics["skipped_steps"] = sum(stats["skipped_steps"] for stats in history)
-    return {f"ppo/{name}": value for name, value in metrics.items()}
+    return metrics

@@ -41,6 +41,7 @@ from data import Example, encode_prompt, encode_target, read_records
 from engine import NonFiniteReward, UserError, one_line_errors
 from judges import JUDGES, frozen_lm
 from mixture import Mixture, RunningNorm
+from self_play import SelfPlay
 
 # ------------------------------------------------------------------------------------------------ BLEU
 
@@ -607,22 +608,29 @@ class Reward:
     Calling it also moves its statistics (`ema`, `mixture`), but not inside `with reward.frozen():`, which is for measuring.
     """
 
-    def __init__(self, evaluate: Callable, leaves: dict[str, Callable], stateful: dict[str, RunningNorm | Mixture]):
+    def __init__(self, evaluate: Callable, leaves: dict[str, Callable], stateful: dict[str, RunningNorm | Mixture | SelfPlay]):
         self._evaluate, self._leaves, self._stateful = evaluate, leaves, stateful
         self._learn = True
         self.parts: dict[str, torch.Tensor] = {}
+        self.total = torch.zeros(0)  # (B,) what the last call returned
+        self.reference = None  # the KL reference, for `self_play(..., opponent="reference")`; train.py keeps it up to date
 
     def __call__(self, prompts: list[str], completions: list[str], **columns) -> torch.Tensor:
         """One float per completion. Raises UserError naming reward and text where a leaf raises, miscounts or gives no number."""
-        self.parts = self._ask_leaves(*map(parallel.share, (prompts, completions)), {k: parallel.share(v) for k, v in columns.items()})
-        total = self._evaluate(self.parts, self._learn) + torch.zeros(len(completions))  # (B,) also for a mere number
-        if torch.isinf(total).any():
-            raise UserError(f"the reward is too large for a float32: {total.tolist()}")
-        return total
+        opponents = {}
+        for name, thing in self._stateful.items():
+            if isinstance(thing, SelfPlay):
+                opponents[name] = self._ask_leaves(prompts, thing.answers(prompts, self.reference, self._learn), columns)
+        self.parts = self._ask_leaves(prompts, completions, columns)
+        self.total = self._evaluate(self.parts | opponents, self._learn) + torch.zeros(len(completions))  # (B,) also for a mere number
+        if torch.isinf(self.total).any():
+            raise UserError(f"the reward is too large for a float32: {self.total.tolist()}")
+        return self.total
 
     def _ask_leaves(self, prompts: list[str], completions: list[str], columns: dict[str, list]) -> dict[str, torch.Tensor]:
         """The raw values (B,) of every leaf; each process asks for its share of the texts, and a text that fails fails for all."""
         problem, parts = None, {}
+        prompts, completions, columns = parallel.share(prompts), parallel.share(completions), {k: parallel.share(v) for k, v in columns.items()}
         try:
             parts = {name: _call_leaf(name, f, prompts, completions, columns) for name, f in self._leaves.items() if completions}
         except UserError as raised:
@@ -649,7 +657,8 @@ class Reward:
         """Of the last call: `reward/<leaf>`, the mean of its raw values, and `reward_weight/<name>` of a mixture."""
         means = {f"reward/{name}": float(values.nanmean()) for name, values in self.parts.items()}
         mixtures = [thing for thing in self._stateful.values() if isinstance(thing, Mixture)]
-        return means | {f"reward_weight/{n}": float(w) for m in mixtures for n, w in zip(m.names, m.weights())}
+        weights = {f"reward_weight/{n}": float(w) for m in mixtures for n, w in zip(m.names, m.weights())}
+        return means | weights | {"self_play/win_rate": play.win_rate for play in self._stateful.values() if isinstance(play, SelfPlay)}
 
     def state_dict(self) -> dict[str, dict]:
         return {name: thing.state_dict() for name, thing in self._stateful.items()}
@@ -743,6 +752,11 @@ class _Parser:
                 return self.leaf(self.text(node), self.call(node, REWARDS[name][0], self.context))
             if name in POST_PROCESSORS and node.args:
                 return self.post_processor(node)
+            if name in ("min", "max") and len(node.args) > 1 and not node.keywords:
+                parts_of, best = [self.build(argument) for argument in node.args], {"min": torch.minimum, "max": torch.maximum}[name]
+                return lambda parts, learn: functools.reduce(best, [part(parts, learn) for part in parts_of])
+            if name == "self_play" and node.args:
+                return self.self_play(node)
             if name == "mixture":
                 return self.mixture(node)
         raise UserError(f"--reward {self.expression!r}: cannot read {self.text(node)!r}; {_known()}")
@@ -760,9 +774,19 @@ class _Parser:
             self.remember(node, process)
         return lambda parts, learn: process(inner(parts, learn), learn)
 
-    def remember(self, node: ast.Call, thing: RunningNorm | Mixture) -> None:
+    def remember(self, node: ast.Call, thing: RunningNorm | Mixture | SelfPlay) -> str:
         key = self.text(node)
-        self.stateful[f"{key} #{len(self.stateful)}" if key in self.stateful else key] = thing
+        key = f"{key} #{len(self.stateful)}" if key in self.stateful else key
+        self.stateful[key] = thing
+        return key
+
+    def self_play(self, node: ast.Call) -> Callable:
+        base = self.build(node.args[0])
+        if any(isinstance(thing, SelfPlay) for thing in self.stateful.values()):
+            raise UserError(f"--reward {self.expression!r}: one self_play is enough")
+        play = self.call(node, SelfPlay, self.context, skip=1)
+        key = self.remember(node, play)  # the opponent's leaves stand under it, beside ours
+        return lambda parts, learn: play(base(parts, learn), base(parts[key], False))
 
     def mixture(self, node: ast.Call) -> Callable:
         components = [self.build(argument) for argument in node.args]
@@ -833,13 +857,15 @@ def load_function(file: str, name: str) -> Callable:
 
 
 def _known() -> str:
-    return f"known are {', '.join([*REWARDS, *POST_PROCESSORS, 'mixture'])}, and file.py:function"
+    return f"known are {', '.join([*REWARDS, *POST_PROCESSORS, 'min', 'max', 'self_play', 'mixture'])}, and file.py:function"
 
 
 def list_rewards() -> str:
     """One line per name: what it gives, what it needs, what it means."""
     lines = [f"{name:13} {doc}" for name, (_, doc) in REWARDS.items()] + ["", "post-processors, applied to any expression:"]
     lines += [f"  {doc}" for _, doc in POST_PROCESSORS.values()]
+    lines += ["  min(a, b, ...), max(a, b, ...): the smaller, the larger: a floor that no other part can buy off"]
+    lines += ['  self_play(x, opponent="snapshot", every=50, shape="win"): the probability that x prefers our response to that of an earlier self']
     lines += ["  mixture(a, b, ...): a weighted sum of the standardised a, b, ... with weights that are learned"]
     return "\n".join([*lines, "", "your own: path/to/file.py:function, with def function(prompts, completions, **columns) -> list[float]"])
 

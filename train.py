@@ -23,36 +23,24 @@ from data import BatchStream, columns_of, demonstration_batch, encode_prompt, lo
 from engine import AMP_DTYPES, OPTIMIZERS, SCHEDULERS, Backend, NonFiniteReward, Parser, UserError, check_amp, compile_lm, learning_rate_factor
 from engine import first_line, make_scaler, number, one_line_errors, pick_device
 from evaluate import evaluate, verdict
-from hybrid import HybridModel, build_tiny
+from dialogue import ModelUser, scripted_user
+from dpo import dpo_step, preference_batch, preference_pairs
+from grpo import grpo_step
+from hybrid import HybridModel, build_tiny, merge
 from ppo import AdaptiveKLController, FixedKLController, collect_rollout, ppo_step
+from references import ReferenceMixture, parse_reference
 from rewards import build_reward
 from runs import MetricLog, Stop, append_rows, forget_after, graceful_stop, load_checkpoint, newest_checkpoint, open_run_folder
 from runs import read_config, read_rows, recover, require, save_checkpoint, write_config
+from schedules import SCHEDULES, is_ppo_step  # noqa: F401  (the rule of --ppo-ratio is part of this file's face)
 from sft import sft_step
 from zero import ZeroBackend
 
 ON_THE_BAR = {"loss": "sft/loss", "reward": "ppo/score", "kl": "ppo/kl"}
+ROLLS_OUT = ("ppo", "grpo")  # the algorithms that learn from what the policy samples
 MAY_CHANGE = ("steps", "eval_every", "eval_size", "save_every", "keep", "log")  # what a resumed run may do differently
 EVERY_TIME = ("resume", "overwrite", "deepspeed", "dry_run")  # what is not remembered: said anew, or not, by whoever starts a run or goes on with it
 MAX_SKIPPED = 10  # cycles in a row without a finite gradient, after which a run is lost and says so
-
-
-def is_ppo_step(step: int, ppo_ratio: float | tuple[float, float], steps: int | None = None) -> bool:
-    """Is cycle `step` (from 0) a PPO cycle? Error diffusion: of the first k cycles, floor(k * ppo_ratio) are PPO, for every k.
-
-    A pair (start, end) is a ramp over `steps` cycles, the curriculum: the k * ratio above becomes the area under the ramp.
-
-    >>> [is_ppo_step(step, 0.5) for step in range(4)]
-    [False, True, False, True]
-    """
-
-    def owed(k: int) -> float:  # PPO cycles due among the first k
-        if isinstance(ppo_ratio, tuple):
-            start, end = ppo_ratio
-            return k * start + (end - start) * k * k / (2 * steps)
-        return k * ppo_ratio
-
-    return math.floor(owed(step + 1)) > math.floor(owed(step))
 
 
 # ------------------------------------------------------------------------------------------------ the run
@@ -60,7 +48,7 @@ def is_ppo_step(step: int, ppo_ratio: float | tuple[float, float], steps: int | 
 
 def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
     """Data in, phases alternate, metrics and checkpoints out. Returns the last evaluation; `stop` ends it after a step."""
-    model, tokenizer, train_examples, held_out, reward, reference = prepare(args)
+    model, tokenizer, train_examples, held_out, reward, reference, user = prepare(args)
     device = next(model.parameters()).device
     optimizer = OPTIMIZERS[args.optimizer](model, args.lr)
     scaler = make_scaler(args.amp, device)
@@ -70,13 +58,17 @@ def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
         kl_controller = FixedKLController(args.kl_coef)
     else:
         kl_controller = AdaptiveKLController(args.kl_coef, args.kl_target, args.kl_horizon)
-    sft_stream = BatchStream(train_examples, args.batch_size, seed=args.seed)
-    ppo_stream = BatchStream(train_examples, args.batch_size, seed=args.seed + 1)
+    sft_stream = BatchStream([example for example in train_examples if example.target], args.batch_size, seed=args.seed)
+    prompt_stream = BatchStream(train_examples, args.batch_size // args.group_size, seed=args.seed + 1)
+    pair_stream = BatchStream(preference_pairs(args.algorithm, args.preference_data, args.data, train_examples, args.encoding), args.batch_size, args.seed)
+    sizes = dict(ppo_ratio=args.ppo_ratio, steps=args.steps, sft_warmup=args.sft_warmup, threshold=args.threshold, batch_size=args.batch_size)
+    schedule = SCHEDULES[args.schedule](train_examples, **sizes)
     sampling_generator = torch.Generator(device)  # draws the responses; seeded at every step, for every process its own
     order_generator = torch.Generator().manual_seed(args.seed)  # orders the rows of PPO's minibatches
     update = dict(micro_batch_size=args.micro_batch_size, max_grad_norm=args.max_grad_norm, backend=backend)
     sampling = dict(max_length=args.max_length, max_new_tokens=args.max_new_tokens, temperature=args.temperature)
-    stateful = dict(optimizer=backend if args.deepspeed else optimizer, sft_stream=sft_stream, ppo_stream=ppo_stream, kl_controller=kl_controller)
+    stateful = dict(optimizer=backend if args.deepspeed else optimizer, kl_controller=kl_controller, schedule=schedule)
+    stateful |= dict(sft_stream=sft_stream, prompt_stream=prompt_stream, pair_stream=pair_stream)
     stateful |= {name: thing for name, thing in (("reward", reward), ("scaler", scaler)) if thing is not None}
     if args.log != "none":
         require(args.log)
@@ -120,39 +112,58 @@ def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
             lr = args.lr * factor(step)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            since_warmup = step - args.sft_warmup
-            if since_warmup < 0 or not is_ppo_step(since_warmup, args.ppo_ratio, args.steps - args.sft_warmup):
+            if schedule.phase(step) == "sft":
                 # ---- SFT: learn from demonstrations
                 phase = "sft"
-                drawn = sft_stream.next()
+                drawn = schedule.demonstrations() or sft_stream.next()
                 batch = demonstration_batch(tokenizer, drawn, args.max_length).to(device)
                 metrics = sft_step(model, batch, optimizer, **update)
             else:
-                # ---- PPO: learn from the reward. The rollout is taken here, after the SFT steps before it, so it is on-policy.
-                phase = "ppo"
                 if reference is None or (args.ref_refresh and ppo_steps and ppo_steps % args.ref_refresh == 0):
                     reference = model.frozen_copy()  # the policy as PPO first meets it: the KL must not undo what SFT has taught
-                drawn = ppo_stream.next()
-                sampling_generator.manual_seed((args.seed * 2**20 + step) * 2**10 + parallel.rank())
-                try:
-                    rollout, metrics = collect_rollout(
-                        model, reference, tokenizer, drawn, reward, **sampling,
-                        kl_coef=kl_controller.value, kl_estimator=args.kl_estimator, gamma=args.gamma, lam=args.lam,
-                        missing_eos_penalty=args.missing_eos_penalty, whiten_rewards=args.whiten_rewards,
-                        micro_batch_size=args.micro_batch_size, generator=sampling_generator,
-                    )  # fmt: skip
-                    metrics |= reward.metrics()
-                    metrics |= ppo_step(
-                        model, rollout, optimizer, **update, ppo_epochs=args.ppo_epochs, minibatches=args.minibatches,
-                        temperature=args.temperature, cliprange=args.cliprange, cliprange_value=args.cliprange_value,
-                        vf_coef=args.vf_coef, target_kl=args.target_kl, generator=order_generator,
-                    )  # fmt: skip
-                    if metrics["ppo/unscored"] < 1:
-                        kl_controller.update(metrics["ppo/kl_k1"], args.batch_size)
-                except NonFiniteReward as problem:  # it never becomes an advantage; counted below like a gradient that is not finite
-                    tqdm.write(f"step {step + 1}: {problem}")
-                    metrics = {"ppo/skipped_steps": 1.0}
+                if args.algorithm == "dpo":  # ---- DPO: learn from preferences
+                    phase, drawn = "dpo", pair_stream.next()
+                    batch = preference_batch(tokenizer, reference, drawn, args.max_length, args.micro_batch_size)
+                    metrics = dpo_step(model, batch, optimizer, **update, beta=args.beta)
+                else:
+                    # ---- PPO (or GRPO): learn from the reward. The rollout is taken here, after the SFT steps before it, so it is on-policy.
+                    phase = args.algorithm
+                    drawn = [example for example in prompt_stream.next() for _ in range(args.group_size)]
+                    sampling_generator.manual_seed((args.seed * 2**20 + step) * 2**10 + parallel.rank())
+                    reward.reference = reference
+                    try:
+                        rollout, metrics = collect_rollout(
+                            model, reference, tokenizer, drawn, reward, **sampling,
+                            kl_coef=0.0 if phase == "grpo" else kl_controller.value, kl_estimator=args.kl_estimator, gamma=args.gamma, lam=args.lam,
+                            missing_eos_penalty=args.missing_eos_penalty, whiten_rewards=args.whiten_rewards,
+                            micro_batch_size=args.micro_batch_size, generator=sampling_generator,
+                            turns=args.turns, user=user, turn_rewards=args.turn_rewards,
+                        )  # fmt: skip
+                        metrics |= reward.metrics()
+                        hard = schedule.look(drawn, reward.total)
+                        rollout.response_mask &= torch.tensor([example not in hard for example in drawn], device=device)[:, None]
+                        update_rl = dict(
+                            **update, ppo_epochs=args.ppo_epochs, minibatches=args.minibatches, temperature=args.temperature,
+                            cliprange=args.cliprange, target_kl=args.target_kl, generator=order_generator,
+                        )  # fmt: skip
+                        if schedule.sft_weight(step):
+                            batch = demonstration_batch(tokenizer, sft_stream.next(), args.max_length).to(device)
+                            update_rl |= dict(demonstrations=batch, sft_weight=schedule.sft_weight(step))
+                        if phase == "grpo":
+                            metrics |= grpo_step(model, rollout, optimizer, **update_rl, group_size=args.group_size, kl_coef=kl_controller.value)
+                        else:
+                            metrics |= ppo_step(model, rollout, optimizer, **update_rl, cliprange_value=args.cliprange_value, vf_coef=args.vf_coef)
+                        if hard:
+                            metrics |= sft_step(model, demonstration_batch(tokenizer, hard, args.max_length).to(device), optimizer, **update)
+                        metrics |= schedule.metrics()
+                        if metrics["ppo/unscored"] < 1:
+                            kl_controller.update(metrics["ppo/kl_k1"], args.batch_size)
+                    except NonFiniteReward as problem:  # it never becomes an advantage; counted below like a gradient that is not finite
+                        tqdm.write(f"step {step + 1}: {problem}")
+                        metrics = {f"{phase}/skipped_steps": 1.0}
                 ppo_steps += 1
+                if args.ref_ema:
+                    merge(reference, model, 1 - args.ref_ema)
             # ---- bookkeeping
             metrics |= {"lr": lr, "seconds": time.perf_counter() - started}
             parallel.on_main(log.write, step + 1, phase, metrics)
@@ -160,7 +171,7 @@ def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
             bar.set_postfix(shown, refresh=False)
             bar.update()
             if metrics.get("ppo/unscored") != 1:  # no answer from a judge is no lost gradient
-                skipped = 0 if f"{phase}/grad_norm" in metrics else skipped + 1
+                skipped = 0 if any(name.endswith("/grad_norm") for name in metrics) else skipped + 1
             if metrics[f"{phase}/skipped_steps"]:
                 row = {"step": step + 1, "phase": phase, "prompts": [example.prompt for example in drawn]}
                 parallel.on_main(append_rows, out / "skipped.jsonl", [row])
@@ -190,7 +201,7 @@ def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
 
 
 def prepare(args: argparse.Namespace):
-    """Whatever can be wrong is wrong here, before the first step. -> model, tokenizer, examples, held-out examples, reward, reference."""
+    """Whatever can be wrong is wrong here, before the first step. -> model, tokenizer, examples, held-out examples, reward, reference, user."""
     device = parallel.start(pick_device(args.device))
     check_amp(args.amp, device)
     torch.manual_seed(args.seed)
@@ -212,29 +223,45 @@ def prepare(args: argparse.Namespace):
     if args.gradient_checkpointing:
         model.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     resolve_defaults(args, model)
+    targets = [example for example in train_examples if example.target]
+    if not targets and (args.ppo_ratio != 1 or args.sft_warmup):
+        raise UserError(f"--data {args.data} has no target to learn from: only --ppo-ratio 1 can use it")
+    if args.turns > 1 and args.user_model is None and not any(example.user_turns for example in train_examples):
+        raise UserError(f"--turns {args.turns}: nothing in --data {args.data} says what the user replies; give 'messages' or 'turns', or a --user-model")
     for example in examples:
         if example.messages is not None:
             encode_prompt(tokenizer, example)  # a chat template that refuses a dialogue does so now
     reward = reference = None  # pure SFT loads neither; a reward that is named is measured all the same
     if args.reward is not None:
         context = dict(model=model.lm, tokenizer=tokenizer, device=device, documents=[example.prompt for example in train_examples])
+        sampling = dict(max_length=args.max_length, max_new_tokens=args.max_new_tokens, temperature=args.temperature)
+        context |= dict(policy=model, sampling=sampling, examples=examples)  # for self_play
         if args.mixture_data is not None:
             context["mixture_pairs"] = load_pairs(args.mixture_data, encoding=args.encoding)
         reward = build_reward(args.reward, **context)
         probe = held_out[:2]  # a reward that cannot work on this data says so now, not at step 100
         with reward.frozen():
             reward([example.prompt for example in probe], [example.target for example in probe], **columns_of(probe))
-    if args.ref_model is not None and args.ppo_ratio != 0:
-        reference, ref_tokenizer = HybridModel.load(args.ref_model, "--ref-model")
-        if ref_tokenizer.get_vocab() != tokenizer.get_vocab():
-            raise UserError(f"--ref-model {args.ref_model} has another vocabulary than --model {args.model}, so their KL is undefined")
-        if args.max_length > reference.max_positions:
-            raise UserError(f"--ref-model {args.ref_model} has a context of {reference.max_positions} tokens; --max-length is {args.max_length}")
-        reference.amp_dtype = AMP_DTYPES[args.amp]  # the same arithmetic on both sides, or the KL is not 0 where they are equal
-        reference = reference.frozen_copy().to(device)
-        if args.compile:
-            compile_lm(reference)
-    return model, tokenizer, train_examples, held_out, reward, reference
+    if args.ref_model and args.ppo_ratio != 0:
+        references, weights = {}, {}
+        for name, path, weight in map(parse_reference, args.ref_model):
+            loaded, ref_tokenizer = HybridModel.load(path, "--ref-model")
+            if ref_tokenizer.get_vocab() != tokenizer.get_vocab():
+                raise UserError(f"--ref-model {path} has another vocabulary than --model {args.model}, so their KL is undefined")
+            if args.max_length > loaded.max_positions:
+                raise UserError(f"--ref-model {path} has a context of {loaded.max_positions} tokens; --max-length is {args.max_length}")
+            if name in references or not weight > 0:
+                raise UserError(f"--ref-model {name}: expected a name of its own for each, and a weight above 0")
+            loaded.amp_dtype = AMP_DTYPES[args.amp]  # the same arithmetic on both sides, or the KL is not 0 where they are equal
+            references[name], weights[name] = loaded.frozen_copy().to(device), weight
+            if args.compile:
+                compile_lm(references[name])
+        reference = references[name] if len(references) == 1 else ReferenceMixture(references, weights)
+    user = scripted_user
+    if args.user_model is not None:
+        user_model, user_tokenizer = HybridModel.load(args.user_model, "--user-model")
+        user = ModelUser(user_model.to(device).eval(), user_tokenizer, args.max_new_tokens)
+    return model, tokenizer, train_examples, held_out, reward, reference, user
 
 
 def resolve_defaults(args: argparse.Namespace, model: HybridModel) -> None:
@@ -252,15 +279,27 @@ def resolve_defaults(args: argparse.Namespace, model: HybridModel) -> None:
         raise UserError(f"--sft-warmup {args.sft_warmup} leaves no PPO step in --steps {args.steps}; for pure SFT say --ppo-ratio 0")
     if args.lr is None:
         args.lr = 3e-3 if tiny else 1e-5
+    if args.schedule != "ratio" and args.ppo_ratio == 0:
+        raise UserError(f"--schedule {args.schedule} without PPO is pure SFT: say --ppo-ratio 0 alone")
     if args.sft_warmup is None:  # a model that has not learnt to write yet has nothing for PPO to improve
         args.sft_warmup = round(0.3 * args.steps) if tiny and args.ppo_ratio not in (0, 1) else 0
     if args.batch_size < parallel.world():
         raise UserError(f"--batch-size {args.batch_size} counts all {parallel.world()} processes together; give each at least one row")
+    if args.batch_size % args.group_size or (args.algorithm == "grpo" and args.group_size < 2):
+        raise UserError(f"--group-size {args.group_size}: expected a divisor of --batch-size {args.batch_size}, at least 2 for grpo")
+    if args.algorithm not in ROLLS_OUT and (args.schedule != "ratio" or args.turns > 1):
+        raise UserError(f"--algorithm {args.algorithm} samples nothing, so it goes with --schedule ratio and one turn")
+    if args.turns > 1 and args.schedule in ("gate", "buffer"):
+        raise UserError("--turns above 1 goes with --schedule ratio or mix")
+    if args.turns * args.max_new_tokens >= args.max_length:
+        raise UserError(f"--turns {args.turns} of --max-new-tokens {args.max_new_tokens} leave no room for a prompt in --max-length {args.max_length}")
+    if args.ref_ema and len(args.ref_model or []) > 1:
+        raise UserError("--ref-ema moves one reference, not a mixture of several")
     if args.micro_batch_size is not None and args.grad_accum is not None:
         raise UserError("--micro-batch-size and --grad-accum say the same in two ways; give one of them")
     if args.micro_batch_size is None:
         args.micro_batch_size = math.ceil(args.batch_size / (parallel.world() * (args.grad_accum or 1)))
-    if args.reward is None and args.ppo_ratio != 0:
+    if args.reward is None and args.ppo_ratio != 0 and (args.algorithm in ROLLS_OUT or args.data == "reviews"):
         args.reward = "sentiment"
 
 
@@ -296,7 +335,8 @@ def print_summary(out: Path, before: dict, after: dict, samples_before: list[dic
     """What changed, in three lines."""
     reward = f"reward {before['eval/reward']:+.3f} -> {after['eval/reward']:+.3f}, " if "eval/reward" in after else ""
     kl = f", KL to the reference {after['eval/kl']:.2f} nats a response" if "eval/kl" in after else ""
-    print(f"{reward}held-out NLL {before['eval/nll']:.3f} -> {after['eval/nll']:.3f}{kl}; model in {out / 'final'}")
+    nll = f"held-out NLL {before['eval/nll']:.3f} -> {after['eval/nll']:.3f}" if "eval/nll" in after else "no target to measure an NLL on"
+    print(f"{reward}{nll}{kl}; model in {out / 'final'}")
     for label, samples in (("before", samples_before), ("after ", samples_after)):
         print(f"{label}: " + " | ".join(one_line(sample["prompt"] + " >>> " + sample["response"]) for sample in samples[:2]))
 
@@ -322,8 +362,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     count, positive, share = number(int, 1), number(float, 0, above=True), number(float, 0, 1)
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="tiny", help="'tiny' (built here, 1 M parameters), a local folder, or a hub id such as gpt2")
-    group.add_argument("--ref-model", help="reference of the KL penalty: a folder or hub id (default: the policy when PPO first starts)")
+    group.add_argument("--ref-model", action="append", metavar="[NAME=]PATH[:WEIGHT]", help="reference of the KL penalty, a folder or hub id; repeat for a weighted mixture (default: the policy when PPO first starts)")
     group.add_argument("--ref-refresh", type=number(int, 0), default=0, help="renew the reference every N PPO steps; 0 never does")
+    group.add_argument("--ref-ema", type=number(float, 0, 1), default=0.0, help="after every PPO step the reference becomes this much of itself and the rest of the policy (0.99); 0 never moves it")
     group = parser.add_argument_group("data")
     group.add_argument("--data", default="reviews", help="'reviews' (built in), a .jsonl .json .csv .parquet .txt file, or a hub dataset id")
     group.add_argument("--data-config", help="configuration of a hub dataset, such as wikitext-2-raw-v1")
@@ -335,6 +376,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--limit", type=count, help="read at most N records")
     group.add_argument("--max-length", type=number(int, 2), help="tokens of prompt and response together (default: 256, or the model's context)")
     group = parser.add_argument_group("schedule and optimiser")
+    group.add_argument("--algorithm", choices=("ppo", "grpo", "dpo"), default="ppo", help="what takes turns with SFT")
+    group.add_argument("--schedule", choices=tuple(SCHEDULES), default="ratio", help="ratio: by --ppo-ratio; gate, buffer: SFT on prompts that score low; mix: both losses in one update")
+    group.add_argument("--threshold", type=number(float, -1e9), default=0.0, help="gate, buffer: a prompt whose responses all score below this is hard")
     group.add_argument("--steps", type=count, default=700, help="optimiser cycles, SFT and PPO together")
     group.add_argument("--ppo-ratio", type=ratio, default=0.5, help="share of cycles that are PPO: 0 pure SFT, 1 pure PPO, 0.1:0.9 a ramp")
     group.add_argument("--sft-warmup", type=number(int, 0), help="SFT cycles before the first PPO one (default: 30%% of a mixed run of 'tiny', else 0)")
@@ -348,8 +392,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--max-grad-norm", type=positive, default=1.0, help="gradient clipping")
     group = parser.add_argument_group("ppo")
     group.add_argument("--reward", help="reward expression, such as '0.7*rouge_l + 0.3*bleu' or my.py:function (default: sentiment)")
+    group.add_argument("--group-size", type=count, default=1, help="responses to each prompt; grpo compares them (4 to 16), and they are part of --batch-size")
+    group.add_argument("--preference-data", help="dpo: preference pairs (default: made from the built-in task)")
+    group.add_argument("--beta", type=positive, default=0.1, help="dpo: how close to the reference (0.05 to 0.5; smaller is freer)")
     group.add_argument("--mixture-data", help="preference pairs (prompt, chosen, rejected) that fit the weights of a mixture(...) reward")
     group.add_argument("--max-new-tokens", type=count, default=32, help="length limit of a response, EOS included")
+    group.add_argument("--turns", type=count, default=1, help="responses in an episode: above 1 it is a dialogue, with the user turns of the data or --user-model")
+    group.add_argument("--user-model", help="a folder or hub id of a causal LM that plays the user")
+    group.add_argument("--turn-rewards", action="store_true", help="a score for each response of a dialogue instead of one at its end")
     group.add_argument("--temperature", type=number(float, 0.01), default=1.0, help="divides the logits of policy, old policy and reference (0.7 to 1)")
     group.add_argument("--kl-coef", type=number(float, 0), default=0.05, help="price of one nat of KL, in units of reward (0.01 to 0.2)")
     group.add_argument("--kl-target", type=positive, help="adapt the price until a response has this KL, in nats (1 to 10)")

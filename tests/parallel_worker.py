@@ -7,6 +7,7 @@ import conftest  # noqa: F401  (puts the repository on the path)
 import torch
 from conftest import build_lm, ragged_batch
 
+import dialogue
 import parallel
 import ppo
 from data import Example, make_batch
@@ -54,7 +55,7 @@ def ppo_weights(rollout, make_backend=Backend, minibatches: int = 2) -> dict:
 
 
 def collect(model, reward, rows: int = 7):
-    ppo.encode_prompt, ppo.decode = lambda tokenizer, example: example.columns["ids"], lambda tokenizer, ids: " ".join(map(str, ids))
+    dialogue.encode_prompt, dialogue.decode = lambda tokenizer, example: example.columns["ids"], lambda tokenizer, ids: " ".join(map(str, ids))
     examples = [Example("", "", {"ids": ids}) for ids in ragged_batch(1, rows=rows)[0]]
     generator = torch.Generator().manual_seed(100 + parallel.rank())
     return ppo.collect_rollout(model, model.frozen_copy(), Ids, examples, reward, kl_coef=0.1, max_length=40, max_new_tokens=12, micro_batch_size=2, generator=generator)

@@ -188,7 +188,8 @@ def test_the_score_sits_on_the_last_response_token():
     mask = torch.tensor([[0, 1, 1, 1, 0], [0, 0, 1, 0, 0], [0, 1, 0, 1, 0]]).bool()  # full, immediate EOS, two spans
     kl = torch.tensor([[9.0, 1.0, 2.0, 3.0, 9.0], [9.0, 9.0, 4.0, 9.0, 9.0], [9.0, 1.0, 9.0, 2.0, 9.0]])
     scores = torch.tensor([10.0, 20.0, 30.0])
-    rewards = place_rewards(kl, scores, mask, kl_coef=0.5)
+    last = torch.where(mask, torch.arange(mask.shape[1]), -1).max(1).values
+    rewards = place_rewards(kl, mask, 0.5, scores, torch.arange(len(mask)), last)
     assert rewards.tolist() == [[0, -0.5, -1.0, 8.5, 0], [0, 0, 18.0, 0, 0], [0, -0.5, 0, 29.0, 0]]
     torch.testing.assert_close(rewards.sum(1), scores - 0.5 * (kl * mask).sum(1))
 

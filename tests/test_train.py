@@ -382,12 +382,32 @@ def test_every_flag_is_used_and_explained():
         assert action.help and f"`{action.option_strings[0]}`" in README, f"{action.option_strings[0]} is not in the README"
 
 
-def test_every_logged_metric_is_in_the_glossary_and_no_other(tmp_path):
-    _, rows = run(tmp_path, "--sft-warmup", 1, "--reward", "sentiment + mixture(length, repetition)")
-    logged = {re.sub(r"(reward|reward_weight)/.*", r"\1/<name>", name) for row in rows for name in row} - {"step", "phase"}
+def test_every_logged_metric_is_in_the_glossary_and_no_other(tmp_path, tiny_folder):
+    refs = ["--model", tiny_folder, "--max-length", 40, "--ref-model", f"a={tiny_folder}", "--ref-model", f"b={tiny_folder}"]
+    runs = {
+        "mixture": ["--reward", "sentiment + mixture(length, repetition)"],
+        "self": ["--reward", "self_play(length)", "--schedule", "buffer"],
+        "gate": ["--schedule", "gate"],
+        "mix": ["--schedule", "mix"],
+        "dpo": ["--algorithm", "dpo"],
+        "grpo": ["--algorithm", "grpo", "--group-size", 2, "--schedule", "mix"],
+        "refs": refs,
+    }
+    rows = [row for name, flags in runs.items() for row in run(tmp_path, "--sft-warmup", 1, *flags, name=name)[1]]
+    logged = {re.sub(r"(reward|reward_weight|ppo/kl)/.*", r"\1/<name>", name) for row in rows for name in row} - {"step", "phase"}
+    as_ppo = {name for name in logged if name.startswith("grpo/") and name.replace("grpo/", "ppo/") in logged - {"ppo/sft_loss"}}
     glossary = README.split("## Metrics", 1)[1].split("\n## ", 1)[0]
-    documented = set(re.findall(r"^\| `([a-z_0-9/<>]+)`", glossary, re.MULTILINE))
-    assert logged == documented
+    documented = {name for cell in re.findall(r"^\| (`[^|]+) \|", glossary, re.MULTILINE) for name in re.findall(r"`([a-z_0-9/<>]+)`", cell)}
+    assert logged - as_ppo == documented - {"grpo/<name>"}
+
+
+def test_the_fork_in_the_readme_is_what_stands_in_train_py():
+    fork = [line[1:] for line in re.search(r"```diff\n(.*?)```", README, re.DOTALL).group(1).splitlines()]
+    lines = (ROOT / "train.py").read_text().splitlines()
+    assert len(fork) <= 10 and all(line in lines for line in fork)
+    for line in lines:  # and nothing about DPO stands elsewhere
+        if re.search(r"dpo|preference_|args\.beta|pair_stream", line) and not re.search(r"mixture", line):
+            assert line in fork, line
 
 
 def readme_commands() -> list[str]:
@@ -410,6 +430,7 @@ def readme_folder(tmp_path_factory, tiny_folder):
     for path in ROOT.glob("*.py"):
         (folder / path.name).symlink_to(path)
     (folder / "gpt2").symlink_to(tiny_folder)
+    (folder / "questions.jsonl").write_text("".join(json.dumps({"turns": [f"Question {i}?", "And then?"]}) + "\n" for i in range(9)))
     (folder / "zero.json").write_text('{"zero_optimization": {"stage": 2}}')
     (folder / "my_rewards.py").write_text(re.search(r"```python\n(# my_rewards\.py\n.*?)```", README, re.DOTALL).group(1))
     (folder / "my_data.jsonl").write_text("".join(json.dumps({"prompt": f"Question {i}?", "target": f"Answer {i}."}) + "\n" for i in range(9)))
@@ -428,7 +449,7 @@ def test_a_readme_command_runs(readme_folder, command):
     launcher = [] if command.startswith("python") else ["-m", "torch.distributed.run", "--standalone"]
     words = [sys.executable, *launcher, *shlex.split(command.replace("--steps 800", "--steps 8"))[1:]]
     if "train.py" in words and "--resume" not in words:
-        words += [*FAST, "--max-length", "32", "--overwrite"]
+        words += [*FAST, "--max-length", "32", "--batch-size", "8", "--overwrite"]
     if words[1] == "bench.py":
         words += ["--texts", "20", "--rounds", "1", *"--layers 1 --width 64 --vocab 64 --batch 2".split()]
     done = subprocess.run(words, cwd=readme_folder, capture_output=True, text=True, input="the plot was\n", timeout=120)

@@ -1,0 +1,106 @@
+"""DPO: learn from preferences without sampling and without a reward model (Rafailov et al. 2305.18290). The worked example of a fork.
+
+    loss = -log sigmoid( beta * [ (log pi(chosen) - log pi_ref(chosen)) - (log pi(rejected) - log pi_ref(rejected)) ] )        (eq. 7)
+
+The same layout as everything else: a pair is two rows of a Batch, and `forward(...).logprobs.sum(1)` is the log-probability of a response.
+Left out on purpose: other losses of the family; they differ from `dpo_loss` in one line. Run it: `python train.py --algorithm dpo`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import logsigmoid
+
+from data import Batch, Example, Pair, encode_prompt, encode_target, load_pairs, make_batch, review_pairs
+from engine import Backend, UserError, accumulate, apply_gradients
+from hybrid import HybridModel
+from references import ReferenceMixture, reference_logprobs
+
+
+@dataclass
+class PairBatch(Batch):
+    """n pairs as 2n rows: the chosen responses, then the rejected ones in the same order. An index names a pair."""
+
+    ref_logprobs: torch.Tensor  # (2n, T) under the reference
+
+    def __len__(self) -> int:
+        return len(self.input_ids) // 2
+
+    def rows(self, index: torch.Tensor) -> "PairBatch":
+        return super().rows(torch.cat([index, index + len(self)]))
+
+    def weight(self, index: torch.Tensor) -> torch.Tensor:
+        """DPO's mean is over pairs, not over tokens."""
+        return torch.tensor(float(len(index)), device=self.input_ids.device)
+
+    def lengths(self) -> torch.Tensor:
+        return torch.maximum(*self.attention_mask.sum(1).chunk(2))  # (n,)
+
+
+def preference_pairs(algorithm: str, source: str | None, data: str, examples: list[Example], encoding: str = "utf-8") -> list[Pair]:
+    """Preferences from a file, or made from the examples of the built-in task; none unless the algorithm is dpo. Raises UserError without any."""
+    if algorithm != "dpo":
+        return []
+    if source is None and data != "reviews":
+        raise UserError("--algorithm dpo learns from preferences: give --preference-data (prompt, chosen, rejected)")
+    return review_pairs(examples) if source is None else load_pairs(source, encoding=encoding)
+
+
+def preference_batch(tokenizer, reference: HybridModel | ReferenceMixture, pairs: list[Pair], max_length: int, micro_batch_size: int | None = None) -> PairBatch:
+    """Token ids of both responses to each prompt, EOS at their ends, and what the reference thinks of them."""
+    prompts = [encode_prompt(tokenizer, Example(pair.prompt, "")) for pair in pairs]
+    responses = [encode_target(tokenizer, text) for text in [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]]
+    batch = make_batch(tokenizer, prompts * 2, responses, max_length).to(next(reference.parameters()).device)
+    return PairBatch(**vars(batch), ref_logprobs=reference_logprobs(reference, batch, pairs * 2, micro_batch_size)[0])
+
+
+def dpo_loss(
+    policy_chosen_logps: torch.Tensor,
+    policy_rejected_logps: torch.Tensor,
+    reference_chosen_logps: torch.Tensor,
+    reference_rejected_logps: torch.Tensor,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probabilities of whole responses, in nats, (B,) each -> losses, chosen_rewards, rejected_rewards, (B,) each; rewards detached.
+
+    `label_smoothing` is the share of pairs whose preference is taken to be the wrong way round (conservative DPO, Mitchell 2023).
+
+    >>> losses, *_ = dpo_loss(*torch.tensor([[-3.0], [-3.0], [-5.0], [-5.0]]))       # no change against the reference: log 2
+    >>> round(losses.item(), 4)
+    0.6931
+    """
+    chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)  # (B,) the implicit reward, eq. 5 but for a constant of the prompt
+    rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)  # (B,)
+    margin = chosen_rewards - rejected_rewards  # (B,)
+    losses = -(1 - label_smoothing) * logsigmoid(margin) - label_smoothing * logsigmoid(-margin)  # (B,) eq. 7
+    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+
+
+def dpo_step(
+    model: HybridModel,
+    batch: PairBatch,
+    optimizer: torch.optim.Optimizer,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    micro_batch_size: int | None = None,
+    max_grad_norm: float = 1.0,
+    backend: Backend | None = None,
+) -> dict[str, float]:
+    """One optimiser step on pairs, `micro_batch_size` of them at a time. Returns `dpo/...`: loss, accuracy (share of pairs with the larger
+    implicit reward on the chosen side), the two rewards and their margin, grad_norm."""
+
+    def loss_fn(part: PairBatch):
+        scores = model(part.input_ids, part.attention_mask, part.response_mask)
+        policy, reference = scores.logprobs.sum(1).chunk(2), part.ref_logprobs.sum(1).chunk(2)  # (b,), (b,) each: chosen, rejected
+        losses, chosen, rejected = dpo_loss(*policy, *reference, beta, label_smoothing)
+        accuracy = (chosen > rejected).float().mean()
+        stats = {"loss": losses.mean().detach(), "accuracy": accuracy, "chosen_reward": chosen.mean(), "rejected_reward": rejected.mean()}
+        return losses.mean(), stats | {"margin": (chosen - rejected).mean()}
+
+    backend = backend or Backend(model)
+    pairs = torch.arange(len(batch), device=batch.input_ids.device)  # (n,)
+    stats = accumulate(backend, batch, pairs, micro_batch_size, loss_fn)
+    stats |= apply_gradients(backend, optimizer, max_grad_norm)
+    return {f"dpo/{name}": value for name, value in stats.items()}

@@ -1,0 +1,67 @@
+"""Several references at once: the KL is taken against their weighted geometric mixture, and may differ from record to record.
+
+    pi_ref(token) = softmax( sum_i w_i log pi_i(token) )               w sums to 1
+
+of which one reference is the special case, and the same one twice at half weight too. The mixture is between the models as the geometric mean is
+between numbers: a token that one of them finds impossible is impossible. A record with a column `reference` is held to the reference of that name alone.
+
+    python train.py --ref-model calm=out-sft/final:2 --ref-model bold=out/final:1
+
+Left out on purpose: arithmetic mixtures, weights that are learned.
+"""
+
+import re
+
+import torch
+from torch import nn
+
+from engine import UserError
+from hybrid import LOGIT_CHUNK, HybridModel, score_rows
+
+
+class ReferenceMixture(nn.Module):
+    """Frozen models of one vocabulary by name. Called like a HybridModel, it gives a tuple of (B, T) log-probabilities: mixture, then each."""
+
+    def __init__(self, models: dict[str, HybridModel], weights: dict[str, float]):
+        super().__init__()
+        self.names = list(models)
+        self.models = nn.ModuleList(models.values())
+        self.weights = [weights[name] / sum(weights.values()) for name in self.names]
+        self.max_positions = min(model.max_positions for model in self.models)
+
+    @torch.no_grad()
+    def forward(self, input_ids, attention_mask, response_mask, temperature: float = 1.0) -> tuple[torch.Tensor, ...]:
+        before = [model.states_before(input_ids, attention_mask, response_mask) for model in self.models]  # (N, H_i) each
+        targets = input_ids[response_mask]  # (N,)
+        columns = []
+        for chunk in torch.arange(len(targets), device=targets.device).split(LOGIT_CHUNK):  # (n,)
+            logps = [torch.log_softmax(m.logits(h[chunk], temperature), dim=-1) for m, h in zip(self.models, before)]  # (n, V) each
+            mixture = torch.log_softmax(sum(w * logp for w, logp in zip(self.weights, logps)), dim=-1)  # (n, V)
+            columns.append(torch.stack([logp.gather(1, targets[chunk, None]).squeeze(1) for logp in (mixture, *logps)]))  # (1 + K, n)
+        scores = torch.cat(columns, dim=1)  # (1 + K, N)
+        return tuple(torch.zeros_like(response_mask, dtype=torch.float32).masked_scatter(response_mask, row) for row in scores)
+
+
+def reference_logprobs(
+    reference: HybridModel | ReferenceMixture, batch, examples: list, micro_batch_size: int | None, temperature: float = 1.0
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """What each row is held to, (B, T), and under each named reference, {name: (B, T)}. Raises UserError for a name that is not there."""
+    if isinstance(reference, HybridModel):
+        return score_rows(reference, batch, micro_batch_size, temperature).logprobs, {}
+    mixture, *each = score_rows(reference, batch, micro_batch_size, temperature)
+    named = dict(zip(reference.names, each))
+    for i, example in enumerate(examples):
+        name = example.columns.get("reference")
+        if name is not None:
+            if name not in named:
+                raise UserError(f"a record names the reference {name!r}; --ref-model knows {', '.join(named)}")
+            mixture[i] = named[name][i]
+    return mixture, named
+
+
+def parse_reference(text: str) -> tuple[str, str, float]:
+    """`name=path:weight`, `name=path`, or a path alone -> name, path, weight."""
+    named = re.fullmatch(r"(\w+)=(.+?)(?::([0-9.]+))?", text)
+    if named is None:
+        return "reference", text, 1.0
+    return named[1], named[2], float(named[3] or 1)

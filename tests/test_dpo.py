@@ -1,0 +1,160 @@
+"""DPO and GRPO, the two forks: closed forms, the papers' gradients, and what they learn."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from conftest import build_lm, ragged_batch
+
+from data import BLAME, PRAISE, Pair, is_fluent_review, make_batch, make_reviews, review_pairs
+from dpo import PairBatch, dpo_loss, dpo_step, preference_batch
+from grpo import group_advantages, grpo_loss, grpo_step
+from hybrid import HybridModel
+from ppo import Rollout, kl_estimate
+from train import main
+
+
+def test_dpo_loss_is_the_formula():
+    """-log sigmoid(beta * ((pi_w - ref_w) - (pi_l - ref_l))), in plain doubles, and its two limits."""
+    numbers = [(-3.0, -4.0, -3.5, -3.0), (-10.0, -1.0, -2.0, -9.0), (-1.0, -1.0, -1.0, -1.0), (-700.0, -1.0, -1.0, -700.0)]
+    for beta, smoothing in ((0.1, 0.0), (0.5, 0.1)):
+        losses, chosen, rejected = dpo_loss(*torch.tensor(numbers).double().T, beta, smoothing)
+        for i, (pc, pr, rc, rr) in enumerate(numbers):
+            margin = beta * ((pc - rc) - (pr - rr))
+            expected = (1 - smoothing) * math.log1p(math.exp(-margin)) + smoothing * (math.log1p(math.exp(-abs(margin))) + max(margin, 0))
+            assert losses[i].item() == pytest.approx(expected, rel=1e-9)
+            assert chosen[i].item() == pytest.approx(beta * (pc - rc)) and rejected[i].item() == pytest.approx(beta * (pr - rr))
+
+
+def test_dpo_gradient_is_that_of_the_paper():
+    """Section 4: -beta * sigmoid(r_l - r_w) * (grad log pi(w) - grad log pi(l))."""
+    policy = torch.tensor([[-3.0, -5.0], [-2.0, -1.0]], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([[-4.0, -4.0], [-2.0, -2.5]], dtype=torch.float64)
+    losses, chosen, rejected = dpo_loss(policy[:, 0], policy[:, 1], reference[:, 0], reference[:, 1], beta=0.3)
+    losses.sum().backward()
+    expected = -0.3 * torch.sigmoid(rejected - chosen)
+    torch.testing.assert_close(policy.grad, torch.stack([expected, -expected], dim=1))
+    assert not chosen.requires_grad
+
+
+def test_dpo_loss_equals_trls_where_it_is_installed():
+    trl = pytest.importorskip("trl", reason="trl is an optional package")
+    if not hasattr(trl.DPOTrainer, "dpo_loss"):
+        pytest.skip("this TRL keeps its loss inside compute_loss")
+    trainer = trl.DPOTrainer.__new__(trl.DPOTrainer)
+    vars(trainer).update(beta=0.2, label_smoothing=0.1, loss_type="sigmoid", reference_free=False, accelerator=type("A", (), {"device": "cpu"}))
+    logps = torch.randn(4, 50)
+    for ours, theirs in zip(dpo_loss(*logps, beta=0.2, label_smoothing=0.1), trainer.dpo_loss(*logps)):
+        torch.testing.assert_close(ours, theirs)
+
+
+def pair_batch(model, rows: int = 5) -> PairBatch:
+    prompts, chosen = ragged_batch(0, rows)
+    _, rejected = ragged_batch(1, rows)
+    batch = make_batch(None, prompts * 2, chosen + rejected, max_length=32)
+    noise = torch.randn(batch.input_ids.shape, generator=torch.Generator().manual_seed(2)) * batch.response_mask
+    with torch.no_grad():
+        reference = model(batch.input_ids, batch.attention_mask, batch.response_mask).logprobs + 0.3 * noise
+    return PairBatch(**vars(batch), ref_logprobs=reference)
+
+
+def test_dpo_step_pairs_the_right_rows_whatever_the_micro_batches():
+    """The gradient against the loss written out on full rows; pairs must stay together when they are split and sorted by length."""
+    model = HybridModel(build_lm("llama"))
+    batch = pair_batch(model)
+    logps = model(batch.input_ids, batch.attention_mask, batch.response_mask).logprobs.sum(1)
+    ref = batch.ref_logprobs.sum(1)
+    margin = 0.2 * ((logps[:5] - ref[:5]) - (logps[5:] - ref[5:]))
+    loss = torch.log1p(torch.exp(-margin)).mean()
+    loss.backward()
+    expected = [p.grad.clone() for p in model.lm.parameters()]
+    model.zero_grad()
+    for micro in (None, 1, 2):
+        twin = copy.deepcopy(model)
+        metrics = dpo_step(twin, batch, torch.optim.SGD(twin.parameters(), lr=1.0), beta=0.2, micro_batch_size=micro, max_grad_norm=1e9)
+        assert metrics["dpo/loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert metrics["dpo/accuracy"] == pytest.approx((margin > 0).float().mean().item())
+        assert metrics["dpo/margin"] == pytest.approx(metrics["dpo/chosen_reward"] - metrics["dpo/rejected_reward"], abs=1e-6)
+        for before, after, gradient in zip(model.lm.parameters(), twin.lm.parameters(), expected):
+            torch.testing.assert_close(before - after, gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_preferences_are_encoded_like_demonstrations(tiny):
+    lm, tokenizer = tiny
+    model = HybridModel(lm)
+    batch = preference_batch(tokenizer, model, [Pair("the plot was", " warm .", " dull and flat .")], max_length=64)
+    rows = [ids[mask].tolist() for ids, mask in zip(batch.input_ids, batch.attention_mask)]
+    assert rows[0] == tokenizer("the plot was").input_ids + tokenizer(" warm .").input_ids + [tokenizer.eos_token_id]
+    assert rows[1][-1] == tokenizer.eos_token_id and len(batch) == 1
+    metrics = dpo_step(model, batch, torch.optim.SGD(model.parameters(), lr=0.0))
+    assert metrics["dpo/loss"] == pytest.approx(math.log(2), abs=1e-5), "policy and reference are equal"
+
+
+def test_built_in_pairs_differ_in_their_judgement_alone():
+    for pair in review_pairs(make_reviews(200)):
+        assert is_fluent_review(pair.prompt + pair.chosen) and is_fluent_review(pair.prompt + pair.rejected)
+        assert not set(pair.chosen.split()) & set(BLAME) and not set(pair.rejected.split()) & set(PRAISE)
+
+
+def test_dpo_learns_the_preference_in_a_whole_run(tmp_path):
+    flags = "--algorithm dpo --limit 300 --steps 40 --sft-warmup 10 --batch-size 16 --eval-size 16 --max-new-tokens 12 --device cpu --save-every 0 --eval-every 0"
+    main([*flags.split(), "--out", str(tmp_path / "run")])
+    rows = [row for row in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) if row["phase"] == "dpo"]
+    assert len(rows) == 15 and rows[0]["dpo/loss"] == pytest.approx(math.log(2), abs=1e-4) and rows[-1]["dpo/accuracy"] > 0.9
+
+
+# ---- GRPO
+
+
+def test_group_advantages_by_hand():
+    scores = torch.tensor([1.0, 2.0, 6.0, 5.0, 5.0, 5.0, 0.0, float("nan"), 2.0])
+    std = (14 / 3) ** 0.5
+    expected = [-2 / std, -1 / std, 3 / std, 0, 0, 0, -1, 0, 1]
+    assert group_advantages(scores, 3).tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_grpo_loss_is_the_papers_objective_token_by_token():
+    generator = torch.Generator().manual_seed(0)
+    new, old, ref = (torch.randn(3, 5, generator=generator) * 0.3 for _ in range(3))
+    advantages = torch.tensor([1.0, -1.0, 0.5])[:, None].expand(3, 5)
+    mask = torch.tensor([[0, 1, 1, 0, 0], [0, 0, 1, 1, 1], [0, 1, 0, 0, 0]]).bool()
+    total = 0.0
+    for b in range(3):
+        for t in range(5):
+            if mask[b, t]:
+                ratio = math.exp(new[b, t] - old[b, t])
+                clipped = min(max(ratio, 0.8), 1.2)
+                a = advantages[b, t].item()
+                d = (ref[b, t] - new[b, t]).item()
+                total += -min(ratio * a, clipped * a) + 0.04 * (math.exp(d) - d - 1)
+    loss, stats = grpo_loss(new, old, ref, advantages, mask)
+    assert loss.item() == pytest.approx(total / mask.sum().item(), rel=1e-5)
+    assert stats["kl_loss"].item() == pytest.approx(kl_estimate(new, ref, "k3")[mask].mean().item(), rel=1e-5)
+
+
+def test_grpo_raises_the_better_sibling_and_leaves_the_value_head_alone():
+    model = HybridModel(build_lm("llama"))
+    batch = make_batch(None, [[5, 6]] * 4, [[7], [8], [9, 10], [11]], max_length=8)
+    with torch.no_grad():
+        logprobs = model(batch.input_ids, batch.attention_mask, batch.response_mask).logprobs
+    scores = torch.tensor([2.0, 0.0, 1.0, 1.0])
+    last = batch.response_mask.long().cumsum(1).argmax(1)
+    rewards = torch.zeros_like(logprobs).scatter(1, last[:, None], scores[:, None])
+    zero = torch.zeros_like(logprobs)
+    rollout = Rollout(batch.input_ids, batch.attention_mask, batch.response_mask, logprobs, logprobs, zero, rewards, zero, zero)
+    metrics = grpo_step(model, rollout, torch.optim.SGD(model.parameters(), lr=0.01), group_size=2, kl_coef=0.0)
+    with torch.no_grad():
+        after = model(batch.input_ids, batch.attention_mask, batch.response_mask).logprobs
+    change = (after - logprobs).sum(1)
+    assert change[0] > 0 > change[1] and metrics["grpo/group_std"] == pytest.approx(0.5)
+    assert model.value_head.weight.abs().max() == 0, "no value is learnt"
+
+
+def test_grpo_runs_in_groups_and_learns(tmp_path):
+    flags = "--algorithm grpo --group-size 4 --limit 200 --steps 24 --sft-warmup 6 --batch-size 16 --eval-size 16 --max-new-tokens 8 --device cpu --save-every 0"
+    main([*flags.split(), "--reward", "length(target=3)", "--ppo-ratio", "1", "--out", str(tmp_path / "run")])
+    rows = [row for row in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) if row["phase"] == "grpo"]
+    assert len(rows) == 18 and rows[0]["ppo/kl"] == 0 and rows[0]["grpo/first_ratio_gap"] < 1e-5
+    assert sum(r["ppo/score"] for r in rows[-5:]) > sum(r["ppo/score"] for r in rows[:5]) and "ppo/grad_norm" not in rows[0]
