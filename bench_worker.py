@@ -4,7 +4,7 @@
 another Python (`--peer-python`) with the versions of torch and transformers that it wants. The workload is made here, by the same lines for all
 sides: a GPT-2 of random weights (or `--model`), random prompts, and a bias on EOS that sets how long responses become.
 
-    protocol: one JSON line on stdout when ready, {"name"}; then a line on stdin starts a round, and a JSON line on stdout ends it
+    protocol: one JSON line on stdout when ready, {"name", "matmul_flops"}; then a line on stdin starts a round, and a JSON line on stdout ends it
 
 Left out on purpose: flags and tables (`bench.py` has them).
 """

@@ -24,10 +24,14 @@ from typing import Callable, NamedTuple
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from hybrid import TINY_LM
+
 GIB = 2**30
 
 
 class Sizes(NamedTuple):
+    """What the formula asks of a model; widths in elements of one token's hidden state, and of its keys in one layer."""
+
     parameters: float
     layers: int
     width: int
@@ -35,6 +39,7 @@ class Sizes(NamedTuple):
     vocab: int
 
 
+TINY = Sizes(1.0e6, TINY_LM["num_hidden_layers"], TINY_LM["hidden_size"], TINY_LM["hidden_size"], TINY_LM["vocab_size"])  # --model tiny
 # GPT-2 small and XL; Llama 2 7B
 KNOWN = {"124 M": Sizes(124e6, 12, 768, 768, 50257), "1.5 B": Sizes(1.56e9, 48, 1600, 1600, 50257), "7 B": Sizes(6.74e9, 32, 4096, 4096, 32000)}
 

@@ -5,7 +5,7 @@
 
 Prompt and response are tokenised apart and their ids joined, for SFT and PPO alike, so that no merge ever crosses the
 border. Masks come from lengths, never from `ids != pad`: EOS is trained even when it doubles as the pad token.
-Left out on purpose: packing, streaming of endless corpora, workers (tokenising is not the bottleneck at this size).
+Left out on purpose: joining examples into blocks of one length (the model packs short rows by itself: `HybridModel.states_before`), streaming of endless corpora, workers (tokenising is not the bottleneck at this size).
 
     python data.py reviews        # print some examples of a source
 """
@@ -248,6 +248,11 @@ def render_dialogue(messages: list[dict]) -> str:
     return turns + "Assistant:\n"
 
 
+def plain_reply(said: str) -> str:
+    """What the plain template puts after a response: its end, the user's turn, the header of the next response."""
+    return "\n\n" + render_dialogue([{"role": "user", "content": said}])
+
+
 def _dialogue_examples(record: dict) -> list[Example]:
     messages = record["messages"]
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
@@ -312,7 +317,9 @@ def _string(record: dict, name: str) -> str:
     return value
 
 
-def read_records(source: str, limit: int | None = None, encoding: str = "utf-8", config: str | None = None, split: str = "train"):
+def read_records(
+    source: str, limit: int | None = None, encoding: str = "utf-8", config: str | None = None, split: str = "train", what: str = "--data"
+):
     """Yield the records of a file or hub dataset as dicts. Raises UserError naming the file, and the line where there is one.
 
     Everything comes through `datasets`, except local JSON: Arrow's JSON reader turns strings that look like dates into dates, long
@@ -321,11 +328,11 @@ def read_records(source: str, limit: int | None = None, encoding: str = "utf-8",
     path = Path(source)
     is_file = path.suffix in BUILDERS or path.exists()
     if is_file and not path.is_file():
-        raise UserError(f"--data {source} " + ("is a folder; give a file in it" if path.is_dir() else "does not exist"))
+        raise UserError(f"{what} {source} " + ("is a folder; give a file in it" if path.is_dir() else "does not exist"))
     if is_file and path.suffix not in BUILDERS:
-        raise UserError(f"--data {source} has an unknown ending; known are {', '.join(BUILDERS)}")
+        raise UserError(f"{what} {source} has an unknown ending; known are {', '.join(BUILDERS)}")
     encoding = "utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding  # drops a byte order mark
-    text = _checked_text(path, encoding) if is_file and path.suffix != ".parquet" else None
+    text = _checked_text(path, encoding, what) if is_file and path.suffix != ".parquet" else None
     if path.suffix in (".json", ".jsonl") and is_file:
         yield from itertools.islice(_json_records(path, text), limit)
         return
@@ -353,7 +360,7 @@ def read_records(source: str, limit: int | None = None, encoding: str = "utf-8",
         if is_file:
             raise UserError(f"--data {source} cannot be read: {reason}") from None
         raise UserError(
-            f"--data {source} is no local file and could not be fetched from the Hugging Face hub ({reason}); "
+            f"{what} {source} is no local file and could not be fetched from the Hugging Face hub ({reason}); "
             "check the name, --data-config, --data-split and the network, give a file, or use the built-in --data reviews"
         ) from None
 
@@ -364,15 +371,15 @@ def _text_records(text: str):
     return ({"text": piece.strip()} for piece in pieces if piece.strip())
 
 
-def _checked_text(path: Path, encoding: str) -> str:
+def _checked_text(path: Path, encoding: str, what: str) -> str:
     """The text of a file. Raises UserError naming byte and line of what is not `encoding`."""
     try:
         raw = path.read_bytes()
         if not raw.strip():
-            raise UserError(f"--data {path} is empty")
+            raise UserError(f"{what} {path} is empty")
         return raw.decode(encoding)
     except OSError as problem:
-        raise UserError(f"--data {path} cannot be read: {problem.strerror}") from None
+        raise UserError(f"{what} {path} cannot be read: {problem.strerror}") from None
     except UnicodeDecodeError as problem:
         line = raw[: problem.start].count(b"\n") + 1
         raise UserError(
@@ -429,14 +436,16 @@ class Pair:
     columns: dict = field(default_factory=dict)
 
 
-def load_pairs(source: str, *, limit: int | None = None, encoding: str = "utf-8", config: str | None = None, split: str = "train") -> list[Pair]:
+def load_pairs(
+    source: str, *, limit: int | None = None, encoding: str = "utf-8", config: str | None = None, split: str = "train", what: str = "--data"
+) -> list[Pair]:
     """Pairs from records with `prompt`, `chosen`, `rejected`, or with two transcripts in Anthropic's format.
 
     A transcript alternates "\\n\\nHuman:" and "\\n\\nAssistant:" turns; the prompt is what the two share up to an "Assistant:".
     Raises UserError naming file and line.
     """
     pairs = []
-    for number, record in enumerate(read_records(source, limit, encoding, config, split)):
+    for number, record in enumerate(read_records(source, limit, encoding, config, split, what)):
         try:
             chosen, rejected = _string(record, "chosen"), _string(record, "rejected")
             prompt = _string(record, "prompt") if record.get("prompt") is not None else shared_prompt(chosen, rejected)

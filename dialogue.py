@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from data import Example, decode, encode_prompt, render_dialogue
+from data import Example, decode, encode_prompt, plain_reply, render_dialogue
 from generate import sample
 from hybrid import HybridModel
 
@@ -39,16 +39,16 @@ class Episode:
         parts = [self.responses[0]]
         for i in range(1, len(self.responses)):
             said = self.messages[len(self.messages) - 2 * (len(self.responses) - i)]["content"]
-            parts.append(f"\n\nUser:\n{said}\n\nAssistant:\n{self.responses[i]}")
+            parts += [plain_reply(said), self.responses[i]]
         return "".join(parts)
 
 
-def hold(
+def sample_episodes(
     model: HybridModel, tokenizer, examples: list[Example], *, turns: int = 1, user=None, max_length: int, max_new_tokens: int, **options
 ) -> list[Episode]:
     """Sample one episode for each example: up to `turns` responses, fewer where the user has no more to say or the row is full.
 
-    `user(episodes, generator) -> list[str | None]` answers the dialogues; `options` are those of `generate`.
+    `user(episodes, generator) -> list[str | None]` answers the dialogues, and is needed for more than one turn; `options` are those of `generate`.
     """
     episodes = []
     for example in examples:
@@ -87,7 +87,7 @@ def _ask(tokenizer, episode: Episode, said: str, limit: int) -> bool:
 def text_between(tokenizer, episode: Episode, said: str) -> str:
     """What stands between the policy's last token and its next one: the end of its turn, the user's turn, the header of the next."""
     if episode.example.messages is None or not tokenizer.chat_template:
-        return f"\n\nUser:\n{said}\n\nAssistant:\n"
+        return plain_reply(said)
     mark = "\N{SECTION SIGN}response\N{SECTION SIGN}"  # stands for the response, whose own tokens are in the row already
     messages = [*episode.messages[:-1], {"role": "assistant", "content": mark}, {"role": "user", "content": said}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True).rsplit(mark, 1)[1]

@@ -3,7 +3,7 @@
     loss = -log sigmoid( beta * [ (log pi(chosen) - log pi_ref(chosen)) - (log pi(rejected) - log pi_ref(rejected)) ] )        (eq. 7)
 
 The same layout as everything else: a pair is two rows of a Batch, and `forward(...).logprobs.sum(1)` is the log-probability of a response.
-Left out on purpose: other losses of the family; they differ from `dpo_loss` in one line. Run it: `python train.py --algorithm dpo`.
+Left out on purpose: the other losses of the family (IPO, SimPO, ...); they differ from `dpo_loss` in a line or two. Run it: `python train.py --algorithm dpo`.
 """
 
 from dataclasses import dataclass
@@ -43,13 +43,17 @@ def preference_pairs(algorithm: str, source: str | None, data: str, examples: li
         return []
     if source is None and data != "reviews":
         raise UserError("--algorithm dpo learns from preferences: give --preference-data (prompt, chosen, rejected)")
-    return review_pairs(examples) if source is None else load_pairs(source, encoding=encoding)
+    return review_pairs(examples) if source is None else load_pairs(source, encoding=encoding, what="--preference-data")
 
 
 def preference_batch(tokenizer, reference: HybridModel | ReferenceMixture, pairs: list[Pair], max_length: int, micro_batch_size: int | None = None) -> PairBatch:
-    """Token ids of both responses to each prompt, EOS at their ends, and what the reference thinks of them."""
+    """Token ids of both responses to each prompt, EOS at their ends, and what the reference thinks of them. Rows as in PairBatch."""
     prompts = [encode_prompt(tokenizer, Example(pair.prompt, "")) for pair in pairs]
     responses = [encode_target(tokenizer, text) for text in [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]]
+    # One prompt for both: cut once, by the longer of the two responses, since eq. 7 compares them given the same x.
+    n = len(pairs)
+    room = [max(1, max_length - max(len(responses[i]), len(responses[i + n]))) for i in range(n)]
+    prompts = [prompt[-most:] for prompt, most in zip(prompts, room)]
     batch = make_batch(tokenizer, prompts * 2, responses, max_length).to(next(reference.parameters()).device)
     return PairBatch(**vars(batch), ref_logprobs=reference_logprobs(reference, batch, pairs * 2, micro_batch_size)[0])
 

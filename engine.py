@@ -171,7 +171,7 @@ def _muon(model: torch.nn.Module, lr: float, adamw: dict) -> MuonWithAdamW:
     return MuonWithAdamW(matrices, [p for p in model.parameters() if id(p) not in chosen], lr, adamw)
 
 
-# Adam's eps 1e-5, not torch's 1e-8: the first steps are far less wild (N+ details, 2403.17031). No weight decay: PPO has its own anchor.
+# Betas as in GPT-3 (2005.14165, appendix B). Adam's eps 1e-5, not torch's 1e-8: the first steps are far less wild (N+ details, 2403.17031). No weight decay: PPO has its own anchor.
 _ADAM = dict(betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
 OPTIMIZERS = {
     "adamw": lambda model, lr: torch.optim.AdamW(model.parameters(), lr=lr, fused=True, **_ADAM),
@@ -250,8 +250,8 @@ class _Loss(torch.nn.Module):
 def accumulate(backend: Backend, batch, rows: torch.Tensor, micro_batch_size: int | None, loss_fn) -> dict[str, float]:
     """Backward of one optimiser step over `rows`, `micro_batch_size` of them at a time on each process (None: all at once).
 
-    `loss_fn(part) -> (loss, stats)` must return means over the response tokens of `part`. Each part counts by its share of
-    the tokens of the whole step, so the gradient is that of ONE mean over all tokens: 1x8 == 8x1 == 4x2 rows == 2 processes, also when
+    `loss_fn(part) -> (loss, stats)` must return means over what `part.weight` counts: response tokens (DPO: pairs). Each part counts by its share of
+    them in the whole step, so the gradient is that of ONE mean over all tokens: 1x8 == 8x1 == 4x2 rows == 2 processes, also when
     lengths differ. (A mean of means would overweight the tokens of short rows.) Rows of like length go together, so that few columns
     are padding. Returns the same means of `stats`; a name that ends in `_max` is joined by maximum instead.
     """

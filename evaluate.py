@@ -6,6 +6,7 @@ Left out on purpose: benchmark suites.
 
     python evaluate.py --health out        # one line: healthy, or what to suspect and why
     python evaluate.py --plot out          # out/curves.png (needs matplotlib)
+    python evaluate.py compare             # SFT, PPO, SFT then PPO, hybrid: compare.py
 """
 
 import math
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+import compare
 import parallel
 from data import Example, columns_of, decode, demonstration_batch, encode_prompt, make_batch, review_metrics
 from engine import Parser, UserError, one_line_errors
@@ -123,6 +125,7 @@ def verdict(rows: list[dict]) -> str:
     """One line on the rows of a metrics.jsonl: `verdict: healthy` or what to suspect, by RULES, then first third -> last third."""
     if not rows:
         return "verdict: nothing was recorded"
+    rows = [{name.replace("grpo/", "ppo/"): value for name, value in row.items()} for row in rows]  # the same rules for both
     suspicions = [f"{key} {ends[1]:.3g}: {text}" for key, sick, text in RULES if (ends := _ends(rows, key)) and sick(*ends)]
     # The leaves are raw; the total may be standardised (ema, whiten, mixture), and then it has no trend of its own.
     leaves = {key for row in rows for key in row if key.startswith("reward/")}
@@ -135,7 +138,7 @@ def verdict(rows: list[dict]) -> str:
         suspicions.append(f"eval/nll {nll[-1]:.3g}, {nll[-1] - min(nll):.2g} above its best: PPO forgets the language; raise --kl-coef, lower --ppo-ratio")
     if evaluations and evaluations[-1].get("eval/distinct", 1.0) < 0.5:
         suspicions.append(f"eval/distinct {evaluations[-1]['eval/distinct']:.3g}: more than half of the responses are repeats")
-    skipped = sum(row.get(f"{phase}/skipped_steps", 0) for row in rows for phase in ("sft", "ppo"))
+    skipped = sum(value for row in rows for name, value in row.items() if name.endswith("/skipped_steps"))
     trends = [f"{key} {ends[0]:.3g} -> {ends[1]:.3g}" for key in SHOWN if (ends := _ends(rows, key))]
     return f"verdict: {'suspect ' + '; '.join(suspicions) if suspicions else 'healthy'} ({', '.join([*trends, f'skipped updates {skipped:.0f}'])})"
 
@@ -159,18 +162,21 @@ def plot(rows: list[dict], path: Path) -> None:
             if points:
                 axis.plot(*zip(*points), "o-" if key.startswith("eval/") else "-", markersize=3, linewidth=1, label=key)
         for row in rows:
-            if row["phase"] == "ppo" and axis in axes[:2]:
+            if row["phase"] not in ("sft", "eval") and axis in axes[:2]:
                 axis.axvspan(row["step"] - 1, row["step"], color="0.92", linewidth=0)
         axis.set_ylabel(title)
         if axis.lines:
             axis.legend(fontsize=7)
-    axes[-1].set_xlabel("step (shaded: PPO)")
+    axes[-1].set_xlabel("step (shaded: PPO, or what takes its place)")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["compare"]:
+        return compare.main(argv[1:])
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("--health", metavar="OUT", help="print the verdict on a run folder")
     parser.add_argument("--plot", metavar="OUT", help="draw the curves of a run folder to OUT/curves.png")

@@ -3,7 +3,7 @@
 Hugging Face's `generate` reads the model's `generation_config`, and with it a top-k, a penalty or a minimum length that nobody
 asked for: the sampled distribution is then no longer the scored one, and the KL turns negative. Here a token is drawn from
 softmax(logits / temperature) and from nothing else.
-Left out on purpose: top-k, top-p, penalties, beams. This is the only file with left padding: decoding wants all rows to end
+Left out on purpose: top-k, top-p, penalties, beams. This is the only file that pads on the left: decoding wants all rows to end
 in the same column; the rows it returns are plain lists of ids.
 
     python sample.py out/final "the movie was"

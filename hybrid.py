@@ -34,6 +34,7 @@ from engine import Parser, UserError, check_new_folder, first_line, number, one_
 
 LOGIT_CHUNK = 1024  # response tokens that pass through lm_head together: bounds the memory at (LOGIT_CHUNK, V)
 VALUE_HEAD = "value_head.safetensors"
+TINY_LM = dict(vocab_size=512, hidden_size=192, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=256)
 
 
 class TokenScores(NamedTuple):
@@ -56,7 +57,8 @@ def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 class HybridModel(nn.Module):
     """`lm` is any Hugging Face causal LM; `value_head` starts at zero, so that the first advantages are discounted sums of rewards.
 
-    Raises UserError when the LM does something between hidden states and logits that `logits` cannot repeat.
+    Raises UserError for an architecture that breaks what is taken for granted here (`check_architecture`), or does something between hidden
+    states and logits that `logits` cannot repeat (`find_logit_transform`).
     """
 
     def __init__(self, lm: nn.Module):
@@ -66,8 +68,8 @@ class HybridModel(nn.Module):
         self.lm = lm
         self._accepts = set(inspect.signature(lm.base_model.forward).parameters)
         self.max_positions = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or 10**9  # tokens of context
-        # The argument was renamed across transformers releases. None, so that sampling reads whole rows again, where there is no
-        # cache, and for recurrent architectures (Mamba, ...): their decoding step cannot be told about left padding.
+        # Its name differs between transformers releases. None for models without a cache and for recurrent ones (Mamba, ...), whose
+        # decoding step cannot skip left padding: the sampler then reads whole rows again.
         names = [] if getattr(lm, "_is_stateful", False) else ["cache", "past_key_values"]
         self._cache_name = next((name for name in names if name in self._accepts), None)
         check_architecture(lm)
@@ -202,8 +204,11 @@ class HybridModel(nn.Module):
 
 
 @torch.no_grad()
-def score_rows(model: HybridModel, batch, micro_batch_size: int | None, temperature: float = 1.0) -> TokenScores:
-    """`model.forward` over the whole batch without gradient, each process its share, `micro_batch_size` rows at a time. Each (B, T)."""
+def score_rows(model: HybridModel, batch, micro_batch_size: int | None, temperature: float = 1.0) -> tuple[torch.Tensor, ...]:
+    """`model.forward` over the whole batch without gradient, each process its share, `micro_batch_size` rows at a time. Each (B, T).
+
+    -> TokenScores of a HybridModel; the plain tuple that a ReferenceMixture gives.
+    """
     width, device = batch.input_ids.shape[1], batch.input_ids.device
     by_length = batch.lengths().argsort(stable=True)  # (B,) like lengths go together: little padding
     mine = parallel.share(by_length)
@@ -388,16 +393,11 @@ def build_tiny(texts: list[str], seed: int = 0) -> tuple[nn.Module, PreTrainedTo
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=TINY_LM["vocab_size"], special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>", clean_up_tokenization_spaces=False)
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=256,
+        **{**TINY_LM, "vocab_size": len(tokenizer)},
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,

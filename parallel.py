@@ -8,7 +8,7 @@ Work on rows is shared out in four places: sampling (`generate.py: sample`), sco
 whitening, means, metrics, early stopping and learned statistics see the whole batch on every process, and no algorithm knows how many there are. Everything
 that is drawn from a seed is drawn alike, but for the responses: each process samples its own prompts. Rows go round like cards (`x[rank::world]`).
 
-In one process every function here hands back what it was given. Left out on purpose: splitting the model itself.
+In one process all of this costs nothing. Left out on purpose: splitting the model itself.
 """
 
 import os
@@ -38,10 +38,12 @@ def finish() -> None:
 
 
 def world() -> int:
+    """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
+    """Which of them this is, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -62,7 +64,7 @@ def gather(rows: list) -> list:
 
 
 def everybody(thing) -> list:
-    """What each process holds under this name, by rank."""
+    """-> the list of every process's `thing`, by rank."""
     if world() == 1:
         return [thing]
     things: list = [None] * world()

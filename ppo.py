@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from data import Batch, Example, batch_of, columns_of
-from dialogue import hold
+from dialogue import sample_episodes
 from engine import Backend, accumulate, apply_gradients
 from hybrid import HybridModel, masked_mean, score_rows
 from references import ReferenceMixture, reference_logprobs
@@ -218,17 +218,17 @@ def collect_rollout(
     user=None,
     turn_rewards: bool = False,
 ) -> tuple[Rollout, dict[str, float]]:
-    """Sample one response per example, score it, and work out advantages. -> rollout, metrics.
+    """Sample one episode per example (a response, or several), score it, and work out advantages. -> rollout, metrics.
 
     Must be called after the SFT steps of its cycle, since the old log-probabilities belong to the weights as they are now.
-    `reward(prompts, completions, **columns) -> (B,)`; where it is NaN (a judge that gave no answer) the response is taken off the
+    `reward(prompts, completions, **columns) -> (n,)`, n = B but for `turn_rewards`; where it is NaN (a judge that gave no answer) the response is taken off the
     mask, so that nothing is learnt from it. `missing_eos_penalty` is taken off the score of a response that the length limit cut.
     With `turns` above 1 an episode is a dialogue with `user` (dialogue.py): one score at its end, for all that was said, or with `turn_rewards`
     one for each response, given what was said before it.
     """
     device = next(model.parameters()).device
     lengths = dict(max_length=max_length, max_new_tokens=max_new_tokens)
-    episodes = hold(model, tokenizer, examples, turns=turns, user=user, **lengths, temperature=temperature, generator=generator)
+    episodes = sample_episodes(model, tokenizer, examples, turns=turns, user=user, **lengths, temperature=temperature, generator=generator)
     # What is scored: (row, prompt, completion, column of the score), one for each row, or for each turn of each row
     if turn_rewards:
         judged = [(i, *turn) for i, e in enumerate(episodes) for turn in zip(e.histories, e.responses, e.ends)]
@@ -372,7 +372,7 @@ def optimise(
         return sft_weight * loss, {"sft_loss": loss.detach()}
 
     usable = rollout.response_mask.any(1).nonzero().squeeze(1)  # (b,) rows with a score
-    if not len(usable):  # nothing to learn from; `unscored` is 1 and tells
+    if not len(usable):  # nothing to learn from: no judge answered, or every prompt is demonstrated instead
         return {"skipped_steps": 0.0}
     history: list[dict[str, float]] = []
     passes = 0
@@ -380,8 +380,8 @@ def optimise(
         order = usable[torch.randperm(len(usable), generator=generator).to(usable.device)]  # (b,)
         first_of_epoch = len(history)
         for rows in torch.tensor_split(order, min(minibatches, len(usable))):  # no tiny last minibatch
-            stats = accumulate(backend, rollout, rows, micro_batch_size, weighted_loss if demonstrations else loss_fn)
-            if demonstrations:
+            stats = accumulate(backend, rollout, rows, micro_batch_size, loss_fn if demonstrations is None else weighted_loss)
+            if demonstrations is not None:
                 every = torch.arange(len(demonstrations), device=usable.device)
                 stats |= accumulate(backend, demonstrations, every, micro_batch_size, weighted_sft_loss)
             history.append(stats | apply_gradients(backend, optimizer, max_grad_norm))

@@ -2,20 +2,21 @@
 
     pi_ref(token) = softmax( sum_i w_i log pi_i(token) )               w sums to 1
 
-of which one reference is the special case, and the same one twice at half weight too. The mixture is between the models as the geometric mean is
-between numbers: a token that one of them finds impossible is impossible. A record with a column `reference` is held to the reference of that name alone.
+With one reference this is that reference. It is the logarithmic opinion pool of statistics (Genest & Zidek 1986), a product of experts with exponents
+(Hinton 2002): a token that one of them finds impossible is impossible. A record with a column `reference` is held to the reference of that name alone.
 
     python train.py --ref-model calm=out-sft/final:2 --ref-model bold=out/final:1
 
 Left out on purpose: arithmetic mixtures, weights that are learned.
 """
 
+import argparse
 import re
 
 import torch
 from torch import nn
 
-from engine import UserError
+from engine import UserError, number
 from hybrid import LOGIT_CHUNK, HybridModel, score_rows
 
 
@@ -31,6 +32,7 @@ class ReferenceMixture(nn.Module):
 
     @torch.no_grad()
     def forward(self, input_ids, attention_mask, response_mask, temperature: float = 1.0) -> tuple[torch.Tensor, ...]:
+        """The inputs of HybridModel.forward, (B, T) each -> 1 + K tensors (B, T): under the mixture, then under each model."""
         before = [model.states_before(input_ids, attention_mask, response_mask) for model in self.models]  # (N, H_i) each
         targets = input_ids[response_mask]  # (N,)
         columns = []
@@ -60,8 +62,11 @@ def reference_logprobs(
 
 
 def parse_reference(text: str) -> tuple[str, str, float]:
-    """`name=path:weight`, `name=path`, or a path alone -> name, path, weight."""
-    named = re.fullmatch(r"(\w+)=(.+?)(?::([0-9.]+))?", text)
+    """`name=path:weight`, `name=path`, or a path alone -> name, path, weight. Raises UserError for a weight that is none."""
+    named = re.fullmatch(r"(\w+)=(.+?)(?::([0-9.eE+-]+))?", text)
     if named is None:
         return "reference", text, 1.0
-    return named[1], named[2], float(named[3] or 1)
+    try:
+        return named[1], named[2], number(float, 0, above=True)(named[3] or "1")
+    except argparse.ArgumentTypeError as problem:
+        raise UserError(f"--ref-model {text}: {problem}") from None

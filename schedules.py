@@ -1,12 +1,12 @@
 """When to demonstrate and when to let the policy try: what each cycle of the loop does, also by what the last rollouts were like.
 
-    ratio     by a fixed share of the cycles, or a ramp (train.py's is_ppo_step)
+    ratio     by a fixed share of the cycles, or a ramp (`is_ppo_step` below)
     gate      every cycle is a rollout; prompts whose responses all score below --threshold are demonstrated, the others are learnt from by
               reinforcement (SuperRL 2506.01096; HPT 2509.04419)
     buffer    like gate, but hard prompts are collected, and an SFT cycle runs whenever they fill a batch (ReLIFT 2506.07527)
     mix       every cycle is a rollout, and every update has both losses: ratio * RL + (1 - ratio) * SFT (PPO-ptx 2203.02155; CHORD 2508.11408)
 
-`phase(step)` is asked before a cycle, `look(examples, scores)` hears how a rollout went and returns the examples to demonstrate in the same cycle, after the
+`turn(step)` is asked before a cycle, `look(examples, scores)` hears how a rollout went and returns the examples to demonstrate in the same cycle, after the
 RL update, which must stay on-policy. A schedule of your own is a class with these methods and a line in SCHEDULES.
 
     python train.py --schedule gate --threshold 0.2
@@ -43,10 +43,9 @@ class Ratio:
     def __init__(self, examples: list[Example], *, ppo_ratio: float | tuple[float, float], steps: int, sft_warmup: int, threshold: float, batch_size: int):
         self.examples, self.ppo_ratio, self.steps, self.sft_warmup = examples, ppo_ratio, steps, sft_warmup
         self.threshold, self.batch_size = threshold, batch_size
-        self.buffer: list[Example] = []
 
-    def phase(self, step: int) -> str:
-        """"sft" or "rl"."""
+    def turn(self, step: int) -> str:
+        """Whose turn it is: `sft` or `rl`."""
         since = step - self.sft_warmup
         return "rl" if since >= 0 and is_ppo_step(since, self.ppo_ratio, self.steps - self.sft_warmup) else "sft"
 
@@ -62,41 +61,52 @@ class Ratio:
         return []
 
     def hard(self, examples: list[Example], scores: torch.Tensor) -> list[Example]:
-        """The examples (each once) whose responses all score below the threshold."""
+        """The examples (each once) whose responses all score below the threshold, and that have a target to be shown."""
         best: dict[int, float] = {}
         for example, score in zip(examples, scores.tolist()):
             best[id(example)] = max(best.get(id(example), -math.inf), math.inf if math.isnan(score) else score)
-        chosen = {id(example): example for example in examples if best[id(example)] < self.threshold}
+        chosen = {id(example): example for example in examples if example.target and best[id(example)] < self.threshold}
         return list(chosen.values())
 
     def metrics(self) -> dict[str, float]:
         return {}
 
     def state_dict(self) -> dict:
-        numbers = {id(example): i for i, example in enumerate(self.examples)}
-        return {"buffer": [numbers[id(example)] for example in self.buffer]}
+        return {}
 
     def load_state_dict(self, state: dict) -> None:
-        self.buffer = [self.examples[i] for i in state["buffer"]]
+        """Nothing to remember."""
 
 
-class Gate(Ratio):
-    share = 0.0  # of hard prompts in the last rollout
+class _AlwaysRollout(Ratio):
+    """After the warm-up every cycle is a rollout, whatever --ppo-ratio says."""
 
-    def phase(self, step: int) -> str:
+    def turn(self, step: int) -> str:
         return "sft" if step < self.sft_warmup else "rl"
+
+
+class Gate(_AlwaysRollout):
+    """Hard prompts are demonstrated at once."""
+
+    hard_share = 0.0  # of the prompts of the last rollout
 
     def look(self, examples: list[Example], scores: torch.Tensor) -> list[Example]:
         hard = self.hard(examples, scores)
-        self.share = len(hard) / len({id(example) for example in examples})
+        self.hard_share = len(hard) / len({id(example) for example in examples})
         return hard
 
     def metrics(self) -> dict[str, float]:
-        return {"schedule/hard": self.share}
+        return {"schedule/hard": self.hard_share}
 
 
 class Buffer(Gate):
-    def phase(self, step: int) -> str:
+    """Hard prompts wait until they fill a batch."""
+
+    def __init__(self, examples: list[Example], **options):
+        super().__init__(examples, **options)
+        self.buffer: list[Example] = []
+
+    def turn(self, step: int) -> str:
         return "sft" if step < self.sft_warmup or len(self.buffer) >= self.batch_size else "rl"
 
     def demonstrations(self) -> list[Example] | None:
@@ -110,12 +120,18 @@ class Buffer(Gate):
         return []
 
     def metrics(self) -> dict[str, float]:
-        return {"schedule/hard": self.share, "schedule/buffer": float(len(self.buffer))}
+        return {"schedule/hard": self.hard_share, "schedule/buffer": float(len(self.buffer))}
+
+    def state_dict(self) -> dict:
+        numbers = {id(example): i for i, example in enumerate(self.examples)}
+        return {"buffer": [numbers[id(example)] for example in self.buffer]}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.buffer = [self.examples[i] for i in state["buffer"]]
 
 
-class Mix(Ratio):
-    def phase(self, step: int) -> str:
-        return "sft" if step < self.sft_warmup else "rl"
+class Mix(_AlwaysRollout):
+    """Both losses in every update; --ppo-ratio is the weight of RL."""
 
     def sft_weight(self, step: int) -> float:
         if not isinstance(self.ppo_ratio, tuple):

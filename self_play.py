@@ -33,7 +33,7 @@ class SelfPlay:
             raise ValueError("there is no policy to play against; it works in train.py only")
         self.policy, self.tokenizer, self.sampling = context["policy"], context["tokenizer"], context["sampling"]
         self.examples = {example.prompt: example for example in context["examples"]}  # a dialogue's prompt is more than its text
-        self.opponent, self.every, self.shape = opponent, every, shape
+        self.opponent, self.every, self.shape, self.seed = opponent, every, shape, context.get("seed", 0)
         self.snapshot: HybridModel | None = None
         self.rounds = 0  # of training
         self.win_rate = float("nan")
@@ -48,7 +48,7 @@ class SelfPlay:
         room = self.sampling["max_length"] - self.sampling["max_new_tokens"]
         ids = [encode_prompt(self.tokenizer, self.examples.get(prompt, Example(prompt, "")))[-room:] for prompt in prompts]
         options = dict(max_new_tokens=self.sampling["max_new_tokens"], temperature=self.sampling["temperature"], eos_token_id=self.tokenizer.eos_token_id)
-        seed = (2**40 + self.rounds if learn else 2**41) * 2**10 + parallel.rank()  # far from the seeds of the policy's own responses
+        seed = ((self.seed * 2**20 + self.rounds if learn else 2**20 - 1) * 2**10 + parallel.rank()) ^ 2**62  # a bit that the policy's own seeds lack
         generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
         return [decode(self.tokenizer, response) for response in sample(model, ids, generator=generator, **options).responses]
 

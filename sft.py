@@ -4,7 +4,7 @@
 
 The prompt is read but not trained on, the EOS of a complete target is trained like any other token (a model that never
 learns to stop is the most common SFT bug), and the mean is over the tokens of the whole optimiser step.
-Left out on purpose: packing, label smoothing, anything that needs a Trainer. Run it alone with `python train.py --ppo-ratio 0`.
+Left out on purpose: label smoothing, anything that needs a Trainer. Run it alone with `python train.py --ppo-ratio 0`.
 """
 
 import torch

@@ -4,8 +4,8 @@
     python train.py --model gpt2 --ppo-ratio 0.5        # any hub id or local folder
     torchrun --nproc_per_node=2 train.py                # data parallel (parallel.py)
 
-Every step is one optimiser cycle of one phase: an SFT step on demonstrations, or a PPO rollout with its updates. Both phases
-share one model, one optimiser and one step counter. Left out on purpose: a Trainer, callbacks, config files.
+Every step is one turn: an SFT update on demonstrations, or one of what takes turns with it: a PPO or GRPO rollout with its updates, or a
+DPO update (`--schedule gate` and `mix` do both in one). All share one model, one optimiser and one step counter. Left out on purpose: a Trainer, callbacks, config files.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from zero import ZeroBackend
 
 ON_THE_BAR = {"loss": "sft/loss", "reward": "ppo/score", "kl": "ppo/kl"}
 ROLLS_OUT = ("ppo", "grpo")  # the algorithms that learn from what the policy samples
-MAY_CHANGE = ("steps", "eval_every", "eval_size", "save_every", "keep", "log")  # what a resumed run may do differently
+MAY_CHANGE = ("device", "steps", "eval_every", "eval_size", "save_every", "keep", "log")  # what a resumed run may do differently
 EVERY_TIME = ("resume", "overwrite", "deepspeed", "dry_run")  # what is not remembered: said anew, or not, by whoever starts a run or goes on with it
 MAX_SKIPPED = 10  # cycles in a row without a finite gradient, after which a run is lost and says so
 
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
         return metrics, samples[:3]
 
     def save(name: str, step: int) -> None:
-        counters = dict(step=step, ppo_steps=ppo_steps, skipped=skipped, before=before, samples_before=samples_before)
+        counters = dict(step=step, rl_steps=rl_steps, skipped=skipped, before=before, samples_before=samples_before)
         states = {name: thing.state_dict() for name, thing in stateful.items()}  # on every process: ZeRO's is spread over them
         parallel.on_main(save_checkpoint, out / name, model, tokenizer, reference, counters, states, order_generator, args.keep)
 
@@ -103,8 +103,8 @@ def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
     else:  # a run that died before its first checkpoint starts again
         parallel.on_main(forget_after, out, -1)
         before, samples_before = evaluate_now(0)
-        counters = dict(step=0, ppo_steps=0, skipped=0, before=before, samples_before=samples_before)
-    first_step, ppo_steps, skipped, before, samples_before = counters.values()
+        counters = dict(step=0, rl_steps=0, skipped=0, before=before, samples_before=samples_before)
+    first_step, rl_steps, skipped, before, samples_before = counters.values()
     shown = {}  # what stands behind the bar: the latest value of each, whichever phase is running
     with tqdm(total=args.steps, initial=first_step, desc="train", dynamic_ncols=True, disable=parallel.rank() > 0) as bar:
         for step in range(first_step, args.steps):
@@ -112,14 +112,14 @@ def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
             lr = args.lr * factor(step)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            if schedule.phase(step) == "sft":
+            if schedule.turn(step) == "sft":
                 # ---- SFT: learn from demonstrations
                 phase = "sft"
                 drawn = schedule.demonstrations() or sft_stream.next()
                 batch = demonstration_batch(tokenizer, drawn, args.max_length).to(device)
                 metrics = sft_step(model, batch, optimizer, **update)
             else:
-                if reference is None or (args.ref_refresh and ppo_steps and ppo_steps % args.ref_refresh == 0):
+                if reference is None or (args.ref_refresh and rl_steps and rl_steps % args.ref_refresh == 0):
                     reference = model.frozen_copy()  # the policy as PPO first meets it: the KL must not undo what SFT has taught
                 if args.algorithm == "dpo":  # ---- DPO: learn from preferences
                     phase, drawn = "dpo", pair_stream.next()
@@ -129,7 +129,7 @@ def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
                     # ---- PPO (or GRPO): learn from the reward. The rollout is taken here, after the SFT steps before it, so it is on-policy.
                     phase = args.algorithm
                     drawn = [example for example in prompt_stream.next() for _ in range(args.group_size)]
-                    sampling_generator.manual_seed((args.seed * 2**20 + step) * 2**10 + parallel.rank())
+                    sampling_generator.manual_seed((args.seed * 2**20 + step) * 2**10 + parallel.rank())  # room for a million steps on 1,024 processes
                     reward.reference = reference
                     try:
                         rollout, metrics = collect_rollout(
@@ -141,6 +141,7 @@ def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
                         )  # fmt: skip
                         metrics |= reward.metrics()
                         hard = schedule.look(drawn, reward.total)
+                        # What is demonstrated below is not learnt from here. Advantages stay as they are: relative to all that was tried.
                         rollout.response_mask &= torch.tensor([example not in hard for example in drawn], device=device)[:, None]
                         update_rl = dict(
                             **update, ppo_epochs=args.ppo_epochs, minibatches=args.minibatches, temperature=args.temperature,
@@ -155,13 +156,13 @@ def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
                             metrics |= ppo_step(model, rollout, optimizer, **update_rl, cliprange_value=args.cliprange_value, vf_coef=args.vf_coef)
                         if hard:
                             metrics |= sft_step(model, demonstration_batch(tokenizer, hard, args.max_length).to(device), optimizer, **update)
-                        metrics |= schedule.metrics()
+                        metrics |= {**schedule.metrics(), "ppo/kl_coef": kl_controller.value}  # grpo pays it in the loss, not in the reward
                         if metrics["ppo/unscored"] < 1:
                             kl_controller.update(metrics["ppo/kl_k1"], args.batch_size)
                     except NonFiniteReward as problem:  # it never becomes an advantage; counted below like a gradient that is not finite
                         tqdm.write(f"step {step + 1}: {problem}")
                         metrics = {f"{phase}/skipped_steps": 1.0}
-                ppo_steps += 1
+                rl_steps += 1
                 if args.ref_ema:
                     merge(reference, model, 1 - args.ref_ema)
             # ---- bookkeeping
@@ -224,7 +225,7 @@ def prepare(args: argparse.Namespace):
         model.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     resolve_defaults(args, model)
     targets = [example for example in train_examples if example.target]
-    if not targets and (args.ppo_ratio != 1 or args.sft_warmup):
+    if not targets and (args.ppo_ratio != 1 or args.sft_warmup or args.schedule != "ratio"):
         raise UserError(f"--data {args.data} has no target to learn from: only --ppo-ratio 1 can use it")
     if args.turns > 1 and args.user_model is None and not any(example.user_turns for example in train_examples):
         raise UserError(f"--turns {args.turns}: nothing in --data {args.data} says what the user replies; give 'messages' or 'turns', or a --user-model")
@@ -235,9 +236,9 @@ def prepare(args: argparse.Namespace):
     if args.reward is not None:
         context = dict(model=model.lm, tokenizer=tokenizer, device=device, documents=[example.prompt for example in train_examples])
         sampling = dict(max_length=args.max_length, max_new_tokens=args.max_new_tokens, temperature=args.temperature)
-        context |= dict(policy=model, sampling=sampling, examples=examples)  # for self_play
+        context |= dict(policy=model, sampling=sampling, examples=examples, seed=args.seed)  # for self_play
         if args.mixture_data is not None:
-            context["mixture_pairs"] = load_pairs(args.mixture_data, encoding=args.encoding)
+            context["mixture_pairs"] = load_pairs(args.mixture_data, encoding=args.encoding, what="--mixture-data")
         reward = build_reward(args.reward, **context)
         probe = held_out[:2]  # a reward that cannot work on this data says so now, not at step 100
         with reward.frozen():
@@ -250,13 +251,21 @@ def prepare(args: argparse.Namespace):
                 raise UserError(f"--ref-model {path} has another vocabulary than --model {args.model}, so their KL is undefined")
             if args.max_length > loaded.max_positions:
                 raise UserError(f"--ref-model {path} has a context of {loaded.max_positions} tokens; --max-length is {args.max_length}")
-            if name in references or not weight > 0:
-                raise UserError(f"--ref-model {name}: expected a name of its own for each, and a weight above 0")
+            if name in references:
+                raise UserError(f"--ref-model {name}: expected a name of its own for each, NAME=PATH:WEIGHT")
             loaded.amp_dtype = AMP_DTYPES[args.amp]  # the same arithmetic on both sides, or the KL is not 0 where they are equal
             references[name], weights[name] = loaded.frozen_copy().to(device), weight
             if args.compile:
                 compile_lm(references[name])
         reference = references[name] if len(references) == 1 else ReferenceMixture(references, weights)
+        if args.ref_ema and {n: p.shape for n, p in reference.named_parameters()} != {n: p.shape for n, p in model.named_parameters()}:
+            raise UserError(f"--ref-ema averages weights, but --ref-model {path} and --model {args.model} differ in theirs")
+        if len(references) > 1:
+            unknown = {example.columns.get("reference") for example in examples} - {None, *references}
+            if unknown:
+                raise UserError(f"a record names the reference {min(map(str, unknown))!r}; --ref-model knows {', '.join(references)}")
+            if args.reward and 'opponent="reference"' in args.reward.replace("'", '"').replace(" ", ""):
+                raise UserError("self_play against the reference needs one reference: a mixture can be scored, but not sampled from")
     user = scripted_user
     if args.user_model is not None:
         user_model, user_tokenizer = HybridModel.load(args.user_model, "--user-model")
@@ -293,8 +302,10 @@ def resolve_defaults(args: argparse.Namespace, model: HybridModel) -> None:
         raise UserError("--turns above 1 goes with --schedule ratio or mix")
     if args.turns * args.max_new_tokens >= args.max_length:
         raise UserError(f"--turns {args.turns} of --max-new-tokens {args.max_new_tokens} leave no room for a prompt in --max-length {args.max_length}")
-    if args.ref_ema and len(args.ref_model or []) > 1:
-        raise UserError("--ref-ema moves one reference, not a mixture of several")
+    if (args.ref_ema or args.ref_refresh) and len(args.ref_model or []) > 1:
+        raise UserError("--ref-ema and --ref-refresh move one reference, not a mixture of several")
+    if args.algorithm == "grpo" and args.whiten_rewards:
+        raise UserError("--whiten-rewards is PPO's; grpo standardises within each group")
     if args.micro_batch_size is not None and args.grad_accum is not None:
         raise UserError("--micro-batch-size and --grad-accum say the same in two ways; give one of them")
     if args.micro_batch_size is None:
@@ -309,7 +320,7 @@ def resolve_defaults(args: argparse.Namespace, model: HybridModel) -> None:
 def print_estimate(args: argparse.Namespace) -> None:
     """--dry-run: what the run would take, from the model's config alone."""
     if args.model == "tiny":
-        sizes = cost.Sizes(parameters=1.0e6, layers=2, width=192, kv_width=192, vocab=512)
+        sizes = cost.TINY
     else:
         try:
             sizes = cost.sizes_of(args.model)
@@ -362,7 +373,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     count, positive, share = number(int, 1), number(float, 0, above=True), number(float, 0, 1)
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="tiny", help="'tiny' (built here, 1 M parameters), a local folder, or a hub id such as gpt2")
-    group.add_argument("--ref-model", action="append", metavar="[NAME=]PATH[:WEIGHT]", help="reference of the KL penalty, a folder or hub id; repeat for a weighted mixture (default: the policy when PPO first starts)")
+    group.add_argument("--ref-model", action="append", metavar="REF", help="reference of the KL penalty, a folder or hub id; or several times NAME=PATH:WEIGHT, for their mixture (default: the policy when PPO first starts)")
     group.add_argument("--ref-refresh", type=number(int, 0), default=0, help="renew the reference every N PPO steps; 0 never does")
     group.add_argument("--ref-ema", type=number(float, 0, 1), default=0.0, help="after every PPO step the reference becomes this much of itself and the rest of the policy (0.99); 0 never moves it")
     group = parser.add_argument_group("data")
@@ -380,9 +391,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--schedule", choices=tuple(SCHEDULES), default="ratio", help="ratio: by --ppo-ratio; gate, buffer: SFT on prompts that score low; mix: both losses in one update")
     group.add_argument("--threshold", type=number(float, -1e9), default=0.0, help="gate, buffer: a prompt whose responses all score below this is hard")
     group.add_argument("--steps", type=count, default=700, help="optimiser cycles, SFT and PPO together")
-    group.add_argument("--ppo-ratio", type=ratio, default=0.5, help="share of cycles that are PPO: 0 pure SFT, 1 pure PPO, 0.1:0.9 a ramp")
+    group.add_argument("--ppo-ratio", type=ratio, default=0.5, help="share of cycles that are PPO (GRPO, DPO): 0 pure SFT, 1 none, 0.1:0.9 a ramp; weight of RL in --schedule mix; gate and buffer go without")
     group.add_argument("--sft-warmup", type=number(int, 0), help="SFT cycles before the first PPO one (default: 30%% of a mixed run of 'tiny', else 0)")
-    group.add_argument("--batch-size", type=count, default=32, help="demonstrations of an SFT step, episodes of a PPO step, of all processes together")
+    group.add_argument("--batch-size", type=count, default=32, help="demonstrations of an SFT step, episodes of a PPO step, pairs of a DPO step, of all processes together")
     group.add_argument("--micro-batch-size", type=count, help="rows per forward and backward on each process; changes memory, not results (default: its share of the batch)")
     group.add_argument("--grad-accum", type=count, help="the same, said as the number of parts that each process cuts its share of the batch into")
     group.add_argument("--lr", type=positive, help="peak learning rate (default: 3e-3 for 'tiny', else 1e-5; 1e-6 to 1e-3)")

@@ -5,7 +5,7 @@ the processes (Rajbhandari et al. 1910.02054). DeepSpeed is an optional package;
     torchrun --nproc_per_node=2 train.py --deepspeed zero.json
 
 Left out on purpose: ZeRO-3. It splits the weights themselves, so every sampled token would gather the whole model from all processes, and
-all would have to sample in step, response length by response length. Checkpoints are those of one process: any number of them, with or without DeepSpeed, can go on.
+all would have to sample in step, response length by response length. A checkpoint is as one process would write it, and can be resumed by any number of them, with or without DeepSpeed.
 """
 
 import json
@@ -81,11 +81,13 @@ class ZeroBackend:
                 part.grad = None  # DeepSpeed has put zeros there; with None, torch's optimiser passes it by
 
     def backward(self, loss_fn, part, weight: torch.Tensor, last: bool) -> dict[str, torch.Tensor]:
+        """As Backend.backward; `last` is not asked, DeepSpeed knows in `step` that the gradient is complete."""
         loss, stats = loss_fn(part)
         self.engine.backward(loss * weight * parallel.world())  # DeepSpeed divides by that number
         return stats
 
     def step(self, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> float:
+        """As Backend.step; NaN for a step that was skipped."""
         self.engine.step()  # clips at `gradient_clipping`, and skips what is not finite
         self.head_was_reached = False
         return math.nan if self.zero.overflow else float(self.engine.get_global_grad_norm())

@@ -8,7 +8,7 @@ import torch
 from conftest import SHARED
 
 from data import Example, load_examples, render_dialogue
-from dialogue import ModelUser, hold, scripted_user, text_between
+from dialogue import ModelUser, sample_episodes, scripted_user, text_between
 from hybrid import HybridModel
 from ppo import collect_rollout, ppo_step
 from train import main
@@ -40,7 +40,7 @@ def test_a_row_is_the_rendered_dialogue_and_only_the_policys_tokens_are_its_own(
     tokenizer.chat_template = template
     if template:
         tokenizer.bos_token = tokenizer.eos_token
-    [episode] = hold(model, tokenizer, [question("the plot was", "and the ending ?", "why ?")], turns=3, user=scripted_user, generator=seeded(), **LENGTHS)
+    [episode] = sample_episodes(model, tokenizer, [question("the plot was", "and the ending ?", "why ?")], turns=3, user=scripted_user, generator=seeded(), **LENGTHS)
     assert len(episode.responses) == 3 and len(episode.ids) == len(episode.mine)
     assert [m["role"] for m in episode.messages] == ["user", "assistant"] * 3
     text = tokenizer.decode(episode.ids)
@@ -113,9 +113,9 @@ def test_a_cut_turn_is_penalised_where_it_was_cut(policy):
 
 def test_a_full_row_ends_the_dialogue_and_a_model_can_play_the_user(policy):
     model, tokenizer = policy
-    [episode] = hold(model, tokenizer, [question("a", *["and what then ?"] * 9)], turns=9, user=scripted_user, generator=seeded(), max_length=100, max_new_tokens=6)
+    [episode] = sample_episodes(model, tokenizer, [question("a", *["and what then ?"] * 9)], turns=9, user=scripted_user, generator=seeded(), max_length=100, max_new_tokens=6)
     assert 1 < len(episode.responses) < 9 and len(episode.ids) <= 100
-    [episode] = hold(model, tokenizer, [Example("the plot was", " warm .")], turns=2, user=ModelUser(model, tokenizer, 8), generator=seeded(), **LENGTHS)
+    [episode] = sample_episodes(model, tokenizer, [Example("the plot was", " warm .")], turns=2, user=ModelUser(model, tokenizer, 8), generator=seeded(), **LENGTHS)
     said = [m["content"] for m in episode.messages if m["role"] == "user"]
     assert len(said) == 2 and said[1] and "\n\n" not in said[1]
 

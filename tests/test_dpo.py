@@ -158,3 +158,11 @@ def test_grpo_runs_in_groups_and_learns(tmp_path):
     rows = [row for row in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) if row["phase"] == "grpo"]
     assert len(rows) == 18 and rows[0]["ppo/kl"] == 0 and rows[0]["grpo/first_ratio_gap"] < 1e-5
     assert sum(r["ppo/score"] for r in rows[-5:]) > sum(r["ppo/score"] for r in rows[:5]) and "ppo/grad_norm" not in rows[0]
+
+
+def test_a_pair_has_one_prompt_also_when_it_has_to_be_cut(tiny):
+    lm, tokenizer = tiny
+    pair = Pair("the plot was and the music was and the cast was", " warm .", " dull and flat and boring and messy and weak .")
+    batch = preference_batch(tokenizer, HybridModel(lm), [pair], max_length=18)
+    prompts = [ids[real & ~mine].tolist() for ids, real, mine in zip(batch.input_ids, batch.attention_mask, batch.response_mask)]
+    assert prompts[0] == prompts[1] and 0 < len(prompts[0]) < len(tokenizer(pair.prompt).input_ids)

@@ -24,13 +24,13 @@ def make(kind, **changes):
 
 
 def test_ratio_warms_up_and_then_alternates():
-    assert [make("ratio").phase(step) for step in range(6)] == ["sft", "sft", "sft", "rl", "sft", "rl"]
+    assert [make("ratio").turn(step) for step in range(6)] == ["sft", "sft", "sft", "rl", "sft", "rl"]
     assert make("ratio").look([A], torch.tensor([-1.0])) == [] and make("ratio").sft_weight(5) == 0
 
 
 def test_gate_demonstrates_the_prompts_whose_responses_all_score_low():
     gate = make("gate")
-    assert [gate.phase(step) for step in range(4)] == ["sft", "sft", "rl", "rl"]
+    assert [gate.turn(step) for step in range(4)] == ["sft", "sft", "rl", "rl"]
     hard = gate.look([A, A, B, B, C, C], torch.tensor([0.1, 0.4, 0.1, 0.9, float("nan"), 0.0]))
     assert hard == [A], "B has one good response, C one that nobody scored"
     assert gate.metrics() == {"schedule/hard": pytest.approx(1 / 3)}
@@ -38,17 +38,17 @@ def test_gate_demonstrates_the_prompts_whose_responses_all_score_low():
 
 def test_buffer_collects_until_a_batch_is_full_and_survives_a_checkpoint():
     buffer = make("buffer")
-    assert buffer.look([A, B], torch.tensor([0.0, 1.0])) == [] and buffer.phase(2) == "rl" and buffer.demonstrations() is None
+    assert buffer.look([A, B], torch.tensor([0.0, 1.0])) == [] and buffer.turn(2) == "rl" and buffer.demonstrations() is None
     buffer.look([B, C], torch.tensor([0.0, 0.0]))
     twin = make("buffer")
     twin.load_state_dict(json.loads(json.dumps(buffer.state_dict())))
     for each in (buffer, twin):
-        assert each.metrics()["schedule/buffer"] == 3 and each.phase(3) == "sft" and each.demonstrations() == [A, B]
-        assert each.phase(4) == "rl" and each.buffer == [C]
+        assert each.metrics()["schedule/buffer"] == 3 and each.turn(3) == "sft" and each.demonstrations() == [A, B]
+        assert each.turn(4) == "rl" and each.buffer == [C]
 
 
 def test_mix_weighs_by_the_ratio_and_its_ramp():
-    assert make("mix").sft_weight(5) == 0.5 and make("mix").phase(2) == "rl"
+    assert make("mix").sft_weight(5) == 0.5 and make("mix").turn(2) == "rl"
     ramp = make("mix", ppo_ratio=(0.1, 0.9))
     assert ramp.sft_weight(2) == pytest.approx(0.9) and ramp.sft_weight(9) == pytest.approx(0.1)
 

@@ -1,0 +1,155 @@
+"""SFT alone, PPO alone, SFT then PPO, and the two in turns: the same code, data, steps and tuning for all, several seeds, one table and one figure.
+
+    python evaluate.py compare --seeds 5 --out compare                                   # built-in task
+    python evaluate.py compare --seeds 5 --out compare-mine -- --model gpt2 --data my_data.jsonl --reward rouge_l
+
+Whatever follows `--` goes to train.py as it stands. Every step of every arm is ONE optimiser step on one batch (`--ppo-epochs 1 --minibatches 1`, unless
+you say otherwise), so equal steps are equal updates and equal numbers of rows; what sampling costs on top, tokens and seconds, is in the table. Every arm is tuned
+over the same grid of learning rates and KL prices on a seed of its own, which is not among those that are reported; the choice is by --select.
+
+Left out on purpose: a winner. The table has means with 95 % intervals (Student's t over seeds), compare.json every number, pareto.png the reward against the
+held-out NLL along training, one line an arm: up and to the left is better.
+"""
+
+import itertools
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from engine import Parser, UserError, check_new_folder, number, one_line_errors
+from runs import read_rows
+
+T_975 = [math.nan, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Student's t, 97.5 %, by degrees of freedom (0 to 9)
+COLUMNS = ("eval/nll", "eval/reward", "eval/kl", "eval/fluent_and_positive", "eval/distinct", "eval/response_length", "tokens", "seconds")
+
+
+def arms(steps: int) -> dict[str, list[str]]:
+    """The flags in which the arms differ."""
+    return {
+        "SFT": ["--ppo-ratio", "0"],
+        "PPO": ["--ppo-ratio", "1", "--sft-warmup", "0"],
+        "SFT, then PPO": ["--ppo-ratio", "1", "--sft-warmup", str(steps // 2)],
+        "hybrid": ["--ppo-ratio", "0.5"],
+    }
+
+
+def summarise(rows: list[dict]) -> dict:
+    """A run's metrics.jsonl -> its last evaluation, the curve (step, NLL, reward), generated tokens and seconds of the steps."""
+    evaluations = [row for row in rows if row["phase"] == "eval"]
+    batch = [row for row in rows if "ppo/response_length" in row]
+    last = {name: value for name, value in evaluations[-1].items() if name.startswith("eval/")}
+    curve = [(row["step"], row.get("eval/nll"), row.get("eval/reward")) for row in evaluations]
+    return {**last, "curve": curve, "responses": sum(row["ppo/response_length"] for row in batch), "seconds": sum(row.get("seconds", 0.0) for row in rows)}
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half of its 95 % interval; the half is NaN for one value."""
+    n = len(values)
+    return statistics.mean(values), T_975[n - 1] * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
+
+
+def utility(run: dict, select: str) -> float:
+    """What tuning maximises: a metric by name, or (the default) the reward minus the held-out NLL."""
+    return run["eval/reward"] - run["eval/nll"] if select == "reward-nll" else run[select]
+
+
+def markdown(results: dict[str, list[dict]]) -> str:
+    """Mean and 95 % interval of every column that the runs have, an arm a row."""
+    columns = [name for name in COLUMNS if any(name in run for runs in results.values() for run in runs)]
+    lines = ["| arm | " + " | ".join(name.removeprefix("eval/") for name in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for arm, runs in results.items():
+        cells = []
+        for name in columns:
+            values = [run[name] for run in runs if name in run]
+            if not values:
+                cells.append("-")
+                continue
+            mean, half = interval(values)
+            digits = 0 if abs(mean) >= 100 else 2
+            cells.append(f"{mean:,.{digits}f}" + ("" if math.isnan(half) else f" ± {half:,.{digits}f}"))
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def pareto(results: dict[str, list[dict]], path: Path) -> None:
+    """Reward against held-out NLL along training, the mean over seeds; a dot where the arm ends, and a small one for each seed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("the figure needs the package matplotlib: pip install matplotlib (the table and compare.json are written)") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(6.4, 4.4), layout="constrained")
+    for arm, runs in results.items():
+        curves = [[(nll, reward) for _, nll, reward in run["curve"][1:]] for run in runs]  # untrained models all start far away
+        mean = [(statistics.mean(p[0] for p in points), statistics.mean(p[1] for p in points)) for points in zip(*curves)]
+        [line] = axis.plot(*zip(*mean), "-", linewidth=1.2, label=arm)
+        axis.plot(*mean[-1], "o", color=line.get_color(), markersize=7)
+        for curve in curves:
+            axis.plot(*curve[-1], ".", color=line.get_color(), markersize=4)
+    axis.set_xlabel("held-out NLL, nats a token (less is better)")
+    axis.set_ylabel("reward (more is better)")
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+@one_line_errors
+def main(argv: list[str]) -> dict:
+    """Tune, run, measure, write. Returns what compare.json holds."""
+    parser = Parser(__doc__.splitlines()[0])
+    count, positive = number(int, 1), number(float, 0, above=True)
+    parser.add_argument("--out", default="compare", help="folder for the runs, compare.md, compare.json and pareto.png; must not exist")
+    parser.add_argument("--seeds", type=number(int, 1, 10), default=5, help="runs of each arm, seeds 1, 2, ...; seed 0 is for tuning")
+    parser.add_argument("--steps", type=count, default=600, help="optimiser steps of every run")
+    parser.add_argument("--lrs", type=positive, nargs="+", default=[1e-3, 3e-3], help="learning rates to tune over; one is not tuned")
+    parser.add_argument("--kl-coefs", type=number(float, 0), nargs="+", default=[0.02, 0.1], help="KL prices to tune over")
+    parser.add_argument("--select", default="reward-nll", help="what tuning maximises: reward-nll, or a metric such as eval/fluent_and_positive")
+    parser.add_argument("--jobs", type=count, default=2, help="runs at a time")
+    ours, theirs = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    args = parser.parse_args(ours)
+    check_new_folder(args.out)
+    out = Path(args.out)
+    out.mkdir()
+    common = ["--steps", args.steps, "--eval-every", max(1, args.steps // 10), "--save-every", 0, "--reward", "sentiment", "--ppo-epochs", 1, "--minibatches", 1, *theirs]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
+
+    def run(job: tuple[str, int, float, float]) -> dict:
+        arm, seed, lr, kl_coef = job
+        folder = out / f"{arm.replace(', ', '-').replace(' ', '-').lower()}-seed{seed}-lr{lr:g}-kl{kl_coef:g}"
+        flags = [*common, *arms(args.steps)[arm], "--seed", seed, "--lr", lr, "--kl-coef", kl_coef, "--out", folder]
+        command = [sys.executable, str(Path(__file__).with_name("train.py")), *map(str, flags)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f"{' '.join(command[1:])} ended with: {(done.stderr.strip().splitlines() or ['no word of why'])[-1]}")
+        print(f"done: {folder.name}", flush=True)
+        return summarise(read_rows(folder / "metrics.jsonl"))
+
+    names = list(arms(args.steps))
+    with ThreadPoolExecutor(args.jobs) as pool:
+        grid = [(arm, 0, lr, kl) for arm in names for lr, kl in itertools.product(args.lrs, args.kl_coefs[:1] if arm == "SFT" else args.kl_coefs)]
+        tuned = list(zip(grid, pool.map(run, grid))) if len(grid) > len(names) else [(job, None) for job in grid]
+        best = {arm: max((pair for pair in tuned if pair[0][0] == arm), key=lambda pair: utility(pair[1], args.select) if pair[1] else 0.0)[0] for arm in names}
+        jobs = [(arm, seed, *best[arm][2:]) for arm in names for seed in range(1, args.seeds + 1)]
+        finished = list(zip(jobs, pool.map(run, jobs)))
+    batch = json.loads((next(out.glob("hybrid-*")) / "config.json").read_text())["batch_size"]
+    results = {arm: [{**summary, "tokens": summary.pop("responses") * batch} for job, summary in finished if job[0] == arm] for arm in names}
+    report = {
+        "command": ["evaluate.py", "compare", *argv],
+        "chosen": {arm: {"lr": best[arm][2], "kl_coef": best[arm][3]} for arm in names},
+        "tuning": [{"arm": job[0], "lr": job[2], "kl_coef": job[3], **{k: v for k, v in run.items() if k.startswith("eval/")}} for job, run in tuned if run],
+        "runs": results,
+    }
+    (out / "compare.json").write_text(json.dumps(report, indent=1) + "\n")
+    chosen = "; ".join(f"{arm}: lr {best[arm][2]:g}" + ("" if arm == "SFT" else f", kl-coef {best[arm][3]:g}") for arm in names)
+    text = f"{markdown(results)}\n\n{args.steps} steps, {args.seeds} seeds, mean and 95 % interval. Tuned on seed 0 by {args.select}: {chosen}.\n"
+    (out / "compare.md").write_text(text)
+    print(text)
+    pareto(results, out / "pareto.png")
+    return report
