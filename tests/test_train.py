@@ -450,6 +450,9 @@ def test_a_readme_command_runs(readme_folder, command):
     words = [sys.executable, *launcher, *shlex.split(command.replace("--steps 800", "--steps 8"))[1:]]
     if "train.py" in words and "--resume" not in words:
         words += [*FAST, "--max-length", "32", "--batch-size", "8", "--overwrite"]
+    if "compare" in words:
+        pytest.importorskip("matplotlib", reason="matplotlib is an optional package")
+        words += [*"--seeds 1 --steps 2 --lrs 1e-3 --kl-coefs 0.1 --jobs 2 --".split(), *FAST[:2], *FAST[4:10]]
     if words[1] == "bench.py":
         words += ["--texts", "20", "--rounds", "1", *"--layers 1 --width 64 --vocab 64 --batch 2".split()]
     done = subprocess.run(words, cwd=readme_folder, capture_output=True, text=True, input="the plot was\n", timeout=120)
