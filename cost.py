@@ -13,7 +13,7 @@ With P parameters, L layers of width W, vocabulary V, and T tokens in the rows t
     bf16 copies  2 P            with --amp: autocast's low-precision weights during a forward and backward
     activations  85 L W T       kept for the backward pass; 58 L W T with --amp; 4 L W T (2 with --amp) with --gradient-checkpointing, plus one layer's
     logits       12 V c         c = min(response tokens, 1024): logits, log-softmax and their gradient, a chunk at a time
-    cache        8 L W T        keys and values while sampling (4 L W T with --amp); W counts key-value heads. Not at the same time as activations
+    cache        8 L W S        keys and values while sampling S tokens, the whole share of the batch (4 with --amp); W counts key-value heads. Not at the same time as activations
 
 85 and 58 were counted on a Llama block (saved tensors, bytes per token, layer and width); GPT-2's takes 65 and 37. Left out on purpose: what the
 CUDA context, the allocator's gaps and a judge take; add 10 to 20 %.
@@ -56,42 +56,47 @@ def sizes_of(name: str) -> Sizes:
     return Sizes(sum(p.numel() for p in lm.parameters()), text.num_hidden_layers, text.hidden_size, kv * head_dim, text.vocab_size)
 
 
-def memory(sizes: Sizes, *, rows: int, length: int, response: int, devices: int = 1, zero: int = 0, amp: bool = False, checkpointing: bool = False, ppo: bool = True) -> dict[str, float]:
+def memory(
+    sizes: Sizes, *, rows: int, sampled: int, length: int, response: int, devices: int = 1, zero: int = 0, amp: bool = False,
+    checkpointing: bool = False, reference: bool = True,
+) -> dict[str, float]:  # fmt: skip
     """Bytes on each device, by what they hold, by the formula above; "peak" is the sum of what is there at the same time.
 
-    `rows` of `length` tokens, `response` of them sampled, pass through the model together (--micro-batch-size, --max-length, --max-new-tokens).
+    `rows` of `length` tokens, `response` of them sampled, pass through the model together (--micro-batch-size, --max-length, --max-new-tokens);
+    `sampled` rows are sampled together, the whole share of the device.
     """
     p, layers, width, tokens = sizes.parameters, sizes.layers, sizes.width, rows * length
     split = devices if zero else 1
     per_layer = (58 if amp else 85) * width * tokens
     held = {
         "weights": 4 * p,
-        "reference": 4 * p * ppo,
+        "reference": 4 * p * reference,
         "gradients": 4 * p / (devices if zero == 2 else 1),
         "Adam": (8 + 4 * bool(zero)) * p / split,
         "buckets": 0 if devices == 1 else min(4 * p, 4 * 5e8) if zero else 4 * p,
         "bf16 copies": 2 * p * amp,
         "activations": (2 if amp else 4) * layers * width * tokens + per_layer if checkpointing else layers * per_layer,
         "logits": 12 * sizes.vocab * min(rows * response, 1024),
-        "cache": (4 if amp else 8) * layers * sizes.kv_width * tokens * ppo,
+        "cache": (4 if amp else 8) * layers * sizes.kv_width * sampled * length,
     }
     held["peak"] = sum(held.values()) - min(held["activations"] + held["logits"], held["cache"])
     return held
 
 
-def table(sizes: Sizes, rows: Callable[[int], int], **options) -> str:
-    """The estimate for 1, 2, 4 and 8 devices, DDP beside ZeRO-2, in GiB. `rows`: how many at a time, for that many devices."""
-    held = memory(sizes, rows=rows(1), **options)
+def table(sizes: Sizes, rows: Callable[[int], tuple[int, int]], **options) -> str:
+    """The estimate for 1, 2, 4 and 8 devices, DDP beside ZeRO-2, in GiB. `rows`: `rows` and `sampled` of `memory`, for that many devices."""
+    held = memory(sizes, **dict(zip(("rows", "sampled"), rows(1))), **options)
     lines = [f"{sizes.parameters / 1e6:,.1f} M parameters; one device, GiB: " + ", ".join(f"{name} {size / GIB:.3g}" for name, size in held.items())]
     for devices in (2, 4, 8):
-        ddp, zero = (memory(sizes, rows=rows(devices), devices=devices, zero=stage, **options)["peak"] / GIB for stage in (0, 2))
-        lines.append(f"{devices} devices, {rows(devices)} rows at a time on each: {ddp:.3g} GiB under DDP, {zero:.3g} GiB under ZeRO-2")
+        together, sampled = rows(devices)
+        ddp, zero = (memory(sizes, rows=together, sampled=sampled, devices=devices, zero=stage, **options)["peak"] / GIB for stage in (0, 2))
+        lines.append(f"{devices} devices, {together} rows at a time on each: {ddp:.3g} GiB under DDP, {zero:.3g} GiB under ZeRO-2")
     return "\n".join(lines)
 
 
 def readme_table() -> str:
     """Peak GiB per device: bf16, gradient checkpointing, 8 rows of 1,024 tokens, 256 of them sampled."""
-    options = dict(rows=8, length=1024, response=256, amp=True, checkpointing=True)
+    options = dict(rows=8, sampled=8, length=1024, response=256, amp=True, checkpointing=True)
     lines = ["| model | one device | 8 devices, DDP | 8 devices, ZeRO-2 |", "|---|---|---|---|"]
     for name, sizes in KNOWN.items():
         peaks = [memory(sizes, devices=devices, zero=zero, **options)["peak"] / GIB for devices, zero in ((1, 0), (8, 0), (8, 2))]

@@ -91,7 +91,8 @@ def text_between(tokenizer, episode: Episode, said: str) -> str:
     mark = "\N{SECTION SIGN}response\N{SECTION SIGN}"  # stands for the response, whose own tokens are in the row already
     messages = [*episode.messages[:-1], {"role": "assistant", "content": mark}, {"role": "user", "content": said}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True).rsplit(mark, 1)[1]
-    return text.removeprefix(tokenizer.eos_token) if episode.ended[-1] else text  # EOS was sampled: it is not said twice
+    before_eos, _, after_eos = text.partition(tokenizer.eos_token)
+    return after_eos if episode.ended[-1] and not before_eos.strip() else text  # EOS was sampled: it is not said twice
 
 
 def scripted_user(episodes: list[Episode], generator=None) -> list[str | None]:

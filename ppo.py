@@ -270,6 +270,8 @@ def collect_rollout(
         "sampler_gap": (sampled - policy.logprobs).abs().max(),
     }
     metrics |= {f"kl/{name}": kl_estimate(policy.logprobs, each, "k3").sum(1)[scored].mean() for name, each in named.items()}
+    if turns > 1:
+        metrics["turns"] = n_responses / len(episodes)
     if whiten_rewards:
         rewards = masked_whiten(rewards, mask, shift_mean=False)
     advantages, returns = compute_gae(rewards, policy.values, mask, gamma, lam)  # (B, T) each

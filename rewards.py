@@ -640,6 +640,11 @@ class Reward:
                 raise each
         return {name: torch.tensor(parallel.gather(parts[name].tolist() if completions else [])) for name in self._leaves}
 
+    @property
+    def opponent(self) -> SelfPlay | None:
+        """That of `self_play`, if the expression has one."""
+        return next((thing for thing in self._stateful.values() if isinstance(thing, SelfPlay)), None)
+
     @contextmanager
     def frozen(self):
         """Measuring leaves no trace: no statistics, and the random states that a user's reward may draw from are put back."""

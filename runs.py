@@ -188,7 +188,9 @@ def load_checkpoint(folder: Path, model: HybridModel, reference: HybridModel | N
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(state["rng"]["torch"])
     if state["reference"] is not None:
-        reference = reference or model.frozen_copy()
+        shapes = {name: value.shape for name, value in state["reference"].items()}
+        if reference is None or {name: value.shape for name, value in reference.state_dict().items()} != shapes:
+            reference = model.frozen_copy()  # it was taken from the policy; a --ref-model of another shape has been replaced since
         reference.load_state_dict(state["reference"])
     return state["counters"], reference
 

@@ -33,7 +33,7 @@ class SelfPlay:
             raise ValueError("there is no policy to play against; it works in train.py only")
         self.policy, self.tokenizer, self.sampling = context["policy"], context["tokenizer"], context["sampling"]
         self.examples = {example.prompt: example for example in context["examples"]}  # a dialogue's prompt is more than its text
-        self.opponent, self.every, self.shape, self.seed = opponent, every, shape, context.get("seed", 0)
+        self.kind, self.every, self.shape, self.seed = opponent, every, shape, context.get("seed", 0)
         self.snapshot: HybridModel | None = None
         self.rounds = 0  # of training
         self.win_rate = float("nan")
@@ -41,10 +41,10 @@ class SelfPlay:
     def answers(self, prompts: list[str], reference: HybridModel | None, learn: bool) -> list[str]:
         """The opponent's responses; in training (`learn`) it is renewed first when its time has come."""
         if learn:
-            if self.opponent == "snapshot" and self.rounds % self.every == 0:
+            if self.kind == "snapshot" and self.rounds % self.every == 0:
                 self.snapshot = self.policy.frozen_copy()
             self.rounds += 1
-        model = (reference if self.opponent == "reference" else self.snapshot) or self.policy  # before there is one, it is the policy itself
+        model = (reference if self.kind == "reference" else self.snapshot) or self.policy  # before there is one, it is the policy itself
         room = self.sampling["max_length"] - self.sampling["max_new_tokens"]
         ids = [encode_prompt(self.tokenizer, self.examples.get(prompt, Example(prompt, "")))[-room:] for prompt in prompts]
         options = dict(max_new_tokens=self.sampling["max_new_tokens"], temperature=self.sampling["temperature"], eos_token_id=self.tokenizer.eos_token_id)

@@ -81,6 +81,8 @@ def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
     log = MetricLog(out, args.log if parallel.rank() == 0 else "none", vars(args))
 
     def evaluate_now(step: int) -> tuple[dict, list[dict]]:
+        if reward is not None:
+            reward.reference = reference
         metrics, samples = evaluate(
             model, tokenizer, held_out, **sampling, reward=reward, reference=reference, batch_size=args.batch_size,
             micro_batch_size=args.micro_batch_size, seed=args.seed, is_reviews=args.data == "reviews",
@@ -142,7 +144,8 @@ def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
                         metrics |= reward.metrics()
                         hard = schedule.look(drawn, reward.total)
                         # What is demonstrated below is not learnt from here. Advantages stay as they are: relative to all that was tried.
-                        rollout.response_mask &= torch.tensor([example not in hard for example in drawn], device=device)[:, None]
+                        shown_now = {id(example) for example in hard}
+                        rollout.response_mask &= torch.tensor([id(example) not in shown_now for example in drawn], device=device)[:, None]
                         update_rl = dict(
                             **update, ppo_epochs=args.ppo_epochs, minibatches=args.minibatches, temperature=args.temperature,
                             cliprange=args.cliprange, target_kl=args.target_kl, generator=order_generator,
@@ -173,7 +176,7 @@ def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
             bar.update()
             if metrics.get("ppo/unscored") != 1:  # no answer from a judge is no lost gradient
                 skipped = 0 if any(name.endswith("/grad_norm") for name in metrics) else skipped + 1
-            if metrics[f"{phase}/skipped_steps"]:
+            if any(value for name, value in metrics.items() if name.endswith("/skipped_steps")):
                 row = {"step": step + 1, "phase": phase, "prompts": [example.prompt for example in drawn]}
                 parallel.on_main(append_rows, out / "skipped.jsonl", [row])
                 tqdm.write(f"step {step + 1}: {phase} reward or gradient not finite, update skipped; the batch is in {out / 'skipped.jsonl'}")
@@ -227,6 +230,8 @@ def prepare(args: argparse.Namespace):
     targets = [example for example in train_examples if example.target]
     if not targets and (args.ppo_ratio != 1 or args.sft_warmup or args.schedule != "ratio"):
         raise UserError(f"--data {args.data} has no target to learn from: only --ppo-ratio 1 can use it")
+    if args.turns > 1 and not args.turn_rewards and args.reward is not None and "self_play" in args.reward:
+        raise UserError("self_play compares one response with one: with --turns above 1 it needs --turn-rewards")
     if args.turns > 1 and args.user_model is None and not any(example.user_turns for example in train_examples):
         raise UserError(f"--turns {args.turns}: nothing in --data {args.data} says what the user replies; give 'messages' or 'turns', or a --user-model")
     for example in examples:
@@ -261,10 +266,10 @@ def prepare(args: argparse.Namespace):
         if args.ref_ema and {n: p.shape for n, p in reference.named_parameters()} != {n: p.shape for n, p in model.named_parameters()}:
             raise UserError(f"--ref-ema averages weights, but --ref-model {path} and --model {args.model} differ in theirs")
         if len(references) > 1:
-            unknown = {example.columns.get("reference") for example in examples} - {None, *references}
-            if unknown:
-                raise UserError(f"a record names the reference {min(map(str, unknown))!r}; --ref-model knows {', '.join(references)}")
-            if args.reward and 'opponent="reference"' in args.reward.replace("'", '"').replace(" ", ""):
+            for name in (example.columns.get("reference") for example in examples):
+                if name is not None and name not in list(references):
+                    raise UserError(f"a record names the reference {name!r}; --ref-model knows {', '.join(references)}")
+            if reward.opponent is not None and reward.opponent.kind == "reference":
                 raise UserError("self_play against the reference needs one reference: a mixture can be scored, but not sampled from")
     user = scripted_user
     if args.user_model is not None:
@@ -298,18 +303,19 @@ def resolve_defaults(args: argparse.Namespace, model: HybridModel) -> None:
         raise UserError(f"--group-size {args.group_size}: expected a divisor of --batch-size {args.batch_size}, at least 2 for grpo")
     if args.algorithm not in ROLLS_OUT and (args.schedule != "ratio" or args.turns > 1):
         raise UserError(f"--algorithm {args.algorithm} samples nothing, so it goes with --schedule ratio and one turn")
+    if args.turns == 1 and (args.turn_rewards or args.user_model):
+        raise UserError("--turn-rewards and --user-model are for dialogues: give --turns above 1")
     if args.turns > 1 and args.schedule in ("gate", "buffer"):
         raise UserError("--turns above 1 goes with --schedule ratio or mix")
     if args.turns * args.max_new_tokens >= args.max_length:
         raise UserError(f"--turns {args.turns} of --max-new-tokens {args.max_new_tokens} leave no room for a prompt in --max-length {args.max_length}")
     if (args.ref_ema or args.ref_refresh) and len(args.ref_model or []) > 1:
         raise UserError("--ref-ema and --ref-refresh move one reference, not a mixture of several")
-    if args.algorithm == "grpo" and args.whiten_rewards:
-        raise UserError("--whiten-rewards is PPO's; grpo standardises within each group")
     if args.micro_batch_size is not None and args.grad_accum is not None:
         raise UserError("--micro-batch-size and --grad-accum say the same in two ways; give one of them")
     if args.micro_batch_size is None:
         args.micro_batch_size = math.ceil(args.batch_size / (parallel.world() * (args.grad_accum or 1)))
+        args.grad_accum = None  # said, and remembered, as --micro-batch-size from here on
     if args.reward is None and args.ppo_ratio != 0 and (args.algorithm in ROLLS_OUT or args.data == "reviews"):
         args.reward = "sentiment"
 
@@ -324,14 +330,21 @@ def print_estimate(args: argparse.Namespace) -> None:
     else:
         try:
             sizes = cost.sizes_of(args.model)
-        except (OSError, ValueError, AttributeError) as problem:
+        except (OSError, ValueError, AttributeError, ArithmeticError) as problem:
             raise UserError(f"--model {args.model} has no config that can be read: {first_line(problem)}") from None
     if args.optimizer != "adamw":
         print(f"--optimizer {args.optimizer} is counted like adamw")
     length = args.max_length or 256
-    options = dict(length=length, response=args.max_new_tokens, amp=args.amp != "no", checkpointing=args.gradient_checkpointing, ppo=args.ppo_ratio != 0)
+    samples, learns = args.algorithm in ROLLS_OUT and args.ppo_ratio != 0, args.ppo_ratio != 0
+    options = dict(length=length, response=args.max_new_tokens, amp=args.amp != "no", checkpointing=args.gradient_checkpointing, reference=learns)
+
+    def rows(devices: int) -> tuple[int, int]:  # that pass through the model together, and that are sampled together
+        share = math.ceil(args.batch_size / devices)
+        together = min(share, args.micro_batch_size or math.ceil(share / (args.grad_accum or 1)))
+        return together * (1 if samples or not learns else 2), share * samples  # a preference is two rows
+
     print(f"rows of {length} tokens, {args.max_new_tokens} of them sampled; the formula is in cost.py")
-    print(cost.table(sizes, lambda devices: args.micro_batch_size or math.ceil(args.batch_size / (devices * (args.grad_accum or 1))), **options))
+    print(cost.table(sizes, rows, **options))
 
 
 def print_evaluation(step: int, metrics: dict[str, float], samples: list[dict]) -> None:
@@ -388,14 +401,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--max-length", type=number(int, 2), help="tokens of prompt and response together (default: 256, or the model's context)")
     group = parser.add_argument_group("schedule and optimiser")
     group.add_argument("--algorithm", choices=("ppo", "grpo", "dpo"), default="ppo", help="what takes turns with SFT")
-    group.add_argument("--schedule", choices=tuple(SCHEDULES), default="ratio", help="ratio: by --ppo-ratio; gate, buffer: SFT on prompts that score low; mix: both losses in one update")
+    group.add_argument("--schedule", choices=tuple(SCHEDULES), default="ratio", help="whose turn it is; ratio: by --ppo-ratio; gate, buffer: SFT on prompts that score low; mix: both losses in one update")
     group.add_argument("--threshold", type=number(float, -1e9), default=0.0, help="gate, buffer: a prompt whose responses all score below this is hard")
     group.add_argument("--steps", type=count, default=700, help="optimiser cycles, SFT and PPO together")
     group.add_argument("--ppo-ratio", type=ratio, default=0.5, help="share of cycles that are PPO (GRPO, DPO): 0 pure SFT, 1 none, 0.1:0.9 a ramp; weight of RL in --schedule mix; gate and buffer go without")
     group.add_argument("--sft-warmup", type=number(int, 0), help="SFT cycles before the first PPO one (default: 30%% of a mixed run of 'tiny', else 0)")
     group.add_argument("--batch-size", type=count, default=32, help="demonstrations of an SFT step, episodes of a PPO step, pairs of a DPO step, of all processes together")
     group.add_argument("--micro-batch-size", type=count, help="rows per forward and backward on each process; changes memory, not results (default: its share of the batch)")
-    group.add_argument("--grad-accum", type=count, help="the same, said as the number of parts that each process cuts its share of the batch into")
+    group.add_argument("--grad-accum", type=count, help="the same, said as the number of parts, or a few less, that each process cuts its share of the batch into")
     group.add_argument("--lr", type=positive, help="peak learning rate (default: 3e-3 for 'tiny', else 1e-5; 1e-6 to 1e-3)")
     group.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="adamw", help="torch's own; muon takes the matrices, AdamW the rest")
     group.add_argument("--scheduler", choices=tuple(SCHEDULERS), default="linear", help="learning rate after the warm-up; wsd decays in the last fifth")
@@ -415,16 +428,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--kl-coef", type=number(float, 0), default=0.05, help="price of one nat of KL, in units of reward (0.01 to 0.2)")
     group.add_argument("--kl-target", type=positive, help="adapt the price until a response has this KL, in nats (1 to 10)")
     group.add_argument("--kl-horizon", type=positive, default=1000, help="episodes in which the price can change by a factor of 1.2")
-    group.add_argument("--kl-estimator", choices=("k1", "k2", "k3"), default="k1", help="per-token KL in the reward; only k1 also gives the KL's unbiased gradient")
+    group.add_argument("--kl-estimator", choices=("k1", "k2", "k3"), default="k1", help="ppo: per-token KL in the reward; only k1 also gives the KL's unbiased gradient")
     group.add_argument("--ppo-epochs", type=count, default=2, help="passes over each rollout (1 to 4)")
     group.add_argument("--minibatches", type=count, default=2, help="optimiser steps per pass (1 to 8)")
     group.add_argument("--cliprange", type=positive, default=0.2, help="the ratio may leave 1 by this much (0.1 to 0.3)")
-    group.add_argument("--cliprange-value", type=positive, default=0.2, help="a value may leave its old self by this much")
-    group.add_argument("--vf-coef", type=number(float, 0), default=0.1, help="weight of the value loss")
-    group.add_argument("--gamma", type=share, default=1.0, help="discount per token; 1 for text")
-    group.add_argument("--lam", type=share, default=0.95, help="GAE lambda: 1 unbiased, 0 smallest variance (0.9 to 1)")
+    group.add_argument("--cliprange-value", type=positive, default=0.2, help="ppo: a value may leave its old self by this much")
+    group.add_argument("--vf-coef", type=number(float, 0), default=0.1, help="ppo: weight of the value loss")
+    group.add_argument("--gamma", type=share, default=1.0, help="ppo: discount per token; 1 for text")
+    group.add_argument("--lam", type=share, default=0.95, help="ppo: GAE lambda, 1 unbiased, 0 smallest variance (0.9 to 1)")
     group.add_argument("--target-kl", type=positive, help="stop the passes over a rollout once approxkl exceeds this (0.01 to 0.1)")
-    group.add_argument("--whiten-rewards", action="store_true", help="scale per-token rewards to unit variance")
+    group.add_argument("--whiten-rewards", action="store_true", help="ppo: scale per-token rewards to unit variance")
     group.add_argument("--missing-eos-penalty", type=number(float, 0), default=0.0, help="taken off the score of a response that hit the length limit")
     group = parser.add_argument_group("run")
     group.add_argument("--out", default="out", help="run folder: config, metrics, samples, checkpoints, final model")
@@ -444,6 +457,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args(argv)
     if args.resume is None:
+        check_flags_matter(parser, args)
         return args
     if args.overwrite:
         raise UserError("--resume goes on with a run, --overwrite replaces one; say one of the two")
@@ -457,6 +471,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} {getattr(args, name)} contradicts the run that is resumed, which has {value}; leave the flag out")
     return args
+
+
+def check_flags_matter(parser: Parser, args: argparse.Namespace) -> None:
+    """A flag whose help begins with the algorithms or schedules that it belongs to is refused where none of them is at work."""
+    for action in parser._actions:
+        owners = (action.help or "").split(":")[0].split(", ")
+        if set(owners) <= {"ppo", "grpo", "dpo", *SCHEDULES} and not {args.algorithm, args.schedule} & set(owners):
+            if getattr(args, action.dest) != action.default:
+                raise UserError(f"{action.option_strings[0]} belongs to {' and '.join(owners)} and does nothing here; leave it out")
+    if args.schedule in ("gate", "buffer") and args.ppo_ratio != parser.get_default("ppo_ratio"):
+        raise UserError(f"--schedule {args.schedule} follows the scores, not --ppo-ratio; leave that out")
 
 
 @one_line_errors

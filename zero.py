@@ -27,7 +27,8 @@ def read_zero_config(path: str, max_grad_norm: float) -> dict:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as problem:
         raise UserError(f"--deepspeed {path} is no JSON file: {problem}") from None
-    stage = config.get("zero_optimization", {}).get("stage") if isinstance(config, dict) else None
+    section = config.get("zero_optimization") if isinstance(config, dict) else None
+    stage = section.get("stage") if isinstance(section, dict) else None
     if stage == 3:
         raise UserError(f"--deepspeed {path}: ZeRO-3 splits the weights, and sampling would gather all of them for every token; use stage 1 or 2")
     if stage not in (1, 2):
@@ -69,7 +70,10 @@ class ZeroBackend:
         model.value_head.weight.register_hook(self._reached)
         optimizer.register_step_pre_hook(self._spare_the_head)
         self.model = model
-        self.engine, self.zero, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+        try:
+            self.engine, self.zero, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+        except (ValueError, TypeError, KeyError, AssertionError) as problem:  # so DeepSpeed says what it does not like in a configuration
+            raise UserError(f"--deepspeed {path} is refused by DeepSpeed: {' '.join(str(problem).split())[:300]}") from None
         self.optimizer = optimizer
 
     def _reached(self, gradient: torch.Tensor) -> None:

@@ -72,6 +72,11 @@ def test_a_dry_run_prints_the_estimate_writes_nothing_and_never_loads_the_weight
         (tmp_path / "away").rename(tiny_folder / "model.safetensors")
     printed = capsys.readouterr().out
     assert "8 devices, 2 rows at a time on each" in printed and "ZeRO-2" in printed and not (tmp_path / "out").exists()
+    caches = []
+    for micro in ("1", "64"):
+        main(["--dry-run", "--batch-size", "64", "--micro-batch-size", micro])
+        caches.append(capsys.readouterr().out.split("cache ")[1].split(",")[0])
+    assert caches[0] == caches[1], "all prompts of a device are sampled together, whatever the micro-batch"
     main(["--dry-run", "--ppo-ratio", "0"])
     assert "reference 0," in capsys.readouterr().out
 
@@ -83,12 +88,12 @@ def test_sizes_are_read_from_the_config_alone(shared):
 
 def test_the_estimate_follows_its_formula():
     sizes = cost.Sizes(parameters=1000.0, layers=2, width=10, kv_width=5, vocab=100)
-    held = cost.memory(sizes, rows=3, length=20, response=4)
+    held = cost.memory(sizes, rows=3, sampled=6, length=20, response=4)
     expected = {"weights": 4000, "reference": 4000, "gradients": 4000, "Adam": 8000, "buckets": 0, "bf16 copies": 0}
-    expected |= {"activations": 85 * 2 * 10 * 60, "logits": 12 * 100 * 12, "cache": 8 * 2 * 5 * 60}
+    expected |= {"activations": 85 * 2 * 10 * 60, "logits": 12 * 100 * 12, "cache": 8 * 2 * 5 * 120}
     assert held == {**expected, "peak": 20000 + 102000 + 14400}
-    assert cost.memory(sizes, rows=3, length=20, response=4, devices=4, zero=2)["Adam"] == 3000
-    assert cost.memory(sizes, rows=3, length=20, response=4, ppo=False)["reference"] == 0
+    assert cost.memory(sizes, rows=3, sampled=3, length=20, response=4, devices=4, zero=2)["Adam"] == 3000
+    assert cost.memory(sizes, rows=3, sampled=0, length=20, response=4, reference=False)["reference"] == 0
 
 
 def test_the_activations_are_those_that_autograd_keeps():

@@ -8,7 +8,7 @@ import torch
 from conftest import SHARED
 
 from data import Example, load_examples, render_dialogue
-from dialogue import ModelUser, sample_episodes, scripted_user, text_between
+from dialogue import Episode, ModelUser, sample_episodes, scripted_user, text_between
 from hybrid import HybridModel
 from ppo import collect_rollout, ppo_step
 from train import main
@@ -60,6 +60,16 @@ def test_a_row_is_the_rendered_dialogue_and_only_the_policys_tokens_are_its_own(
         for response, ended in zip(episode.responses, episode.ended):
             assert (response + tokenizer.eos_token * 2 not in text) or not ended, "an EOS that was sampled is not said twice"
         assert text_between(tokenizer, episode, "x").endswith("<|user|>x" + tokenizer.eos_token + "<|assistant|>")
+
+
+def test_an_eos_behind_a_space_is_not_said_twice_either(policy):
+    """Llama 2's template writes ' ' + content + ' ' + EOS."""
+    _, tokenizer = policy
+    tokenizer.chat_template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {{ eos_token }}{% endfor %}"
+    episode = Episode(question("a"), [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], [1], [False], ended=[True])
+    assert text_between(tokenizer, episode, "next") == f"[user] next {tokenizer.eos_token}"
+    episode.ended = [False]
+    assert text_between(tokenizer, episode, "next") == f" {tokenizer.eos_token}[user] next {tokenizer.eos_token}"
 
 
 def test_the_sampler_equals_the_scorer_over_all_turns(policy):

@@ -55,6 +55,7 @@ def place(tmp_path_factory, tiny_folder):
         more = {"fp16": {"enabled": True}} if name == "zero_fp16" else {}
         data(f"{name}.json", json.dumps({"zero_optimization": config, **more}))
     data("zero0.json", "{}")
+    data("zero_odd.json", '{"zero_optimization": 2}')
     data("good.jsonl", '{"prompt": "a b", "target": "c d"}\n' * 5)
     data("empty.jsonl", "")
     data("blank.jsonl", "\n\n")
@@ -149,6 +150,20 @@ MISTAKES = [
     ("--deepspeed {root}/zero.json", "start with torchrun --nproc_per_node=2"),
     ("--deepspeed {root}/zero.json --optimizer muon", "goes with --optimizer adamw, adam or sgd only"),
     ("--deepspeed {root}/zero.json --amp fp16", "goes with --amp bf16 or no"),
+    ("--deepspeed {root}/zero_odd.json", "or 2, found stage None"),
+    ("--beta 0.3", "--beta belongs to dpo and does nothing here"),
+    ("--preference-data {root}/good.jsonl", "--preference-data belongs to dpo"),
+    ("--threshold 0.3", "--threshold belongs to gate and buffer"),
+    ("--algorithm grpo --group-size 4 --whiten-rewards", "--whiten-rewards belongs to ppo"),
+    ("--algorithm grpo --group-size 3", "expected a divisor of --batch-size"),
+    ("--algorithm dpo --preference-data {root}/none.jsonl", "none.jsonl does not exist"),
+    ("--algorithm dpo --schedule mix", "samples nothing"),
+    ("--schedule gate --ppo-ratio 0.3", "follows the scores, not --ppo-ratio"),
+    ("--turn-rewards", "are for dialogues"),
+    ("--turns 2 --user-model {root}/good --reward self_play(bleu)", "it needs --turn-rewards"),
+    ("--ref-model a={root}/good:1.2.3", "expected a number above 0"),
+    ("--ref-model a={root}/good --ref-model a={root}/good --model {root}/good --max-length 40", "a name of its own"),
+    ("--ref-model a={root}/good --ref-model b={root}/good --ref-refresh 2", "not a mixture of several"),
     ("--dry-run --model {root}/no_config", "has no config that can be read"),
     ("--max-new-tokens 0", "--max-new-tokens"),
     ("--max-length 1", "--max-length: expected a whole number at least 2"),

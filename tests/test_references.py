@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from conftest import build_lm, ragged_batch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from data import Example, make_batch
 from engine import UserError
@@ -67,6 +68,20 @@ def test_a_run_against_two_references_logs_both_kls_and_starts_at_zero_where_all
     for row in rows:
         assert row["ppo/kl/one"] == pytest.approx(row["ppo/kl/two"]) and row["ppo/kl/one"] == pytest.approx(row["ppo/kl"], abs=1e-4)
     main(["--resume", str(tmp_path / "run"), "--steps", "5"])
+
+
+def test_a_named_reference_of_another_shape_may_be_renewed_and_the_run_resumed(tmp_path, tiny, tiny_folder):
+    import shutil
+
+    small = tmp_path / "small"
+    shutil.copytree(tiny_folder, small)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(small, n_layer=1)).save_pretrained(small)
+    flags = f"--model {tiny_folder} --ref-model {small} --ref-refresh 1 --limit 60 --steps 4 --batch-size 4 --max-new-tokens 6 --max-length 40 --eval-size 4 --device cpu".split()
+    main([*flags, "--ppo-ratio", "1", "--reward", "length", "--save-every", "2", "--grad-accum", "2", "--out", str(tmp_path / "run")])
+    final = (tmp_path / "run" / "final" / "model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "run" / "final")
+    main(["--resume", str(tmp_path / "run")])
+    assert (tmp_path / "run" / "final" / "model.safetensors").read_bytes() == final
 
 
 def test_a_reference_that_moves_by_an_average(tmp_path):

@@ -93,3 +93,21 @@ def test_mixed_gradient_is_the_weighted_sum_of_the_two():
     sft = moved(lambda m, o: sft_step(m, demonstrations, o, max_grad_norm=1e9))
     for x, y, z in zip(both, rl, sft):
         torch.testing.assert_close(x, 0.7 * y + 0.3 * z, atol=1e-5, rtol=1e-3)
+
+
+def test_equal_records_are_two_prompts_and_a_prompt_without_target_is_never_hard():
+    gate, twin = make("gate"), Example("a", "t")
+    hard = gate.look([A, A, twin, twin, Example("d", "")], torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0]))
+    assert len(hard) == 1 and hard[0] is A
+
+
+def test_a_lost_demonstration_within_a_rollout_step_is_recorded(tmp_path, monkeypatch):
+    import train
+
+    def lost(model, batch, optimizer, **options):
+        return {"sft/loss": 1.0, "sft/skipped_steps": 1.0}
+
+    monkeypatch.setattr(train, "sft_step", lost)
+    run(tmp_path / "run", "--schedule", "gate", "--threshold", 9, "--steps", 2, "--sft-warmup", 0, "--reward", "length")
+    skipped = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in skipped] == [1, 2] and len(skipped[0]["prompts"]) == 4

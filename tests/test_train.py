@@ -392,6 +392,7 @@ def test_every_logged_metric_is_in_the_glossary_and_no_other(tmp_path, tiny_fold
         "dpo": ["--algorithm", "dpo"],
         "grpo": ["--algorithm", "grpo", "--group-size", 2, "--schedule", "mix"],
         "refs": refs,
+        "talk": ["--turns", 2, "--user-model", tiny_folder, "--max-length", 60],
     }
     rows = [row for name, flags in runs.items() for row in run(tmp_path, "--sft-warmup", 1, *flags, name=name)[1]]
     logged = {re.sub(r"(reward|reward_weight|ppo/kl)/.*", r"\1/<name>", name) for row in rows for name in row} - {"step", "phase"}
