@@ -475,9 +475,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_flags_matter(parser: Parser, args: argparse.Namespace) -> None:
     """A flag whose help begins with the algorithms or schedules that it belongs to is refused where none of them is at work."""
+    choices = {action.dest: action.choices for action in parser._actions}
     for action in parser._actions:
         owners = (action.help or "").split(":")[0].split(", ")
-        if set(owners) <= {"ppo", "grpo", "dpo", *SCHEDULES} and not {args.algorithm, args.schedule} & set(owners):
+        if set(owners) <= {*choices["algorithm"], *choices["schedule"]} and not {args.algorithm, args.schedule} & set(owners):
             if getattr(args, action.dest) != action.default:
                 raise UserError(f"{action.option_strings[0]} belongs to {' and '.join(owners)} and does nothing here; leave it out")
     if args.schedule in ("gate", "buffer") and args.ppo_ratio != parser.get_default("ppo_ratio"):
