@@ -96,7 +96,7 @@ def dpo_step(
     implicit reward on the chosen side), the two rewards and their margin, grad_norm."""
 
     def loss_fn(part: PairBatch):
-        scores = model(part.input_ids, part.attention_mask, part.response_mask)
+        scores = model(part.input_ids, part.attention_mask, part.response_mask, entropy=False)
         policy, reference = scores.logprobs.sum(1).chunk(2), part.ref_logprobs.sum(1).chunk(2)  # (b,), (b,) each: chosen, rejected
         losses, chosen, rejected = dpo_loss(*policy, *reference, beta, label_smoothing)
         accuracy = (chosen > rejected).float().mean()

@@ -72,7 +72,7 @@ def grpo_step(
     advantages = group_advantages(scores, group_size)[:, None] * rollout.response_mask  # (B, T)
 
     def loss_fn(part: Rollout):
-        new = model(part.input_ids, part.attention_mask, part.response_mask, temperature)
+        new = model(part.input_ids, part.attention_mask, part.response_mask, temperature, entropy=False)
         return grpo_loss(new.logprobs, part.logprobs, part.ref_logprobs, part.advantages, part.response_mask, cliprange, kl_coef)
 
     metrics = optimise(

@@ -87,8 +87,11 @@ class HybridModel(nn.Module):
         attention_mask: torch.Tensor,
         response_mask: torch.Tensor,
         temperature: float = 1.0,
+        entropy: bool = True,
     ) -> TokenScores:
         """Score every response token. input_ids (B, T) long; attention_mask, response_mask (B, T) bool -> TokenScores.
+
+        `entropy=False` saves the work of that column, three passes over (N, V), and leaves it 0: for losses that do not ask.
 
         Only response positions reach `lm_head`, LOGIT_CHUNK at a time; a (B, T, V) tensor never exists.
         Raises ValueError when column 0 is a response token: nothing comes before it that could predict it.
@@ -98,20 +101,20 @@ class HybridModel(nn.Module):
         before = self.states_before(input_ids, attention_mask, response_mask)  # (N, H) the state just before each response token
         targets = input_ids[response_mask]  # (N,)
         recompute = torch.is_grad_enabled() and len(targets) > LOGIT_CHUNK  # one chunk alone is bounded already
-        logprobs, entropy = [], []
+        logprobs, entropies = [], []
         for hidden_chunk, target_chunk in zip(before.split(LOGIT_CHUNK), targets.split(LOGIT_CHUNK)):  # (n, H), (n,)
             if recompute:
-                scored = checkpoint(self._score, hidden_chunk, target_chunk, temperature, use_reentrant=False)
+                scored = checkpoint(self._score, hidden_chunk, target_chunk, temperature, entropy, use_reentrant=False)
             else:
-                scored = self._score(hidden_chunk, target_chunk, temperature)
+                scored = self._score(hidden_chunk, target_chunk, temperature, entropy)
             logprobs.append(scored[0])
-            entropy.append(scored[1])
+            entropies.append(scored[1])
         values = self.value_head(before.float()).squeeze(-1)  # (N,)
 
         def place(x: torch.Tensor) -> torch.Tensor:  # (N,) -> (B, T)
             return torch.zeros_like(response_mask, dtype=torch.float32).masked_scatter(response_mask, x.float())
 
-        return TokenScores(place(torch.cat(logprobs)), place(torch.cat(entropy)), place(values))
+        return TokenScores(place(torch.cat(logprobs)), place(torch.cat(entropies)), place(values))
 
     def states_before(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
         """The hidden states that predict the response tokens: (N, H), row by row.
@@ -136,12 +139,12 @@ class HybridModel(nn.Module):
         row, column = response_mask[:, 1:].nonzero(as_tuple=True)  # (N,) each: column t-1 predicts token t
         return hidden.flatten(0, 1).index_select(0, offset[row] + column)
 
-    def _score(self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """hidden (n, H), targets (n,) -> log-probability of the targets and entropy, each (n,) float32."""
+    def _score(self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float, entropy: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """hidden (n, H), targets (n,) -> log-probability of the targets and entropy (or 0), each (n,) float32."""
         logp = torch.log_softmax(self.logits(hidden, temperature), dim=-1)  # (n, V)
         with torch.no_grad():
-            entropy = -(logp.exp() * logp).sum(-1)  # (n,)
-        return logp.gather(1, targets[:, None]).squeeze(1), entropy
+            spread = -(logp.exp() * logp).sum(-1) if entropy else torch.zeros(len(logp), device=logp.device)  # (n,)
+        return logp.gather(1, targets[:, None]).squeeze(1), spread
 
     def logits(self, hidden: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
         """`lm_head` and what the architecture does after it, in float32. hidden (..., H) -> (..., V)."""

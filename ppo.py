@@ -315,7 +315,7 @@ def ppo_step(
     """PPO's updates on one rollout: `optimise` with `ppo_loss`. -> metrics named `ppo/...`."""
 
     def loss_fn(part: Rollout):
-        new = model(part.input_ids, part.attention_mask, part.response_mask, temperature)
+        new = model(part.input_ids, part.attention_mask, part.response_mask, temperature, entropy=False)
         return ppo_loss(
             new.logprobs,
             part.logprobs,
@@ -370,7 +370,7 @@ def optimise(
         return (1 - sft_weight) * loss, stats
 
     def weighted_sft_loss(part: Batch):
-        loss = sft_loss(model(part.input_ids, part.attention_mask, part.response_mask).logprobs, part.response_mask)
+        loss = sft_loss(model(part.input_ids, part.attention_mask, part.response_mask, entropy=False).logprobs, part.response_mask)
         return sft_weight * loss, {"sft_loss": loss.detach()}
 
     usable = rollout.response_mask.any(1).nonzero().squeeze(1)  # (b,) rows with a score

@@ -266,3 +266,11 @@ def test_masked_mean_ignores_whatever_is_off_the_mask():
     x = torch.tensor([[1.0, float("nan")], [3.0, float("inf")]])
     mask = torch.tensor([[True, False], [True, False]])
     assert masked_mean(x, mask) == 2 and masked_mean(x, torch.zeros_like(mask)) == 0
+
+
+def test_a_loss_that_does_not_ask_for_the_entropy_does_not_pay_for_it(model):
+    batch = make_batch(None, *ragged_batch(), max_length=32)
+    inputs = (batch.input_ids, batch.attention_mask, batch.response_mask)
+    full, lean = model(*inputs), model(*inputs, entropy=False)
+    assert torch.equal(full.logprobs, lean.logprobs) and torch.equal(full.values, lean.values)
+    assert full.entropy[batch.response_mask].min() > 0 and not lean.entropy.any()
