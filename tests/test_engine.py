@@ -9,7 +9,7 @@ from conftest import build_lm, ragged_batch
 from torch.optim import lr_scheduler as torch_schedules
 
 from data import make_batch
-from engine import OPTIMIZERS, SCHEDULERS, Backend, MuonWithAdamW, UserError, apply_gradients, check_amp, learning_rate_factor, make_scaler
+from engine import OPTIMIZERS, SCHEDULERS, Backend, MuonWithAdamW, UserError, apply_gradients, check_amp, compile_lm, learning_rate_factor, make_scaler
 from generate import generate
 from hybrid import HybridModel
 from sft import sft_step
@@ -182,3 +182,25 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient():
         assert (x.grad is None) == (y.grad is None)
         if x.grad is not None:
             torch.testing.assert_close(x.grad, y.grad)
+
+
+def test_compiling_changes_no_score_and_its_absence_is_one_line(monkeypatch):
+    model = HybridModel(build_lm("gpt2"))
+    batch = make_batch(None, *ragged_batch(), max_length=32)
+    inputs = (batch.input_ids, batch.attention_mask, batch.response_mask)
+    plain = model(*inputs)
+    plain.logprobs.sum().backward()
+    gradient = model.lm.transformer.wte.weight.grad.clone()
+    with monkeypatch.context() as broken:
+        broken.setattr(torch, "compile", lambda *a, **k: lambda x: (_ for _ in ()).throw(RuntimeError("no C++ compiler")))
+        with pytest.raises(UserError, match="--compile: torch.compile does not work on this machine .no C.. compiler.; leave it out"):
+            compile_lm(model)
+    try:
+        compile_lm(model)
+    except UserError as problem:
+        pytest.skip(str(problem))
+    model.zero_grad()
+    fast = model(*inputs)
+    fast.logprobs.sum().backward()
+    torch.testing.assert_close(fast.logprobs, plain.logprobs, atol=1e-4, rtol=0)
+    torch.testing.assert_close(model.lm.transformer.wte.weight.grad, gradient, atol=1e-3, rtol=1e-3)
