@@ -38,7 +38,7 @@ class Episode:
         """Everything after the prompt, the user's turns included: the completion of a whole dialogue."""
         parts = [self.responses[0]]
         for i in range(1, len(self.responses)):
-            said = self.messages[len(self.messages) - 2 * (len(self.responses) - i)]["content"]
+            said = self.messages[2 * (i - len(self.responses))]["content"]  # the last message is the last response
             parts += [plain_reply(said), self.responses[i]]
         return "".join(parts)
 

@@ -30,6 +30,12 @@ class ReferenceMixture(nn.Module):
         self.weights = [weights[name] / sum(weights.values()) for name in self.names]
         self.max_positions = min(model.max_positions for model in self.models)
 
+    def check_names(self, examples: list) -> None:
+        """Raises UserError for a column `reference` that names none of the models."""
+        for name in (example.columns.get("reference") for example in examples):
+            if name is not None and name not in self.names:
+                raise UserError(f"a record names the reference {name!r}; --ref-model knows {', '.join(self.names)}")
+
     @torch.no_grad()
     def forward(self, input_ids, attention_mask, response_mask, temperature: float = 1.0) -> tuple[torch.Tensor, ...]:
         """The inputs of HybridModel.forward, (B, T) each -> 1 + K tensors (B, T): under the mixture, then under each model."""
@@ -50,13 +56,12 @@ def reference_logprobs(
     """What each row is held to, (B, T), and under each named reference, {name: (B, T)}. Raises UserError for a name that is not there."""
     if isinstance(reference, HybridModel):
         return score_rows(reference, batch, micro_batch_size, temperature).logprobs, {}
+    reference.check_names(examples)
     mixture, *each = score_rows(reference, batch, micro_batch_size, temperature)
     named = dict(zip(reference.names, each))
     for i, example in enumerate(examples):
         name = example.columns.get("reference")
         if name is not None:
-            if name not in named:
-                raise UserError(f"a record names the reference {name!r}; --ref-model knows {', '.join(named)}")
             mixture[i] = named[name][i]
     return mixture, named
 

@@ -20,11 +20,11 @@ from tqdm import tqdm
 import cost
 import parallel
 from data import BatchStream, columns_of, demonstration_batch, encode_prompt, load_examples, load_pairs, split_examples
+from dialogue import ModelUser, scripted_user
+from dpo import dpo_step, preference_batch, preference_pairs
 from engine import AMP_DTYPES, OPTIMIZERS, SCHEDULERS, Backend, NonFiniteReward, Parser, UserError, check_amp, compile_lm, learning_rate_factor
 from engine import first_line, make_scaler, number, one_line_errors, pick_device
 from evaluate import evaluate, verdict
-from dialogue import ModelUser, scripted_user
-from dpo import dpo_step, preference_batch, preference_pairs
 from grpo import grpo_step
 from hybrid import HybridModel, build_tiny, merge
 from ppo import AdaptiveKLController, FixedKLController, collect_rollout, ppo_step
@@ -150,9 +150,10 @@ def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
                             **update, ppo_epochs=args.ppo_epochs, minibatches=args.minibatches, temperature=args.temperature,
                             cliprange=args.cliprange, target_kl=args.target_kl, generator=order_generator,
                         )  # fmt: skip
-                        if schedule.sft_weight(step):
+                        sft_weight = schedule.sft_weight(step)
+                        if sft_weight:
                             batch = demonstration_batch(tokenizer, sft_stream.next(), args.max_length).to(device)
-                            update_rl |= dict(demonstrations=batch, sft_weight=schedule.sft_weight(step))
+                            update_rl |= dict(demonstrations=batch, sft_weight=sft_weight)
                         if phase == "grpo":
                             metrics |= grpo_step(model, rollout, optimizer, **update_rl, group_size=args.group_size, kl_coef=kl_controller.value)
                         else:
@@ -227,11 +228,8 @@ def prepare(args: argparse.Namespace):
     if args.gradient_checkpointing:
         model.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     resolve_defaults(args, model)
-    targets = [example for example in train_examples if example.target]
-    if not targets and (args.ppo_ratio != 1 or args.sft_warmup or args.schedule != "ratio"):
+    if not any(example.target for example in train_examples) and (args.ppo_ratio != 1 or args.sft_warmup or args.schedule != "ratio"):
         raise UserError(f"--data {args.data} has no target to learn from: only --ppo-ratio 1 can use it")
-    if args.turns > 1 and not args.turn_rewards and args.reward is not None and "self_play" in args.reward:
-        raise UserError("self_play compares one response with one: with --turns above 1 it needs --turn-rewards")
     if args.turns > 1 and args.user_model is None and not any(example.user_turns for example in train_examples):
         raise UserError(f"--turns {args.turns}: nothing in --data {args.data} says what the user replies; give 'messages' or 'turns', or a --user-model")
     for example in examples:
@@ -245,6 +243,8 @@ def prepare(args: argparse.Namespace):
         if args.mixture_data is not None:
             context["mixture_pairs"] = load_pairs(args.mixture_data, encoding=args.encoding, what="--mixture-data")
         reward = build_reward(args.reward, **context)
+        if reward.opponent is not None and args.turns > 1 and not args.turn_rewards:
+            raise UserError("self_play compares one response with one: with --turns above 1 it needs --turn-rewards")
         probe = held_out[:2]  # a reward that cannot work on this data says so now, not at step 100
         with reward.frozen():
             reward([example.prompt for example in probe], [example.target for example in probe], **columns_of(probe))
@@ -266,10 +266,8 @@ def prepare(args: argparse.Namespace):
         if args.ref_ema and {n: p.shape for n, p in reference.named_parameters()} != {n: p.shape for n, p in model.named_parameters()}:
             raise UserError(f"--ref-ema averages weights, but --ref-model {path} and --model {args.model} differ in theirs")
         if len(references) > 1:
-            for name in (example.columns.get("reference") for example in examples):
-                if name is not None and name not in list(references):
-                    raise UserError(f"a record names the reference {name!r}; --ref-model knows {', '.join(references)}")
-            if reward.opponent is not None and reward.opponent.kind == "reference":
+            reference.check_names(examples)
+            if reward is not None and reward.opponent is not None and reward.opponent.kind == "reference":
                 raise UserError("self_play against the reference needs one reference: a mixture can be scored, but not sampled from")
     user = scripted_user
     if args.user_model is not None:

@@ -11,6 +11,7 @@ from data import Example, load_examples, render_dialogue
 from dialogue import Episode, ModelUser, sample_episodes, scripted_user, text_between
 from hybrid import HybridModel
 from ppo import collect_rollout, ppo_step
+from runs import read_rows
 from train import main
 
 CHATML = (
@@ -159,5 +160,5 @@ def test_mt_bench_with_a_real_model_on_both_sides(tmp_path, shared):
     real = str(SHARED / "stories260K")
     flags = ["--data", str(SHARED / "multi_turn" / "mt_bench_question.jsonl"), "--model", real, "--user-model", real, "--turns", "3", "--turn-rewards"]
     main([*RUN, *flags, "--max-length", "200", "--out", str(tmp_path / "run")])
-    rows = [row for row in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) if row["phase"] == "ppo"]
+    rows = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row["phase"] == "ppo"]
     assert all(row["ppo/sampler_gap"] < 1e-3 and row["ppo/first_ratio_gap"] < 1e-4 for row in rows)

@@ -1,7 +1,6 @@
 """DPO and GRPO, the two forks: closed forms, the papers' gradients, and what they learn."""
 
 import copy
-import json
 import math
 
 import pytest
@@ -13,6 +12,7 @@ from dpo import PairBatch, dpo_loss, dpo_step, preference_batch
 from grpo import group_advantages, grpo_loss, grpo_step
 from hybrid import HybridModel
 from ppo import Rollout, kl_estimate
+from runs import read_rows
 from train import main
 
 
@@ -101,7 +101,7 @@ def test_built_in_pairs_differ_in_their_judgement_alone():
 def test_dpo_learns_the_preference_in_a_whole_run(tmp_path):
     flags = "--algorithm dpo --limit 300 --steps 40 --sft-warmup 10 --batch-size 16 --eval-size 16 --max-new-tokens 12 --device cpu --save-every 0 --eval-every 0"
     main([*flags.split(), "--out", str(tmp_path / "run")])
-    rows = [row for row in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) if row["phase"] == "dpo"]
+    rows = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row["phase"] == "dpo"]
     assert len(rows) == 15 and rows[0]["dpo/loss"] == pytest.approx(math.log(2), abs=1e-4) and rows[-1]["dpo/accuracy"] > 0.9
 
 
@@ -155,7 +155,7 @@ def test_grpo_raises_the_better_sibling_and_leaves_the_value_head_alone():
 def test_grpo_runs_in_groups_and_learns(tmp_path):
     flags = "--algorithm grpo --group-size 4 --limit 200 --steps 24 --sft-warmup 6 --batch-size 16 --eval-size 16 --max-new-tokens 8 --device cpu --save-every 0"
     main([*flags.split(), "--reward", "length(target=3)", "--ppo-ratio", "1", "--out", str(tmp_path / "run")])
-    rows = [row for row in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) if row["phase"] == "grpo"]
+    rows = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row["phase"] == "grpo"]
     assert len(rows) == 18 and rows[0]["ppo/kl"] == 0 and rows[0]["grpo/first_ratio_gap"] < 1e-5
     assert sum(r["ppo/score"] for r in rows[-5:]) > sum(r["ppo/score"] for r in rows[:5]) and "ppo/grad_norm" not in rows[0]
 

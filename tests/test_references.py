@@ -12,6 +12,7 @@ from data import Example, make_batch
 from engine import UserError
 from hybrid import HybridModel, score_rows
 from references import ReferenceMixture, parse_reference, reference_logprobs
+from runs import read_rows
 from train import main
 
 
@@ -63,7 +64,7 @@ def test_flags_are_read():
 def test_a_run_against_two_references_logs_both_kls_and_starts_at_zero_where_all_are_equal(tmp_path, tiny_folder):
     flags = f"--model {tiny_folder} --limit 60 --steps 4 --batch-size 4 --max-new-tokens 6 --max-length 40 --eval-size 4 --device cpu --ppo-ratio 1 --reward length --lr 1e-2".split()
     main([*flags, "--ref-model", f"one={tiny_folder}:1", "--ref-model", f"two={tiny_folder}:3", "--save-every", "2", "--out", str(tmp_path / "run")])
-    rows = [row for row in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) if row["phase"] == "ppo"]
+    rows = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row["phase"] == "ppo"]
     assert rows[0]["ppo/kl"] == pytest.approx(0, abs=1e-5) and rows[-1]["ppo/kl"] > 0
     for row in rows:
         assert row["ppo/kl/one"] == pytest.approx(row["ppo/kl/two"]) and row["ppo/kl/one"] == pytest.approx(row["ppo/kl"], abs=1e-4)
@@ -90,5 +91,14 @@ def test_a_reference_that_moves_by_an_average(tmp_path):
     for d in ("0", "0.5", "1"):
         flags = "--limit 60 --steps 6 --batch-size 4 --max-new-tokens 6 --eval-size 4 --device cpu --ppo-ratio 1 --reward length --save-every 0 --eval-every 0"
         main([*flags.split(), "--ref-ema", d, "--out", str(tmp_path / d)])
-        kls[d] = [row["ppo/kl"] for row in map(json.loads, (tmp_path / d / "metrics.jsonl").read_text().splitlines()) if row["phase"] == "ppo"]
+        kls[d] = [row["ppo/kl"] for row in read_rows(tmp_path / d / "metrics.jsonl") if row["phase"] == "ppo"]
     assert kls["0"] == kls["1"] and kls["0.5"][0] == 0 and 0 < kls["0.5"][1] < kls["0"][1] and kls["0.5"][-1] < kls["0"][-1]
+
+
+def test_dpo_on_own_data_needs_no_reward_to_be_held_to_two_references(tmp_path, tiny_folder):
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"prompt": f"q{i}", "target": " yes"}) + "\n" for i in range(9)))
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"q{i}", "chosen": " yes", "rejected": " no"}) + "\n" for i in range(9)))
+    flags = f"--algorithm dpo --data {tmp_path}/d.jsonl --preference-data {tmp_path}/p.jsonl --model {tiny_folder} --max-length 40 --steps 2 --batch-size 4"
+    flags += f" --ppo-ratio 1 --max-new-tokens 6 --device cpu --ref-model a={tiny_folder} --ref-model b={tiny_folder} --out {tmp_path}/run"
+    main(flags.split())
+    assert [row["phase"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == ["eval", "dpo", "dpo", "eval"]

@@ -11,6 +11,7 @@ from test_steps import random_rollout
 from data import Example, make_batch
 from hybrid import HybridModel
 from ppo import ppo_step
+from runs import read_rows
 from schedules import SCHEDULES
 from sft import sft_step
 from train import main
@@ -55,7 +56,7 @@ def test_mix_weighs_by_the_ratio_and_its_ramp():
 
 def run(out, *flags):
     main([*FLAGS, *map(str, flags), "--out", str(out)])
-    return [row for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if row["phase"] != "eval"]
+    return [row for row in read_rows(out / "metrics.jsonl") if row["phase"] != "eval"]
 
 
 def test_gate_in_a_run(tmp_path):

@@ -1,6 +1,5 @@
 """Self-play: what beating an earlier self is worth, when the opponent is renewed, and that standing still earns nothing."""
 
-import json
 import math
 
 import pytest
@@ -10,6 +9,7 @@ from data import make_reviews
 from engine import UserError
 from hybrid import HybridModel
 from rewards import build_reward
+from runs import read_rows
 from self_play import SelfPlay
 from train import main
 
@@ -91,7 +91,7 @@ def test_mistakes_are_one_line(tiny, expression, message):
 def test_a_run_gains_on_its_earlier_self_and_resumes_bit_by_bit(tmp_path):
     flags = [*FLAGS, "--reward", "self_play(length(target=3), every=3)", "--steps", "8", "--save-every", "4"]
     main([*flags, "--out", str(tmp_path / "run")])
-    rows = [row for row in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) if row["phase"] == "ppo"]
+    rows = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row["phase"] == "ppo"]
     assert all(row["self_play/win_rate"] == pytest.approx(row["ppo/score"]) and 0 <= row["ppo/score"] <= 1 for row in rows)
     final = (tmp_path / "run" / "final" / "model.safetensors").read_bytes()
     (tmp_path / "run" / "final").rename(tmp_path / "away")
