@@ -7,6 +7,9 @@ Whatever follows `--` goes to train.py as it stands. Every step of every arm is 
 you say otherwise), so equal steps are equal updates and equal numbers of rows; what sampling costs on top, tokens and seconds, is in the table. Every arm is tuned
 over the same grid of learning rates and KL prices on a seed of its own, which is not among those that are reported; the choice is by --select.
 
+`--tax` adds what training has cost elsewhere: the perplexity of every final model, and of the one before training, on a text that it was not trained for.
+The same command goes on where it was interrupted: a run that is complete is not repeated.
+
 Left out on purpose: a winner. The table has means with 95 % intervals (Student's t over seeds), compare.json every number, pareto.png the reward against the
 held-out NLL along training, one line an arm: up and to the left is better.
 """
@@ -22,10 +25,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from engine import Parser, UserError, check_new_folder, number, one_line_errors
-from runs import read_rows
+from evaluate import perplexity, whole_texts
+from runs import read_config, read_rows
 
 T_975 = [math.nan, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Student's t, 97.5 %, by degrees of freedom (0 to 9)
-COLUMNS = ("eval/nll", "eval/reward", "eval/kl", "eval/fluent_and_positive", "eval/distinct", "eval/response_length", "tokens", "seconds")
+COLUMNS = ("eval/nll", "eval/reward", "eval/reward/", "eval/kl", "perplexity elsewhere", "eval/fluent_and_positive")  # a / at the end: every name that starts so
+COLUMNS += ("eval/distinct", "eval/distinct_2", "eval/response_length", "PPO steps", "sampled tokens", "seconds")
 
 
 def arms(steps: int) -> dict[str, list[str]]:
@@ -38,13 +43,18 @@ def arms(steps: int) -> dict[str, list[str]]:
     }
 
 
-def summarise(rows: list[dict]) -> dict:
-    """A run's metrics.jsonl -> its last evaluation, the curve (step, NLL, reward), generated tokens and seconds of the steps."""
-    evaluations = [row for row in rows if row["phase"] == "eval"]
-    batch = [row for row in rows if "ppo/response_length" in row]
-    last = {name: value for name, value in evaluations[-1].items() if name.startswith("eval/")}
-    curve = [(row["step"], row.get("eval/nll"), row.get("eval/reward")) for row in evaluations]
-    return {**last, "curve": curve, "responses": sum(row["ppo/response_length"] for row in batch), "seconds": sum(row.get("seconds", 0.0) for row in rows)}
+def summarise(rows: list[dict], batch_size: int) -> dict:
+    """A run's metrics.jsonl -> its last evaluation, its first, the curve (step, NLL, reward), PPO steps, sampled tokens and seconds of the steps."""
+    evaluations = [{name: value for name, value in row.items() if name == "step" or name.startswith("eval/")} for row in rows if row["phase"] == "eval"]
+    lengths = [row["ppo/response_length"] for row in rows if "ppo/response_length" in row]
+    return {
+        **evaluations[-1],
+        "before": evaluations[0],
+        "curve": [(row["step"], row.get("eval/nll"), row.get("eval/reward")) for row in evaluations],
+        "PPO steps": len(lengths),
+        "sampled tokens": round(sum(lengths) * batch_size),
+        "seconds": sum(row.get("seconds", 0.0) for row in rows),
+    }
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -58,9 +68,17 @@ def utility(run: dict, select: str) -> float:
     return run["eval/reward"] - run["eval/nll"] if select == "reward-nll" else run[select]
 
 
+def columns_in(runs: list[dict]) -> list[str]:
+    """COLUMNS that some run has, the leaves of the reward by name, if it has several."""
+    names = list(dict.fromkeys(name for run in runs for name in run))
+    leaves = [name for name in names if name.startswith("eval/reward/")]
+    return [name for column in COLUMNS for name in (leaves * (len(leaves) > 1) if column.endswith("/") else [column]) if name in names]
+
+
 def markdown(results: dict[str, list[dict]]) -> str:
-    """Mean and 95 % interval of every column that the runs have, an arm a row."""
-    columns = [name for name in COLUMNS if any(name in run for runs in results.values() for run in runs)]
+    """Mean and 95 % interval of every column that the runs have; the first row is the model before training, then an arm a row."""
+    results = {"before training": [run["before"] for run in results["hybrid"]], **results}
+    columns = columns_in([run for runs in results.values() for run in runs])
     lines = ["| arm | " + " | ".join(name.removeprefix("eval/") for name in columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for arm, runs in results.items():
         cells = []
@@ -70,14 +88,15 @@ def markdown(results: dict[str, list[dict]]) -> str:
                 cells.append("-")
                 continue
             mean, half = interval(values)
-            digits = 0 if abs(mean) >= 100 else 2
-            cells.append(f"{mean:,.{digits}f}" + ("" if math.isnan(half) else f" ± {half:,.{digits}f}"))
+            digits = 0 if abs(mean) >= 100 or name == "PPO steps" else 2
+            cells.append(f"{mean:,.{digits}f}" + ("" if math.isnan(half) or half == 0 else f" ± {half:,.{digits}f}"))
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def pareto(results: dict[str, list[dict]], path: Path) -> None:
-    """Reward against held-out NLL along training, the mean over seeds; a dot where the arm ends, and a small one for each seed."""
+    """Reward against held-out NLL along training, the mean over seeds: a large dot where the arm ends, a dot for every seed there, a cross where
+    all began (left out where it is far away, as it is for random weights)."""
     try:
         import matplotlib
     except ImportError:
@@ -86,13 +105,17 @@ def pareto(results: dict[str, list[dict]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(6.4, 4.4), layout="constrained")
+    begin = statistics.mean(run["curve"][0][1] for run in results["hybrid"])
+    is_near = begin < 1.5 * statistics.mean(run["eval/nll"] for run in results["SFT"])
     for arm, runs in results.items():
-        curves = [[(nll, reward) for _, nll, reward in run["curve"][1:]] for run in runs]  # untrained models all start far away
+        curves = [[(nll, reward) for _, nll, reward in run["curve"][not is_near :]] for run in runs]
         mean = [(statistics.mean(p[0] for p in points), statistics.mean(p[1] for p in points)) for points in zip(*curves)]
-        [line] = axis.plot(*zip(*mean), "-", linewidth=1.2, label=arm)
+        [line] = axis.plot(*zip(*mean), ".-", markersize=2, linewidth=1.2, label=arm)
         axis.plot(*mean[-1], "o", color=line.get_color(), markersize=7)
         for curve in curves:
-            axis.plot(*curve[-1], ".", color=line.get_color(), markersize=4)
+            axis.plot(*curve[-1], ".", color=line.get_color(), markersize=5)
+    if is_near:
+        axis.plot(*mean[0], "kx", label="before training")
     axis.set_xlabel("held-out NLL, nats a token (less is better)")
     axis.set_ylabel("reward (more is better)")
     axis.legend(fontsize=8)
@@ -100,46 +123,69 @@ def pareto(results: dict[str, list[dict]], path: Path) -> None:
     pyplot.close(figure)
 
 
+def make_folder(out: Path, asked: dict) -> None:
+    """A new folder that remembers what was asked for, or the one of the same command, interrupted. Raises UserError for any other."""
+    memory = out / "command.json"
+    if memory.is_file():
+        if json.loads(memory.read_text()) != json.loads(json.dumps(asked)):
+            raise UserError(f"--out {out} holds another comparison ({memory}); choose another folder, or repeat its command to go on with it")
+        return
+    check_new_folder(str(out))
+    out.mkdir()
+    memory.write_text(json.dumps(asked, indent=1) + "\n")
+
+
 @one_line_errors
 def main(argv: list[str]) -> dict:
     """Tune, run, measure, write. Returns what compare.json holds."""
     parser = Parser(__doc__.splitlines()[0])
     count, positive = number(int, 1), number(float, 0, above=True)
-    parser.add_argument("--out", default="compare", help="folder for the runs, compare.md, compare.json and pareto.png; must not exist")
+    parser.add_argument("--out", default="compare", help="folder for the runs, compare.md, compare.json and pareto.png")
     parser.add_argument("--seeds", type=number(int, 1, 10), default=5, help="runs of each arm, seeds 1, 2, ...; seed 0 is for tuning")
     parser.add_argument("--steps", type=count, default=600, help="optimiser steps of every run")
     parser.add_argument("--lrs", type=positive, nargs="+", default=[1e-3, 3e-3], help="learning rates to tune over; one is not tuned")
     parser.add_argument("--kl-coefs", type=number(float, 0), nargs="+", default=[0.02, 0.1], help="KL prices to tune over")
     parser.add_argument("--select", default="reward-nll", help="what tuning maximises: reward-nll, or a metric such as eval/fluent_and_positive")
+    parser.add_argument("--tax", nargs="+", metavar="SOURCE", help="a file, or hub dataset [configuration [split]]: the perplexity of the final models there")
     parser.add_argument("--jobs", type=count, default=2, help="runs at a time")
     ours, theirs = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     args = parser.parse_args(ours)
-    check_new_folder(args.out)
+    elsewhere = whole_texts(args.tax) if args.tax else []
     out = Path(args.out)
-    out.mkdir()
+    make_folder(out, {**vars(args), "jobs": None, "train.py": theirs})
     common = ["--steps", args.steps, "--eval-every", max(1, args.steps // 10), "--save-every", 0, "--reward", "sentiment", "--ppo-epochs", 1, "--minibatches", 1, *theirs]
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
 
+    def folder_of(arm: str, seed: int, lr: float, kl_coef: float) -> Path:
+        return out / f"{arm.replace(', ', '-').replace(' ', '-').lower()}-seed{seed}-lr{lr:g}-kl{kl_coef:g}"
+
     def run(job: tuple[str, int, float, float]) -> dict:
         arm, seed, lr, kl_coef = job
-        folder = out / f"{arm.replace(', ', '-').replace(' ', '-').lower()}-seed{seed}-lr{lr:g}-kl{kl_coef:g}"
-        flags = [*common, *arms(args.steps)[arm], "--seed", seed, "--lr", lr, "--kl-coef", kl_coef, "--out", folder]
-        command = [sys.executable, str(Path(__file__).with_name("train.py")), *map(str, flags)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise UserError(f"{' '.join(command[1:])} ended with: {(done.stderr.strip().splitlines() or ['no word of why'])[-1]}")
-        print(f"done: {folder.name}", flush=True)
-        return summarise(read_rows(folder / "metrics.jsonl"))
+        folder = folder_of(*job)
+        if not (folder / "final").is_dir():
+            flags = [*common, *arms(args.steps)[arm], "--seed", seed, "--lr", lr, "--kl-coef", kl_coef, "--out", folder, "--overwrite"]
+            command = [sys.executable, str(Path(__file__).with_name("train.py")), *map(str, flags)]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            if done.returncode:
+                raise UserError(f"{' '.join(command[1:])} ended with: {(done.stderr.strip().splitlines() or ['no word of why'])[-1]}")
+            print(f"done: {folder.name}", flush=True)
+        return summarise(read_rows(folder / "metrics.jsonl"), read_config(folder)["batch_size"])
 
     names = list(arms(args.steps))
     with ThreadPoolExecutor(args.jobs) as pool:
         grid = [(arm, 0, lr, kl) for arm in names for lr, kl in itertools.product(args.lrs, args.kl_coefs[:1] if arm == "SFT" else args.kl_coefs)]
-        tuned = list(zip(grid, pool.map(run, grid))) if len(grid) > len(names) else [(job, None) for job in grid]
+        is_tuned = len(grid) > len(names)
+        tuned = list(zip(grid, pool.map(run, grid))) if is_tuned else [(job, None) for job in grid]
         best = {arm: max((pair for pair in tuned if pair[0][0] == arm), key=lambda pair: utility(pair[1], args.select) if pair[1] else 0.0)[0] for arm in names}
         jobs = [(arm, seed, *best[arm][2:]) for arm in names for seed in range(1, args.seeds + 1)]
         finished = list(zip(jobs, pool.map(run, jobs)))
-    batch = json.loads((next(out.glob("hybrid-*")) / "config.json").read_text())["batch_size"]
-    results = {arm: [{**summary, "tokens": summary.pop("responses") * batch} for job, summary in finished if job[0] == arm] for arm in names}
+    if elsewhere:
+        model = read_config(folder_of(*jobs[0]))["model"]
+        before = {} if model == "tiny" else {"perplexity elsewhere": perplexity(model, elsewhere)}  # random weights have none worth a number
+        for job, summary in finished:
+            summary["before"] |= before
+            summary["perplexity elsewhere"] = perplexity(str(folder_of(*job) / "final"), elsewhere)
+    results = {arm: [summary for job, summary in finished if job[0] == arm] for arm in names}
     report = {
         "command": ["evaluate.py", "compare", *argv],
         "chosen": {arm: {"lr": best[arm][2], "kl_coef": best[arm][3]} for arm in names},
@@ -148,7 +194,8 @@ def main(argv: list[str]) -> dict:
     }
     (out / "compare.json").write_text(json.dumps(report, indent=1) + "\n")
     chosen = "; ".join(f"{arm}: lr {best[arm][2]:g}" + ("" if arm == "SFT" else f", kl-coef {best[arm][3]:g}") for arm in names)
-    text = f"{markdown(results)}\n\n{args.steps} steps, {args.seeds} seeds, mean and 95 % interval. Tuned on seed 0 by {args.select}: {chosen}.\n"
+    how = f"Tuned on seed 0 by {args.select}" if is_tuned else "Not tuned"
+    text = f"{markdown(results)}\n\n{args.steps} steps, {args.seeds} seeds, mean and 95 % interval. {how}: {chosen}.\n"
     (out / "compare.md").write_text(text)
     print(text)
     pareto(results, out / "pareto.png")

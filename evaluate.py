@@ -4,9 +4,10 @@
 `--eval-every` steps; it draws from a generator of its own, so that evaluating more or less often never changes the training run.
 Left out on purpose: benchmark suites.
 
-    python evaluate.py --health out        # one line: healthy, or what to suspect and why
-    python evaluate.py --plot out          # out/curves.png (needs matplotlib)
-    python evaluate.py compare             # SFT, PPO, SFT then PPO, hybrid: compare.py
+    python evaluate.py --health out                                # one line: healthy, or what to suspect and why
+    python evaluate.py --plot out                                  # out/curves.png (needs matplotlib)
+    python evaluate.py --perplexity out/final --data text.txt      # how well the model predicts a text
+    python evaluate.py compare                                     # SFT, PPO, SFT then PPO, hybrid: compare.py
 """
 
 import math
@@ -14,17 +15,17 @@ import sys
 from pathlib import Path
 
 import torch
+import transformers
 
-import compare
 import parallel
-from data import Example, columns_of, decode, demonstration_batch, encode_prompt, make_batch, review_metrics
-from engine import Parser, UserError, one_line_errors
+from data import Example, columns_of, decode, encode_prompt, load_examples, make_batch, review_metrics
+from engine import Parser, UserError, one_line_errors, pick_device
 from generate import sample
 from hybrid import HybridModel, score_rows
 from ppo import kl_estimate
 from references import ReferenceMixture, reference_logprobs
 from runs import read_rows
-from sft import sft_loss
+from sft import held_out_nll
 
 
 @torch.no_grad()
@@ -52,8 +53,7 @@ def evaluate(
     metrics = {}
     shown = [example for example in examples if example.target]
     if shown:
-        batch = demonstration_batch(tokenizer, shown, max_length).to(device)
-        metrics["nll"] = sft_loss(score_rows(model, batch, micro_batch_size).logprobs, batch.response_mask)
+        metrics["nll"] = held_out_nll(model, tokenizer, shown, max_length, micro_batch_size)
 
     prompts = [encode_prompt(tokenizer, example)[-(max_length - max_new_tokens) :] for example in examples]
     generator = torch.Generator(device).manual_seed(seed + parallel.rank())
@@ -89,6 +89,23 @@ def evaluate(
     if is_reviews:
         metrics |= review_metrics([example.prompt for example in examples], completions)
     return {f"eval/{name}": float(value) for name, value in metrics.items()}, samples
+
+
+def whole_texts(source: list[str]) -> list[Example]:
+    """The records of a file, or of a hub dataset [configuration [split]], with all but their first word to be predicted."""
+    if len(source) > 3:
+        raise UserError(f"expected a file, or a hub dataset [configuration [split]], found {' '.join(source)}")
+    return [e for e in load_examples(source[0], prompt_words=1, **dict(zip(("config", "split"), source[1:]))) if e.target]
+
+
+def perplexity(name: str, examples: list[Example]) -> float:
+    """exp of the NLL per target token of the model in a folder or on the hub; a record is cut at its context or 1,024 tokens.
+
+    Only models with one tokenizer can be compared. Published numbers read a book in one piece, which gives lower ones.
+    """
+    model, tokenizer = HybridModel.load(name, "--perplexity")
+    model.to(pick_device()).eval()
+    return math.exp(held_out_nll(model, tokenizer, examples, min(1024, model.max_positions), micro_batch_size=8))
 
 
 # ------------------------------------------------------------------------------------------------ is it healthy?
@@ -175,14 +192,24 @@ def plot(rows: list[dict], path: Path) -> None:
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # texts are cut at the model's context here, whatever their length
     if argv[:1] == ["compare"]:
-        return compare.main(argv[1:])
+        from compare import main as compare_main  # here, since it measures with the functions of this file
+
+        return compare_main(argv[1:])
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("--health", metavar="OUT", help="print the verdict on a run folder")
     parser.add_argument("--plot", metavar="OUT", help="draw the curves of a run folder to OUT/curves.png")
+    parser.add_argument("--perplexity", metavar="MODEL", help="print how well a folder or hub id predicts the text of --data, per token")
+    parser.add_argument("--data", nargs="+", metavar="SOURCE", help="a file, or hub dataset [configuration [split]], such as wikitext wikitext-2-raw-v1 test")
     args = parser.parse_args(argv)
-    if args.health is None and args.plot is None:
-        raise UserError("say --health OUT or --plot OUT")
+    if args.health is None and args.plot is None and args.perplexity is None:
+        raise UserError("say --health OUT, --plot OUT or --perplexity MODEL --data SOURCE")
+    if (args.perplexity is None) != (args.data is None):
+        raise UserError("--perplexity MODEL and --data SOURCE [CONFIGURATION [SPLIT]] go together")
+    if args.perplexity is not None:
+        print(f"perplexity {perplexity(args.perplexity, whole_texts(args.data)):.2f} a token on {' '.join(args.data)}")
     for out in filter(None, (args.health, args.plot)):
         rows = read_rows(Path(out) / "metrics.jsonl")
         if not rows:

@@ -9,9 +9,9 @@ Left out on purpose: label smoothing, anything that needs a Trainer. Run it alon
 
 import torch
 
-from data import Batch
+from data import Batch, Example, demonstration_batch
 from engine import Backend, accumulate, apply_gradients
-from hybrid import HybridModel, masked_mean
+from hybrid import HybridModel, masked_mean, score_rows
 
 
 def sft_loss(logprobs: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
@@ -51,3 +51,10 @@ def sft_step(
     stats["tokens"] = float(batch.response_mask.sum())
     stats |= apply_gradients(backend, optimizer, max_grad_norm)
     return {f"sft/{name}": value for name, value in stats.items()}
+
+
+@torch.no_grad()
+def held_out_nll(model: HybridModel, tokenizer, examples: list[Example], max_length: int, micro_batch_size: int) -> float:
+    """The SFT loss over all the examples at once, without learning from it: nats per target token."""
+    batch = demonstration_batch(tokenizer, examples, max_length).to(next(model.parameters()).device)
+    return float(sft_loss(score_rows(model, batch, micro_batch_size).logprobs, batch.response_mask))

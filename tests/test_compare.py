@@ -2,10 +2,13 @@
 
 import json
 import math
+import shutil
 import subprocess
 from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import compare
 import train
@@ -32,35 +35,98 @@ def test_a_summary_counts_what_was_sampled():
         {"step": 2, "phase": "ppo", "ppo/response_length": 7.0, "seconds": 1.5},
         {"step": 2, "phase": "eval", "eval/nll": 2.0, "eval/reward": 1.0},
     ]
-    summary = compare.summarise(rows)
-    assert summary["seconds"] == 2 and summary["responses"] == 7 and summary["curve"] == [(0, 6.0, 0.0), (2, 2.0, 1.0)]
+    summary = compare.summarise(rows, batch_size=4)
+    assert (summary["seconds"], summary["sampled tokens"], summary["PPO steps"]) == (2, 28, 1)
+    assert summary["curve"] == [(0, 6.0, 0.0), (2, 2.0, 1.0)] and summary["before"]["eval/nll"] == 6 and summary["eval/nll"] == 2
     assert compare.utility(summary, "reward-nll") == -1 and compare.utility(summary, "eval/reward") == 1
 
 
-def test_a_small_comparison_from_one_command(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib", reason="matplotlib is an optional package")
-    monkeypatch.chdir(tmp_path)
+def test_the_table_shows_the_leaves_where_there_are_several():
+    run = {"eval/nll": 1.0, "eval/reward": 2.0, "eval/reward/a": 3.0}
+    assert compare.columns_in([run]) == ["eval/nll", "eval/reward"]
+    assert compare.columns_in([run | {"eval/reward/b": 4.0}, {"eval/kl": 0.0}]) == ["eval/nll", "eval/reward", "eval/reward/a", "eval/reward/b", "eval/kl"]
 
-    def run_here(command, **options):  # not in a process of its own, whose imports take longer than the run
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch) -> list[str]:
+    """Runs happen here and not in processes of their own, whose imports take longer; -> the --out of each."""
+    folders = []
+
+    def run_here(command, **options):
         train.main(command[2:])
+        folders.append(command[command.index("--out") + 1])
         return subprocess.CompletedProcess(command, 0)
 
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=run_here))
-    flags = "compare --out c --seeds 2 --steps 4 --lrs 1e-3 --kl-coefs 0.05 0.1 --jobs 1 -- --limit 40 --batch-size 4 --max-new-tokens 4 --eval-size 4 --device cpu"
-    main(flags.split())
+    return folders
+
+
+SMALL = "--limit 40 --batch-size 4 --max-new-tokens 4 --eval-size 4 --device cpu".split()
+
+
+def test_a_small_comparison_from_one_command(tmp_path, trained, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib is an optional package")
+    command = ["compare", *"--out c --seeds 2 --steps 4 --lrs 1e-3 --kl-coefs 0.05 0.1 --jobs 1 --".split(), *SMALL]
+    main(command)
     report = json.loads((tmp_path / "c" / "compare.json").read_text())
     assert set(report["runs"]) == {"SFT", "PPO", "SFT, then PPO", "hybrid"} and all(len(runs) == 2 for runs in report["runs"].values())
     assert len(report["tuning"]) == 7, "SFT has no KL price to tune"
     best = max((r for r in report["tuning"] if r["arm"] == "PPO"), key=lambda r: r["eval/reward"] - r["eval/nll"])
     assert report["chosen"]["PPO"] == {"lr": best["lr"], "kl_coef": best["kl_coef"]}
-    assert report["runs"]["SFT"][0]["tokens"] == 0 < report["runs"]["hybrid"][0]["tokens"] < report["runs"]["PPO"][0]["tokens"]
+    tokens, steps = ({arm: runs[0][name] for arm, runs in report["runs"].items()} for name in ("sampled tokens", "PPO steps"))
+    assert tokens["SFT"] == 0 < tokens["hybrid"] < tokens["PPO"] and steps == {"SFT": 0, "PPO": 4, "SFT, then PPO": 2, "hybrid": 1}
     for run in report["runs"]["PPO"]:
         assert len(run["curve"]) == 5
-    assert "| hybrid |" in (tmp_path / "c" / "compare.md").read_text() and (tmp_path / "c" / "pareto.png").stat().st_size > 10_000
+    table = (tmp_path / "c" / "compare.md").read_text()
+    assert "| before training |" in table and "| hybrid |" in table and (tmp_path / "c" / "pareto.png").stat().st_size > 10_000
+
+    # Interrupted: one run is lost, another was cut. The same command repeats these two, and no other.
+    lost, cut = (tmp_path / "c" / name for name in ("sft-seed1-lr0.001-kl0.05", "sft-seed2-lr0.001-kl0.05"))
+    shutil.rmtree(lost)
+    shutil.rmtree(cut / "final")
+    trained.clear()
+    main(command)
+    assert trained == [str(path.relative_to(tmp_path)) for path in (lost, cut)]
+    again = json.loads((tmp_path / "c" / "compare.json").read_text())
+    assert [{**run, "seconds": 0} for run in again["runs"]["SFT"]] == [{**run, "seconds": 0} for run in report["runs"]["SFT"]]
     with pytest.raises(SystemExit):
         main(["compare", "--out", "c"])
-    monkeypatch.undo()
+    assert "holds another comparison" in capsys.readouterr().err
+
+
+def test_the_tax_is_the_perplexity_elsewhere(tmp_path, trained, tiny_folder):
+    pytest.importorskip("matplotlib", reason="matplotlib is an optional package")
+    (tmp_path / "text.txt").write_text("the plot was warm and bold\nyet the cast felt dull\n")
+    flags = "compare --out c --seeds 1 --steps 2 --lrs 1e-3 --kl-coefs 0.1 --jobs 1 --tax text.txt --".split()
+    main([*flags, "--model", str(tiny_folder), "--max-length", "40", *SMALL])
+    runs = json.loads((tmp_path / "c" / "compare.json").read_text())["runs"]
+    # The same by Hugging Face's own loss: the records one by one, all but the first word, EOS included.
+    for folder, said in ((tiny_folder, runs["hybrid"][0]["before"]), (next((tmp_path / "c").glob("hybrid-*")) / "final", runs["hybrid"][0])):
+        lm, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        total = count = 0
+        for line in (tmp_path / "text.txt").read_text().splitlines():
+            prompt, target = (tokenizer(part).input_ids for part in (line[:3], line[3:]))
+            ids = torch.tensor([[*prompt, *target, tokenizer.eos_token_id]])
+            labels = ids.masked_fill(torch.arange(ids.shape[1]) < len(prompt), -100)
+            total += lm(input_ids=ids, labels=labels).loss.item() * (len(target) + 1)
+            count += len(target) + 1
+        assert said["perplexity elsewhere"] == pytest.approx(math.exp(total / count), rel=1e-5)
+    assert "perplexity elsewhere" in (tmp_path / "c" / "compare.md").read_text()
+
+
+def test_what_cannot_be_compared_is_one_line_before_any_run(tmp_path, monkeypatch, capsys):
+    def refused(flags: str) -> str:
+        with pytest.raises(SystemExit) as caught:
+            main(flags.split())
+        err = capsys.readouterr().err
+        assert caught.value.code == 2 and err.count("\n") == 1
+        return err
+
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit):
-        main("compare --out d --seeds 1 --steps 2 --lrs 1e-3 --kl-coefs 0.1 --jobs 1 -- --ppo-ratio 7".split())
-    assert "--ppo-ratio: expected a number" in capsys.readouterr().err
+    assert "nowhere.txt does not exist" in refused("compare --out d --tax nowhere.txt")
+    assert "found a b c d" in refused("compare --out d --tax a b c d")
+    (tmp_path / "d").mkdir()
+    assert "--out d already exists" in refused("compare --out d")
+    assert "--ppo-ratio: expected a number" in refused("compare --out e --seeds 1 --steps 2 --lrs 1e-3 --kl-coefs 0.1 --jobs 1 -- --ppo-ratio 7")
+    assert "go together" in refused("--perplexity gpt2")
