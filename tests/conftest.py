@@ -18,6 +18,7 @@ from hybrid import HybridModel, build_tiny  # noqa: E402
 
 SHARED = ROOT.parent / "shared" / "data"
 REVIEWS = make_reviews(300)
+FAST = "--limit 60 --steps 6 --batch-size 4 --max-new-tokens 6 --eval-size 4 --eval-every 0 --device cpu --warmup-steps 0".split()  # a run in seconds
 
 # model_type -> what its config needs to be tiny; the vocabulary is 61 and the width 32 everywhere
 SMALL = dict(

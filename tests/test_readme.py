@@ -1,0 +1,160 @@
+"""The README keeps its word: every flag, metric, file, formula, number of a schedule, exercise, fork, mission and command in it is checked here."""
+
+import argparse
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import FAST, ROOT
+
+import data
+import hybrid
+import ppo
+import rewards
+import schedules
+import sft
+from runs import read_rows
+from train import main, parse_args
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def flags_of_train() -> list[argparse.Action]:
+    seen = []
+    original = argparse.ArgumentParser.parse_args
+    argparse.ArgumentParser.parse_args = lambda self, argv=None: seen.extend(self._actions) or original(self, argv)
+    try:
+        parse_args([])
+    finally:
+        argparse.ArgumentParser.parse_args = original
+    return [action for action in seen if action.dest != "help"]
+
+
+def test_every_flag_is_used_and_explained():
+    source = (ROOT / "train.py").read_text()
+    for action in flags_of_train():
+        assert re.search(rf"\bargs\.{action.dest}\b", source), f"--{action.dest} is never read"
+        assert action.help and f"`{action.option_strings[0]}`" in README, f"{action.option_strings[0]} is not in the README"
+
+
+def test_every_logged_metric_is_in_the_glossary_and_no_other(tmp_path, tiny_folder):
+    refs = ["--model", tiny_folder, "--max-length", 40, "--ref-model", f"a={tiny_folder}", "--ref-model", f"b={tiny_folder}"]
+    runs = {
+        "mixture": ["--reward", "sentiment + mixture(length, repetition)"],
+        "self": ["--reward", "self_play(length)", "--schedule", "buffer"],
+        "gate": ["--schedule", "gate"],
+        "mix": ["--schedule", "mix"],
+        "dpo": ["--algorithm", "dpo"],
+        "grpo": ["--algorithm", "grpo", "--group-size", 2, "--schedule", "mix"],
+        "refs": refs,
+        "talk": ["--turns", 2, "--user-model", tiny_folder, "--max-length", 60],
+    }
+    for name, flags in runs.items():
+        main([*FAST, "--sft-warmup", "1", *map(str, flags), "--out", str(tmp_path / name)])
+    rows = [row for name in runs for row in read_rows(tmp_path / name / "metrics.jsonl")]
+    logged = {re.sub(r"(reward|reward_weight|ppo/kl)/.*", r"\1/<name>", name) for row in rows for name in row} - {"step", "phase"}
+    as_ppo = {name for name in logged if name.startswith("grpo/") and name.replace("grpo/", "ppo/") in logged - {"ppo/sft_loss"}}
+    glossary = README.split("## Metrics", 1)[1].split("\n## ", 1)[0]
+    documented = {name for cell in re.findall(r"^\| (`[^|]+) \|", glossary, re.MULTILINE) for name in re.findall(r"`([a-z_0-9/<>]+)`", cell)}
+    assert logged - as_ppo == documented - {"grpo/<name>"}
+
+
+def test_every_formula_stands_in_the_file_that_is_named():
+    table = README.split("## The equations", 1)[1].split("\n## ", 1)[0]
+    rows = re.findall(r"^\| (?!what|---)(.+?) \| .* \| `([^`]+)` \| `(\w+\.py)` \|$", table, re.MULTILINE)
+    assert len(rows) >= 13 and len(rows) == table.count("\n| ") - 1
+    for what, line, file in rows:
+        assert (ROOT / file).read_text().count(line) == 1, what
+
+
+def test_the_loop_in_twelve_lines_is_a_loop_that_trains():
+    lines = re.search(r"## The loop in twelve lines\n\n```python\n(.*?)```", README, re.DOTALL).group(1)
+    assert len(lines.splitlines()) == 12
+    names = {name: value for module in (data, hybrid, ppo, rewards, schedules, sft) for name, value in vars(module).items()}
+    seen = []
+    steps = {"range": lambda n: range(4) if n == 700 else range(n), "is_ppo_step": lambda step, r: seen.append(step) or schedules.is_ppo_step(step, r)}
+    exec(lines.replace("< 210", "< 2").replace("(\"reviews\")", "(\"reviews\", limit=100)"), space := names | steps | {"torch": torch})
+    assert seen == [2, 3] and space["step"] == 3 and space["metrics"]["ppo/first_ratio_gap"] < 1e-5 and space["reference"] is not None
+
+
+def test_the_fork_in_the_readme_is_what_stands_in_train_py():
+    fork = [line[1:] for line in re.search(r"```diff\n(.*?)```", README, re.DOTALL).group(1).splitlines()]
+    lines = (ROOT / "train.py").read_text().splitlines()
+    assert len(fork) <= 10 and all(line in lines for line in fork)
+    for line in lines:  # and nothing about DPO stands elsewhere
+        if re.search(r"dpo|preference_|args\.beta|pair_stream", line) and not re.search(r"mixture", line):
+            assert line in fork, line
+
+
+def readme_commands() -> list[str]:
+    """Every line that starts with `python` in a console block of the README, but for the test command itself."""
+    blocks = re.findall(r"```(?:bash|console)\n(.*?)```", README, re.DOTALL)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line.startswith(("python ", "torchrun ")) and "pytest" not in line]
+
+
+def test_the_readmes_runs_do_not_get_in_each_others_way():
+    commands = readme_commands()
+    outs = [re.search(r"--out (\S+)|$", command).group(1) or "out" for command in commands if " train.py" in command and "--resume" not in command and "--dry-run" not in command]
+    assert len(commands) >= 15 and len(set(outs)) == len(outs)
+
+
+@pytest.fixture(scope="module")
+def readme_folder(tmp_path_factory, tiny_folder):
+    """What the commands refer to: the code, a run, a model called gpt2, data files."""
+    folder = tmp_path_factory.mktemp("readme")
+    for path in ROOT.glob("*.py"):
+        (folder / path.name).symlink_to(path)
+    (folder / "gpt2").symlink_to(tiny_folder)
+    (folder / "questions.jsonl").write_text("".join(json.dumps({"turns": [f"Question {i}?", "And then?"]}) + "\n" for i in range(9)))
+    (folder / "zero.json").write_text('{"zero_optimization": {"stage": 2}}')
+    (folder / "my_rewards.py").write_text(re.search(r"```python\n(# my_rewards\.py\n.*?)```", README, re.DOTALL).group(1))
+    (folder / "my_data.jsonl").write_text("".join(json.dumps({"prompt": f"Question {i}?", "target": f"Answer {i}."}) + "\n" for i in range(9)))
+    scored = {"prompt": "p", "completion": "the cat sat", "target": "the cat sat down"}
+    (folder / "scored.jsonl").write_text(json.dumps(scored) + "\n")
+    pairs = [{"prompt": f"q{i}", "chosen": "a good answer", "rejected": "bad"} for i in range(9)]
+    (folder / "prefs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    (folder / "reviews.txt").write_bytes("un café noir sans sucre\n".encode("latin-1") * 9)
+    return folder
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_a_readme_command_runs(readme_folder, command):
+    if "--deepspeed" in command:
+        pytest.importorskip("deepspeed", reason="deepspeed is an optional package")
+    launcher = [] if command.startswith("python") else ["-m", "torch.distributed.run", "--standalone"]
+    words = [sys.executable, *launcher, *shlex.split(command.replace("--steps 800", "--steps 8"))[1:]]
+    if "train.py" in words and "--resume" not in words:
+        words += [*FAST, "--max-length", "32", "--batch-size", "8", "--overwrite"]
+    if "compare" in words:
+        pytest.importorskip("matplotlib", reason="matplotlib is an optional package")
+        words += [*"--seeds 1 --steps 2 --lrs 1e-3 --kl-coefs 0.1 --jobs 2 --".split(), *FAST[:2], *FAST[4:10]]
+    if words[1] == "bench.py":
+        words += ["--texts", "20", "--rounds", "1", *"--layers 1 --width 64 --vocab 64 --batch 2".split()]
+    done = subprocess.run(words, cwd=readme_folder, capture_output=True, text=True, input="the plot was\n", timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip()
+
+
+def test_every_row_of_the_mission_has_a_command_that_is_run_here_and_a_test_that_exists():
+    table = README.split("## The mission, row by row", 1)[1].split("\n## ", 1)[0]
+    rows = re.findall(r"^\| .* \| `(.+)` \| `(\w+\.py)::(\w+)` \|$", table, re.MULTILINE)
+    assert len(rows) >= 21 and len(rows) == table.count("\n| ") - 1
+    for command, file, test in rows:
+        assert command in readme_commands(), command
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(), test
+
+
+def test_the_files_that_the_readme_names_exist():
+    for name in set(re.findall(r"`((?:tests/)?\w+\.(?:py|txt|md))`", README)) - {"my_rewards.py"}:
+        assert (ROOT / name).is_file(), name
+
+
+def test_the_reading_order_table_lists_every_module():
+    for path in ROOT.glob("*.py"):
+        assert f"`{path.name}`" in README, path.name
