@@ -26,6 +26,7 @@ SMALL = dict(
 )
 ARCHITECTURES = {
     "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    "gpt_neo": dict(hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=16, max_position_embeddings=64),
     "llama": SMALL,
     "gemma2": dict(SMALL, head_dim=8, final_logit_softcapping=5.0, sliding_window=64),
     "granite": dict(SMALL, logits_scaling=7.0, embedding_multiplier=3.0, residual_multiplier=0.5),

@@ -7,12 +7,17 @@ import shlex
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 from conftest import FAST, ROOT
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+import compare
 import data
+import evaluate
 import hybrid
 import ppo
 import rewards
@@ -91,9 +96,12 @@ def test_the_fork_in_the_readme_is_what_stands_in_train_py():
             assert line in fork, line
 
 
-def readme_commands() -> list[str]:
-    """Every line that starts with `python` in a console block of the README, but for the test command itself."""
-    blocks = re.findall(r"```(?:bash|console)\n(.*?)```", README, re.DOTALL)
+BENCHMARKS = README.split("## Benchmarks", 1)[1].split("\n## ", 1)[0]
+
+
+def readme_commands(text: str = README.replace(BENCHMARKS, "")) -> list[str]:
+    """Every line that starts with `python` in a console block, but for the test command itself. The benchmarks need the hub, and have a test of their own."""
+    blocks = re.findall(r"```(?:bash|console)\n(.*?)```", text, re.DOTALL)
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line.startswith(("python ", "torchrun ")) and "pytest" not in line]
 
@@ -139,6 +147,46 @@ def test_a_readme_command_runs(readme_folder, command):
     done = subprocess.run(words, cwd=readme_folder, capture_output=True, text=True, input="the plot was\n", timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip()
+
+
+HUB = {  # id -> what its records look like there
+    "roneneldan/TinyStories": lambda i: {"text": f"Once upon a time {i} small cats sat down. They were glad and warm."},
+    "wikitext": lambda i: {"text": "" if i % 2 else f" The plot was the {i}th of its kind . \n"},
+    "imdb": lambda i: {"text": f"I saw this film {i} times and the acting was warm and the plot was bold.", "label": i % 2},
+    "truthful_qa": lambda i: {
+        "type": "Adversarial", "category": "Films", "question": f"Is film {i} good?", "best_answer": "No one knows", "correct_answers": ["No one knows"],
+        "incorrect_answers": ["It is good", "It is bad"], "source": "http://films",
+    },
+    "openai/gsm8k": lambda i: {"question": f"Ann has {i} films and buys 2 more. How many has she?", "answer": f"{i} + 2 = <<{i}+2={i + 2}>>{i + 2}\n#### {i + 2}"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", readme_commands(BENCHMARKS))
+def test_a_benchmark_runs_on_records_like_those_of_the_hub(command, tmp_path, tiny_folder, monkeypatch, capsys):
+    def from_the_hub(name, config=None, split="train", streaming=False):
+        assert (config, split) in {"wikitext": [("wikitext-2-raw-v1", "test")], "truthful_qa": [("generation", "validation")], "openai/gsm8k": [("main", "train")]}.get(name, [(None, "train")])
+        return datasets.Dataset.from_list([HUB[name](i) for i in range(40)])
+
+    def run_here(command, **options):
+        main([*command[2:], *"--steps 2 --batch-size 4 --eval-size 2 --max-length 48 --max-new-tokens 4 --device cpu".split()])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", from_the_hub)
+    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=run_here))
+    monkeypatch.setattr(compare, "pareto", lambda results, path: None)  # matplotlib is an optional package
+    for name in ("gpt2", "roneneldan/TinyStories-1M"):
+        shutil.copytree(tiny_folder, tmp_path / name)
+    classifier = AutoConfig.for_model("distilbert", vocab_size=1000, dim=16, hidden_dim=16, n_layers=1, n_heads=2, id2label={0: "NEGATIVE", 1: "POSITIVE"})
+    AutoModelForSequenceClassification.from_config(classifier).save_pretrained(tmp_path / "lvwerra/distilbert-imdb")
+    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(tmp_path / "lvwerra/distilbert-imdb")
+    words = shlex.split(command)[2:]
+    if words[0] == "compare":
+        at = words.index("--") if "--" in words else len(words)
+        words[at:at] = "--seeds 1 --steps 2 --lrs 1e-3 --kl-coefs 0.1 --jobs 1".split()
+    evaluate.main(words)
+    printed = capsys.readouterr().out
+    assert "| hybrid |" in printed if words[0] == "compare" else "perplexity " in printed
 
 
 def test_every_row_of_the_mission_has_a_command_that_is_run_here_and_a_test_that_exists():
