@@ -94,8 +94,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     check_new_folder(args.out)
     device = pick_device(args.device)
     pairs = load_pairs(args.data, limit=args.limit, encoding=args.encoding)
-    # Split by prompt, through the same hash as everything else: no prompt is on both sides.
-    train_side, held_side = split_examples([Example(pair.prompt, "", {"pair": pair}) for pair in pairs])
+    # Split by prompt, through the same hash as everything else: no prompt is on both sides. By the chosen text where all have one prompt, or none.
+    alike = len({pair.prompt for pair in pairs}) == 1
+    train_side, held_side = split_examples([Example(pair.chosen if alike else pair.prompt, "", {"pair": pair}) for pair in pairs])
     train, held_out = ([example.columns["pair"] for example in side] for side in (train_side, held_side))
     model, tokenizer = load_backbone(args.model, train, args.seed)
     model.to(device).train()

@@ -334,6 +334,13 @@ def test_the_saved_model_is_plain_calibrated_and_what_the_reward_reads(trained):
     torch.testing.assert_close(scores[[0, len(pairs)]], expected, atol=1e-4, rtol=0)
 
 
+def test_pairs_with_one_prompt_are_split_all_the_same(tmp_path):
+    rows = [{"prompt": "", "chosen": f"a warm film {i}", "rejected": f"a dull film {i}"} for i in range(60)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    metrics = reward_model.main(["--data", str(tmp_path / "pairs.jsonl"), "--out", str(tmp_path / "rm"), "--device", "cpu"])
+    assert 0 < metrics["pairs"] < 20, "a tenth or so is held out, not everything"
+
+
 def test_the_head_starts_as_published():
     model, _ = reward_model.load_backbone("tiny", [Pair("a", "b c d", "e f g")] * 3, seed=0)
     assert model.score.weight.std().item() == pytest.approx(193**-0.5, rel=0.2) and model.score.bias is None
