@@ -87,8 +87,23 @@ def test_the_loop_in_twelve_lines_is_a_loop_that_trains():
     assert seen == [2, 3] and space["step"] == 3 and space["metrics"]["ppo/first_ratio_gap"] < 1e-5 and space["reference"] is not None
 
 
+def test_the_padding_exercise_is_caught_by_the_test_that_it_names(tmp_path):
+    exercise = README.split("**Unmask the padding.**", 1)[1].split("\n## ", 1)[0]
+    diff = re.search(r"```diff\n(.*?)```", exercise, re.DOTALL).group(1)
+    removed, added = ("".join(line[1:] + "\n" for line in diff.splitlines() if line[0] == sign) for sign in "-+")
+    for path in [*ROOT.glob("*.py"), ROOT / "tests/conftest.py", ROOT / "tests/test_data.py"]:
+        (tmp_path / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+        shutil.copy(path, tmp_path / path.relative_to(ROOT))
+    source = (tmp_path / "data.py").read_text()
+    assert source.count(removed) == 1
+    (tmp_path / "data.py").write_text(source.replace(removed, added))
+    command = re.search(r"`python (-m pytest -q tests/test_data.py)`", exercise).group(1)
+    done = subprocess.run([sys.executable, *command.split()], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "FAILED tests/test_data.py::test_masks_come_from_lengths" in done.stdout, done.stdout
+
+
 def test_the_fork_in_the_readme_is_what_stands_in_train_py():
-    fork = [line[1:] for line in re.search(r"```diff\n(.*?)```", README, re.DOTALL).group(1).splitlines()]
+    fork = [line[1:] for line in re.search(r"```diff\n(.*?)```", README.split("**A new algorithm**", 1)[1], re.DOTALL).group(1).splitlines()]
     lines = (ROOT / "train.py").read_text().splitlines()
     assert len(fork) <= 10 and all(line in lines for line in fork)
     for line in lines:  # and nothing about DPO stands elsewhere
