@@ -25,16 +25,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from engine import Parser, UserError, check_new_folder, number, one_line_errors
-from evaluate import perplexity, whole_texts
+from evaluate import load_pyplot, perplexity, whole_texts
 from runs import read_config, read_rows
 
 T_975 = [math.nan, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Student's t, 97.5 %, by degrees of freedom (0 to 9)
-COLUMNS = ("eval/nll", "eval/reward", "eval/reward/", "eval/kl", "perplexity elsewhere", "eval/fluent_and_positive")  # a / at the end: every name that starts so
-COLUMNS += ("eval/distinct", "eval/distinct_2", "eval/response_length", "PPO steps", "sampled tokens", "seconds")
+COLUMNS = ("eval/nll", "eval/reward", "eval/reward/", "eval/kl", "perplexity elsewhere", "eval/fluent_and_positive")  # eval/reward/: every leaf
+COUNTS = ("PPO steps", "sampled tokens", "seconds")
+COLUMNS += ("eval/distinct", "eval/distinct_2", "eval/response_length", *COUNTS)
 
 
 def arms(steps: int) -> dict[str, list[str]]:
-    """The flags in which the arms differ."""
+    """The flags in which the arms differ. The hybrid keeps train.py's own warm-up, 30 % of the steps for `tiny`: the table counts each arm's PPO steps."""
     return {
         "SFT": ["--ppo-ratio", "0"],
         "PPO": ["--ppo-ratio", "1", "--sft-warmup", "0"],
@@ -65,14 +66,19 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 def utility(run: dict, select: str) -> float:
     """What tuning maximises: a metric by name, or (the default) the reward minus the held-out NLL."""
-    return run["eval/reward"] - run["eval/nll"] if select == "reward-nll" else run[select]
+    if select == "reward-nll":
+        return run["eval/reward"] - run["eval/nll"]
+    if select not in run:
+        raise UserError(f"--select {select} is no metric of these runs; they have reward-nll, {', '.join(name for name in run if name.startswith('eval/'))}")
+    return run[select]
 
 
 def columns_in(runs: list[dict]) -> list[str]:
-    """COLUMNS that some run has, the leaves of the reward by name, if it has several."""
+    """COLUMNS that some run has; the leaves of the reward by name, if it has several."""
     names = list(dict.fromkeys(name for run in runs for name in run))
     leaves = [name for name in names if name.startswith("eval/reward/")]
-    return [name for column in COLUMNS for name in (leaves * (len(leaves) > 1) if column.endswith("/") else [column]) if name in names]
+    expanded = {"eval/reward/": leaves if len(leaves) > 1 else []}
+    return [name for column in COLUMNS for name in expanded.get(column, [column]) if name in names]
 
 
 def markdown(results: dict[str, list[dict]]) -> str:
@@ -88,7 +94,7 @@ def markdown(results: dict[str, list[dict]]) -> str:
                 cells.append("-")
                 continue
             mean, half = interval(values)
-            digits = 0 if abs(mean) >= 100 or name == "PPO steps" else 2
+            digits = 0 if abs(mean) >= 100 or name in COUNTS else 2
             cells.append(f"{mean:,.{digits}f}" + ("" if math.isnan(half) or half == 0 else f" ± {half:,.{digits}f}"))
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -97,18 +103,12 @@ def markdown(results: dict[str, list[dict]]) -> str:
 def pareto(results: dict[str, list[dict]], path: Path) -> None:
     """Reward against held-out NLL along training, the mean over seeds: a large dot where the arm ends, a dot for every seed there, a cross where
     all began (left out where it is far away, as it is for random weights)."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("the figure needs the package matplotlib: pip install matplotlib (the table and compare.json are written)") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot("compare")
     figure, axis = pyplot.subplots(figsize=(6.4, 4.4), layout="constrained")
     begin = statistics.mean(run["curve"][0][1] for run in results["hybrid"])
     is_near = begin < 1.5 * statistics.mean(run["eval/nll"] for run in results["SFT"])
     for arm, runs in results.items():
-        curves = [[(nll, reward) for _, nll, reward in run["curve"][not is_near :]] for run in runs]
+        curves = [[(nll, reward) for step, nll, reward in run["curve"] if step or is_near] for run in runs]
         mean = [(statistics.mean(p[0] for p in points), statistics.mean(p[1] for p in points)) for points in zip(*curves)]
         [line] = axis.plot(*zip(*mean), ".-", markersize=2, linewidth=1.2, label=arm)
         axis.plot(*mean[-1], "o", color=line.get_color(), markersize=7)
@@ -150,9 +150,11 @@ def main(argv: list[str]) -> dict:
     parser.add_argument("--jobs", type=count, default=2, help="runs at a time")
     ours, theirs = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     args = parser.parse_args(ours)
+    load_pyplot("compare")  # what cannot work says so now, not after an hour
     elsewhere = whole_texts(args.tax) if args.tax else []
     out = Path(args.out)
-    make_folder(out, {**vars(args), "jobs": None, "train.py": theirs})
+    asked = {name: value for name, value in vars(args).items() if name not in ("jobs", "select", "tax")}  # what the runs depend on
+    make_folder(out, {**asked, "train.py": theirs})
     common = ["--steps", args.steps, "--eval-every", max(1, args.steps // 10), "--save-every", 0, "--reward", "sentiment", "--ppo-epochs", 1, "--minibatches", 1, *theirs]
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
 

@@ -18,7 +18,7 @@ import torch
 import transformers
 
 import parallel
-from data import Example, columns_of, decode, encode_prompt, load_examples, make_batch, review_metrics
+from data import Example, columns_of, decode, demonstration_batch, encode_prompt, encode_target, load_examples, make_batch, review_metrics
 from engine import Parser, UserError, one_line_errors, pick_device
 from generate import sample
 from hybrid import HybridModel, score_rows
@@ -53,7 +53,7 @@ def evaluate(
     metrics = {}
     shown = [example for example in examples if example.target]
     if shown:
-        metrics["nll"] = held_out_nll(model, tokenizer, shown, max_length, micro_batch_size)
+        metrics["nll"] = held_out_nll(model, demonstration_batch(tokenizer, shown, max_length), micro_batch_size)
 
     prompts = [encode_prompt(tokenizer, example)[-(max_length - max_new_tokens) :] for example in examples]
     generator = torch.Generator(device).manual_seed(seed + parallel.rank())
@@ -99,13 +99,15 @@ def whole_texts(source: list[str]) -> list[Example]:
 
 
 def perplexity(name: str, examples: list[Example]) -> float:
-    """exp of the NLL per target token of the model in a folder or on the hub; a record is cut at its context or 1,024 tokens.
+    """exp of the NLL per target token of the model in a folder or on the hub. A record is cut at its context or 1,024 tokens; no EOS is asked for.
 
     Only models with one tokenizer can be compared. Published numbers read a book in one piece, which gives lower ones.
     """
     model, tokenizer = HybridModel.load(name, "--perplexity")
     model.to(pick_device()).eval()
-    return math.exp(held_out_nll(model, tokenizer, examples, min(1024, model.max_positions), micro_batch_size=8))
+    prompts = [encode_prompt(tokenizer, example) for example in examples]
+    targets = [encode_target(tokenizer, example.target)[:-1] for example in examples]
+    return math.exp(held_out_nll(model, make_batch(tokenizer, prompts, targets, min(1024, model.max_positions)), micro_batch_size=8))
 
 
 # ------------------------------------------------------------------------------------------------ is it healthy?
@@ -132,6 +134,8 @@ RULES = [
     ("ppo/unscored", lambda first, last: last > 0.1, "more than a tenth of the responses got no score: look at the judge"),
     ("sft/skipped_steps", lambda first, last: last > 0.01, "SFT updates were skipped: lower --lr"),
     ("ppo/skipped_steps", lambda first, last: last > 0.01, "PPO updates were skipped: lower --lr, or scale the reward"),
+    ("dpo/skipped_steps", lambda first, last: last > 0.01, "DPO updates were skipped: lower --lr"),
+    ("dpo/accuracy", lambda first, last: last < 0.5, "DPO prefers the rejected side: --lr too large, or chosen and rejected are mixed up"),
     ("sft/loss", lambda first, last: last > 1.2 * first, "the SFT loss rises: --lr too large, or PPO undoes it; lower --ppo-ratio"),
 ]
 FALLING = "every part of the reward falls: --lr too large, or --kl-coef too high"
@@ -160,15 +164,21 @@ def verdict(rows: list[dict]) -> str:
     return f"verdict: {'suspect ' + '; '.join(suspicions) if suspicions else 'healthy'} ({', '.join([*trends, f'skipped updates {skipped:.0f}'])})"
 
 
-def plot(rows: list[dict], path: Path) -> None:
-    """Curves of a run as a PNG: reward and NLL with the PPO stretches shaded, KL, length, and every leaf of the reward."""
+def load_pyplot(what: str):
+    """matplotlib.pyplot, drawing to files alone. Raises UserError where the package is missing."""
     try:
         import matplotlib
     except ImportError:
-        raise UserError("--plot needs the package matplotlib: pip install matplotlib") from None
+        raise UserError(f"{what} needs the package matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Curves of a run as a PNG: reward and NLL with the PPO stretches shaded, KL, length, and every leaf of the reward."""
+    pyplot = load_pyplot("--plot")
     leaves = sorted({key for row in rows for key in row if key.startswith("reward/")})
     panels = {"reward": ["ppo/score", "eval/reward"], "NLL": ["sft/loss", "eval/nll"], "KL, nats a response": ["ppo/kl", "eval/kl"]}
     panels |= {"length, tokens": ["ppo/response_length", "eval/response_length"], "reward, by leaf": leaves}
@@ -187,6 +197,13 @@ def plot(rows: list[dict], path: Path) -> None:
     axes[-1].set_xlabel("step (shaded: PPO, or what takes its place)")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def rows_of(out: str) -> list[dict]:
+    rows = read_rows(Path(out) / "metrics.jsonl")
+    if not rows:
+        raise UserError(f"{out} holds no metrics.jsonl with a complete line")
+    return rows
 
 
 @one_line_errors
@@ -210,15 +227,11 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--perplexity MODEL and --data SOURCE [CONFIGURATION [SPLIT]] go together")
     if args.perplexity is not None:
         print(f"perplexity {perplexity(args.perplexity, whole_texts(args.data)):.2f} a token on {' '.join(args.data)}")
-    for out in filter(None, (args.health, args.plot)):
-        rows = read_rows(Path(out) / "metrics.jsonl")
-        if not rows:
-            raise UserError(f"{out} holds no metrics.jsonl with a complete line")
-        if out == args.health:
-            print(verdict(rows))
-        if out == args.plot:
-            plot(rows, Path(out) / "curves.png")
-            print(Path(out) / "curves.png")
+    if args.health is not None:
+        print(verdict(rows_of(args.health)))
+    if args.plot is not None:
+        plot(rows_of(args.plot), Path(args.plot) / "curves.png")
+        print(Path(args.plot) / "curves.png")
 
 
 if __name__ == "__main__":

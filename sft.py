@@ -9,7 +9,7 @@ Left out on purpose: label smoothing, anything that needs a Trainer. Run it alon
 
 import torch
 
-from data import Batch, Example, demonstration_batch
+from data import Batch
 from engine import Backend, accumulate, apply_gradients
 from hybrid import HybridModel, masked_mean, score_rows
 
@@ -54,7 +54,7 @@ def sft_step(
 
 
 @torch.no_grad()
-def held_out_nll(model: HybridModel, tokenizer, examples: list[Example], max_length: int, micro_batch_size: int) -> float:
-    """The SFT loss over all the examples at once, without learning from it: nats per target token."""
-    batch = demonstration_batch(tokenizer, examples, max_length).to(next(model.parameters()).device)
+def held_out_nll(model: HybridModel, batch: Batch, micro_batch_size: int) -> float:
+    """The SFT loss over the whole batch, without learning from it: nats per response token."""
+    batch = batch.to(next(model.parameters()).device)
     return float(sft_loss(score_rows(model, batch, micro_batch_size).logprobs, batch.response_mask))

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import compare
 import train
+from engine import UserError
 from evaluate import main
 
 
@@ -39,6 +40,8 @@ def test_a_summary_counts_what_was_sampled():
     assert (summary["seconds"], summary["sampled tokens"], summary["PPO steps"]) == (2, 28, 1)
     assert summary["curve"] == [(0, 6.0, 0.0), (2, 2.0, 1.0)] and summary["before"]["eval/nll"] == 6 and summary["eval/nll"] == 2
     assert compare.utility(summary, "reward-nll") == -1 and compare.utility(summary, "eval/reward") == 1
+    with pytest.raises(UserError, match="fluent is no metric of these runs; they have reward-nll, eval/nll, eval/reward"):
+        compare.utility(summary, "fluent")
 
 
 def test_the_table_shows_the_leaves_where_there_are_several():
@@ -101,16 +104,16 @@ def test_the_tax_is_the_perplexity_elsewhere(tmp_path, trained, tiny_folder):
     flags = "compare --out c --seeds 1 --steps 2 --lrs 1e-3 --kl-coefs 0.1 --jobs 1 --tax text.txt --".split()
     main([*flags, "--model", str(tiny_folder), "--max-length", "40", *SMALL])
     runs = json.loads((tmp_path / "c" / "compare.json").read_text())["runs"]
-    # The same by Hugging Face's own loss: the records one by one, all but the first word, EOS included.
+    # The same by Hugging Face's own loss: the records one by one, all but the first word.
     for folder, said in ((tiny_folder, runs["hybrid"][0]["before"]), (next((tmp_path / "c").glob("hybrid-*")) / "final", runs["hybrid"][0])):
         lm, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
         total = count = 0
         for line in (tmp_path / "text.txt").read_text().splitlines():
             prompt, target = (tokenizer(part).input_ids for part in (line[:3], line[3:]))
-            ids = torch.tensor([[*prompt, *target, tokenizer.eos_token_id]])
+            ids = torch.tensor([[*prompt, *target]])
             labels = ids.masked_fill(torch.arange(ids.shape[1]) < len(prompt), -100)
-            total += lm(input_ids=ids, labels=labels).loss.item() * (len(target) + 1)
-            count += len(target) + 1
+            total += lm(input_ids=ids, labels=labels).loss.item() * len(target)
+            count += len(target)
         assert said["perplexity elsewhere"] == pytest.approx(math.exp(total / count), rel=1e-5)
     assert "perplexity elsewhere" in (tmp_path / "c" / "compare.md").read_text()
 
@@ -124,6 +127,7 @@ def test_what_cannot_be_compared_is_one_line_before_any_run(tmp_path, monkeypatc
         return err
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare, "load_pyplot", lambda what: None)
     assert "nowhere.txt does not exist" in refused("compare --out d --tax nowhere.txt")
     assert "found a b c d" in refused("compare --out d --tax a b c d")
     (tmp_path / "d").mkdir()

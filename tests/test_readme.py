@@ -189,7 +189,8 @@ def test_a_benchmark_runs_on_records_like_those_of_the_hub(command, tmp_path, ti
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", from_the_hub)
     monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=run_here))
-    monkeypatch.setattr(compare, "pareto", lambda results, path: None)  # matplotlib is an optional package
+    monkeypatch.setattr(compare, "load_pyplot", lambda what: None)  # matplotlib is an optional package
+    monkeypatch.setattr(compare, "pareto", lambda results, path: None)
     for name in ("gpt2", "roneneldan/TinyStories-1M"):
         shutil.copytree(tiny_folder, tmp_path / name)
     classifier = AutoConfig.for_model("distilbert", vocab_size=1000, dim=16, hidden_dim=16, n_layers=1, n_heads=2, id2label={0: "NEGATIVE", 1: "POSITIVE"})

@@ -334,6 +334,7 @@ def healthy_rows() -> list[dict]:
         ppo = {"sampler_gap": 1e-6, "first_ratio_gap": 0, "kl": 1.5, "kl_k1": 1.4, "score": step / 30, "entropy": 2 - step / 60, "clipfrac": 0.1}
         ppo |= {"var_explained": 0.2, "response_length": 14, "eos_rate": 1, "unscored": 0, "skipped_steps": 0}
         rows.append({"step": step, "phase": "ppo", **{f"ppo/{k}": v for k, v in ppo.items()}})
+        rows.append({"step": step, "phase": "dpo", "dpo/accuracy": 0.8, "dpo/skipped_steps": 0})
     return rows + [{"step": 30, "phase": "eval", "eval/nll": 1.9, "eval/distinct": 0.98}]
 
 
@@ -345,6 +346,7 @@ def test_a_healthy_run_is_called_so():
 SICK = {
     "ppo/sampler_gap": 5.0, "ppo/first_ratio_gap": 0.2, "ppo/kl_k1": -3.0, "ppo/kl": 80.0, "ppo/score": -1.0, "ppo/entropy": 0.05, "ppo/clipfrac": 0.6,
     "ppo/var_explained": -4.0, "ppo/response_length": 60, "ppo/eos_rate": 0.01, "ppo/unscored": 0.5, "sft/skipped_steps": 1, "ppo/skipped_steps": 1, "sft/loss": 5.0,
+    "dpo/skipped_steps": 1, "dpo/accuracy": 0.3,
 }  # fmt: skip
 
 
