@@ -23,6 +23,7 @@ from typing import Callable
 import torch
 
 from bench_worker import PPO_EPOCHS
+from cost import sizes_of
 from data import make_reviews
 from engine import Parser, UserError, number, one_line_errors
 from judges import JUDGES
@@ -198,7 +199,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     group = parser.add_argument_group("sft, rollout, ppo: a GPT-2 of random weights, or --model")
     group.add_argument("--layers", type=count, default=6)
     group.add_argument("--width", type=number(int, 64), default=384, help="a head for every 64")
-    group.add_argument("--vocab", type=number(int, 64), default=8192)
+    group.add_argument("--vocab", type=number(int, 64), default=8192, help="of random weights; a --model has its own")
     group.add_argument("--model", help="a local folder instead of random weights")
     group.add_argument("--batch", type=count, default=32, help="rows")
     group.add_argument("--micro-batch-size", type=count, help="rows per forward and backward (default: the batch)")
@@ -219,6 +220,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     else:
         if ("trl" in args.against and args.what != "ppo") or ("generate" in args.against and args.what != "rollout"):
             raise UserError(f"--against {args.against[0]}: trl is measured by ppo, generate by rollout, not by {args.what}")
+        if args.model:
+            args.vocab = sizes_of(args.model).vocab
         load = {name: getattr(args, name) for name in ("what", "layers", "width", "vocab", "model", "batch", "prompt_len", "response_len", "ragged", "amp", "compile", "device")}
         load |= {"micro_batch": args.micro_batch_size or args.batch, "threads": torch.get_num_threads()}
         pythons = {"trl": args.peer_python or [sys.executable], "generate": [sys.executable]}

@@ -6,7 +6,7 @@
 With P parameters, L layers of width W, vocabulary V, and T tokens in the rows that pass through the model together (bytes):
 
     weights      4 P            float32, under --amp too
-    reference    4 P            the frozen copy of PPO; pure SFT has none
+    reference    4 P            each frozen copy; pure SFT has none
     gradients    4 P            ZeRO-2: 4 P / devices
     Adam         8 P            two moments; ZeRO-1 and ZeRO-2: (8 P + 4 P for their float32 copy of the weights) / devices
     buckets      4 P            several devices under DDP: where gradients meet (ZeRO: 4 bytes x 5e8 at most)
@@ -24,6 +24,7 @@ from typing import Callable, NamedTuple
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from engine import UserError, first_line
 from hybrid import TINY_LM
 
 GIB = 2**30
@@ -45,24 +46,27 @@ KNOWN = {"124 M": Sizes(124e6, 12, 768, 768, 50257), "1.5 B": Sizes(1.56e9, 48, 
 
 
 def sizes_of(name: str) -> Sizes:
-    """From a folder's or hub id's config alone. Raises OSError, ValueError or AttributeError where there is none, or not of a causal LM."""
-    config = AutoConfig.from_pretrained(name)
-    with torch.device("meta"):  # shapes without memory
-        lm = AutoModelForCausalLM.from_config(config)
-    text = config.get_text_config()
-    heads = text.num_attention_heads
-    kv = getattr(text, "num_key_value_heads", None) or heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    """From a folder's or hub id's config alone. Raises UserError where there is none, or not of a causal LM."""
+    try:
+        config = AutoConfig.from_pretrained(name)
+        with torch.device("meta"):  # shapes without memory
+            lm = AutoModelForCausalLM.from_config(config)
+        text = config.get_text_config()
+        heads = text.num_attention_heads
+        kv = getattr(text, "num_key_value_heads", None) or heads
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    except (OSError, ValueError, AttributeError, ArithmeticError) as problem:
+        raise UserError(f"--model {name} has no config that can be read: {first_line(problem)}") from None
     return Sizes(sum(p.numel() for p in lm.parameters()), text.num_hidden_layers, text.hidden_size, kv * head_dim, text.vocab_size)
 
 
 def memory(
     sizes: Sizes, *, rows: int, sampled: int, length: int, response: int, devices: int = 1, zero: int = 0, amp: bool = False,
-    checkpointing: bool = False, reference: bool = True,
+    checkpointing: bool = False, references: int = 1,
 ) -> dict[str, float]:  # fmt: skip
     """Bytes on each device, by what they hold, by the formula above; "peak" is the sum of what is there at the same time.
 
-    `rows` of `length` tokens, `response` of them sampled, pass through the model together (--micro-batch-size, --max-length, --max-new-tokens);
+    `rows` of `length` tokens, `response` of them the model's own, pass through the model together (--micro-batch-size, --max-length, --max-new-tokens);
     `sampled` rows are sampled together, the whole share of the device.
     """
     p, layers, width, tokens = sizes.parameters, sizes.layers, sizes.width, rows * length
@@ -70,7 +74,7 @@ def memory(
     per_layer = (58 if amp else 85) * width * tokens
     held = {
         "weights": 4 * p,
-        "reference": 4 * p * reference,
+        "reference": 4 * p * references,
         "gradients": 4 * p / (devices if zero == 2 else 1),
         "Adam": (8 + 4 * bool(zero)) * p / split,
         "buckets": 0 if devices == 1 else min(4 * p, 4 * 5e8) if zero else 4 * p,

@@ -24,7 +24,7 @@ from pathlib import Path
 import jinja2  # comes with torch; chat templates are written in it
 import torch
 
-from engine import UserError, first_line, one_line_errors
+from engine import Parser, UserError, first_line, one_line_errors
 
 PROMPT_FIELDS = ("prompt", "instruction", "question", "query")
 TARGET_FIELDS = ("target", "completion", "response", "output", "answer")
@@ -358,7 +358,7 @@ def read_records(
     except (OSError, ValueError, KeyError, TypeError, datasets.exceptions.DatasetsError) as problem:
         reason = first_line(problem)
         if is_file:
-            raise UserError(f"--data {source} cannot be read: {reason}") from None
+            raise UserError(f"{what} {source} cannot be read: {reason}") from None
         raise UserError(
             f"{what} {source} is no local file and could not be fetched from the Hugging Face hub ({reason}); "
             "check the name, --data-config, --data-split and the network, give a file, or use the built-in --data reviews"
@@ -600,9 +600,11 @@ def review_metrics(prompts: list[str], completions: list[str]) -> dict[str, floa
 @one_line_errors
 def main(argv: list[str]) -> None:
     """Print the first examples of a source."""
-    for shown in load_examples(argv[0], limit=3):
+    parser = Parser(main.__doc__)
+    parser.add_argument("source", nargs="?", default="reviews", help="what --data of train.py may be")
+    for shown in load_examples(parser.parse_args(argv).source, limit=3):
         print(json.dumps({"prompt": shown.prompt, "target": shown.target, **shown.columns}, ensure_ascii=False, default=str))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or ["reviews"])
+    main(sys.argv[1:])

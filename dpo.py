@@ -37,13 +37,15 @@ class PairBatch(Batch):
         return torch.maximum(*self.attention_mask.sum(1).chunk(2))  # (n,)
 
 
-def preference_pairs(algorithm: str, source: str | None, data: str, examples: list[Example], encoding: str = "utf-8") -> list[Pair]:
-    """Preferences from a file, or made from the examples of the built-in task; none unless the algorithm is dpo. Raises UserError without any."""
-    if algorithm != "dpo":
+def preference_pairs(args, examples: list[Example]) -> list[Pair]:
+    """Preferences from --preference-data, or made from the examples of the built-in task; none unless the algorithm is dpo. Raises UserError without any."""
+    if args.algorithm != "dpo":
         return []
-    if source is None and data != "reviews":
+    if args.preference_data is not None:
+        return load_pairs(args.preference_data, encoding=args.encoding, what="--preference-data")
+    if args.data != "reviews":
         raise UserError("--algorithm dpo learns from preferences: give --preference-data (prompt, chosen, rejected)")
-    return review_pairs(examples) if source is None else load_pairs(source, encoding=encoding, what="--preference-data")
+    return review_pairs(examples)
 
 
 def preference_batch(tokenizer, reference: HybridModel | ReferenceMixture, pairs: list[Pair], max_length: int, micro_batch_size: int | None = None) -> PairBatch:

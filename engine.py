@@ -98,7 +98,7 @@ def pick_device(name: str = "auto") -> torch.device:
             raise RuntimeError("known are auto, cuda, mps and cpu")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as problem:  # torch says "not compiled with CUDA" by an AssertionError
-        raise UserError(f"--device {name} cannot be used here ({str(problem).splitlines()[0]}); try --device cpu") from None
+        raise UserError(f"--device {name} cannot be used here ({first_line(problem)}); try --device cpu") from None
     return device
 
 
@@ -115,7 +115,7 @@ def check_amp(amp: str, device: torch.device) -> None:
         with torch.autocast(device.type, AMP_DTYPES[amp]):
             torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)
     except RuntimeError as problem:
-        raise UserError(f"--amp {amp} cannot be used on {device} ({str(problem).splitlines()[0]}); try --amp no") from None
+        raise UserError(f"--amp {amp} cannot be used on {device} ({first_line(problem)}); try --amp no") from None
 
 
 def make_scaler(amp: str, device: torch.device) -> torch.amp.GradScaler | None:

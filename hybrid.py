@@ -361,7 +361,7 @@ def load_lm(name: str, what: str = "model") -> tuple[nn.Module, PreTrainedTokeni
             raise UserError(f"{what} {name} cannot be read as a causal LM: {first_line(problem)}") from None
         raise UserError(
             f"{what} {name} is no local folder and could not be fetched from the Hugging Face hub ({first_line(problem)}); "
-            "check the name and the network, give a downloaded folder, or use the built-in --model tiny"
+            "check the name and the network, or give a downloaded folder" + ", or use the built-in --model tiny" * (what == "--model")
         ) from None
     if report["missing_keys"]:
         some = ", ".join(sorted(report["missing_keys"])[:3])

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from engine import UserError, first_line
+from hybrid import load_lm
 
 BATCH_SIZE = 16  # texts that a judge reads together
 MAX_LENGTH = 1024  # tokens; what is longer loses its beginning, so that the end of the response is always read
@@ -175,7 +176,7 @@ def gptscore(context: dict, id: str | None = None, template: str = "{prompt}") -
     worst = -math.log(lm.config.get_text_config().vocab_size)
 
     def reward(prompts, completions, **columns):
-        contexts = _filled(template, prompts, completions, columns)
+        contexts = _filled(template, prompts, columns)
         scores = [-math.log(value) for value in perplexity(lm, tokenizer, completions, contexts)]
         return [worst if score == -math.inf else score for score in scores]
 
@@ -285,8 +286,6 @@ def frozen_lm(context: dict, name: str, id: str | None):
     `train.py` puts the policy there before training. Raises UserError, naming the reward, where there is neither.
     """
     if id is not None:
-        from hybrid import load_lm
-
         lm, tokenizer = load_lm(id)
         lm = lm.to(context.get("device", "cpu"))
     elif "model" in context:
@@ -317,7 +316,7 @@ def _targets(columns: dict, name: str) -> list[str]:
     return columns["target"]
 
 
-def _filled(template: str, prompts: list[str], completions: list[str], columns: dict) -> list[str]:
+def _filled(template: str, prompts: list[str], columns: dict) -> list[str]:
     try:
         return [template.format(**{**{name: values[i] for name, values in columns.items()}, "prompt": prompt}) for i, prompt in enumerate(prompts)]
     except (KeyError, IndexError) as problem:

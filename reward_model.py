@@ -5,7 +5,7 @@
 The score is one linear layer on the hidden state of the last real token of prompt + response. After one epoch it is calibrated to
 mean 0 and standard deviation 1 over the training responses; the two numbers are saved in the model's config, and
 `--reward 'model("PATH")'` reads them. The folder is a plain AutoModelForSequenceClassification(num_labels=1) that others can load.
-Left out on purpose: ensembles, margins, several epochs (a reward model overfits its second epoch).
+Left out on purpose: ensembles, margins. One epoch is the default, since a reward model soon overfits.
 
     python reward_model.py --data prefs.jsonl --model gpt2 --out reward
     python train.py --reward 'model("reward")'

@@ -308,7 +308,7 @@ def lexicon_sentiment(text: str, lexicon: dict[str, float] = DEFAULT_LEXICON) ->
     >>> round(lexicon_sentiment("a brilliant, funny plot and a dull ending"), 4)
     0.4588
     """
-    total = sum(lexicon.get(word, 0.0) for word in re.findall(r"[\w'-]+", text.lower()))
+    total = sum(lexicon.get(word, 0.0) for word in words_of(text))
     return total / math.sqrt(total * total + 15)
 
 
@@ -624,7 +624,7 @@ class Reward:
         self.parts = self._ask_leaves(prompts, completions, columns)
         self.total = self._evaluate(self.parts | opponents, self._learn) + torch.zeros(len(completions))  # (B,) also for a mere number
         if torch.isinf(self.total).any():
-            raise UserError(f"the reward is too large for a float32: {self.total.tolist()}")
+            raise NonFiniteReward(f"the reward is too large for a float32: {self.total.tolist()}")
         return self.total
 
     def _ask_leaves(self, prompts: list[str], completions: list[str], columns: dict[str, list]) -> dict[str, torch.Tensor]:
@@ -731,10 +731,12 @@ class _Parser:
 
         source = _FILE_FUNCTION.sub(stand_in, self.expression.strip())
         try:
-            tree = ast.parse(source, mode="eval").body
-            return Reward(self.build(tree), self.leaves, self.stateful)
+            reward = Reward(self.build(ast.parse(source, mode="eval").body), self.leaves, self.stateful)
         except (SyntaxError, RecursionError, MemoryError, OverflowError) as problem:
             raise UserError(f"--reward {self.expression[:200]!r} is not an expression: {getattr(problem, 'msg', problem)}; {_known()}") from None
+        if "mixture_pairs" in self.context and not any(isinstance(thing, Mixture) for thing in self.stateful.values()):
+            raise UserError(f"--mixture-data fits the weights of a mixture(...), and --reward {self.expression!r} has none")
+        return reward
 
     def build(self, node: ast.expr) -> Callable:
         if isinstance(node, ast.BinOp) and type(node.op) in (ast.Add, ast.Sub, ast.Mult):
@@ -794,23 +796,29 @@ class _Parser:
         return lambda parts, learn: play(base(parts, learn), base(parts[key], False))
 
     def mixture(self, node: ast.Call) -> Callable:
+        outside, self.leaves, stateful = self.leaves, {}, set(self.stateful)
         components = [self.build(argument) for argument in node.args]
+        inside, self.leaves = self.leaves, outside | self.leaves
         names = [self.text(argument) for argument in node.args]
         mixture = self.call(node, Mixture, names, skip=len(names))
         self.remember(node, mixture)
         if "mixture_pairs" in self.context:
             pairs = self.context["mixture_pairs"]
+            if any(isinstance(thing, SelfPlay) for name, thing in self.stateful.items() if name not in stateful):
+                raise UserError(f"--reward {self.expression!r}: preference pairs know no opponent, so --mixture-data does not go with self_play")
             # Both sides in one call, so that whatever standardises a component by its batch treats them alike.
             completions = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
             columns = {name: [pair.columns.get(name) for pair in pairs] * 2 for name in {n: 0 for pair in pairs for n in pair.columns}}
             prompts = [pair.prompt for pair in pairs] * 2
-            parts = {name: _call_leaf(name, f, prompts, completions, columns) for name, f in self.leaves.items()}
+            parts = {name: _call_leaf(name, f, prompts, completions, columns) for name, f in inside.items()}
             scores = torch.stack([component(parts, False) + torch.zeros(len(completions)) for component in components], dim=1)  # (2n, K)
             chosen, rejected = scores.chunk(2)  # (n, K) each
             answered = torch.isfinite(chosen).all(1) & torch.isfinite(rejected).all(1)  # (n,)
             if not answered.any():
                 raise UserError(f"--reward {self.expression!r}: no preference pair has a score from every part of the mixture")
-            mixture.fit(chosen[answered], rejected[answered])
+            accuracy = mixture.fit(chosen[answered], rejected[answered])
+            if parallel.rank() == 0:
+                print(f"the mixture agrees with {accuracy:.0%} of the {len(chosen)} preference pairs that it was fitted to")
         return lambda parts, learn: mixture([component(parts, learn) for component in components], learn)
 
     def call(self, node: ast.Name | ast.Call, make: Callable, *first, skip: int = 0):

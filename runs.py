@@ -173,7 +173,7 @@ def save_checkpoint(folder: Path, model, tokenizer, reference, counters: dict, s
         shutil.rmtree(unfinished, ignore_errors=True)
         newest = newest_checkpoint(folder.parent)
         rest = f"the newest complete checkpoint is {newest}; make room and go on with --resume {folder.parent}" if newest else "there is no older one"
-        raise UserError(f"{folder} could not be written ({str(problem).splitlines()[0]}); {rest}") from None
+        raise UserError(f"{folder} could not be written ({first_line(problem)}); {rest}") from None
 
 
 def load_checkpoint(folder: Path, model: HybridModel, reference: HybridModel | None, stateful: dict, order: torch.Generator):

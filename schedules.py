@@ -7,7 +7,7 @@
     mix       every cycle is a rollout, and every update has both losses: ratio * RL + (1 - ratio) * SFT (PPO-ptx 2203.02155; CHORD 2508.11408)
 
 `turn(step)` is asked before a cycle, `look(examples, scores)` hears how a rollout went and returns the examples to demonstrate in the same cycle, after the
-RL update, which must stay on-policy. A schedule of your own is a class with these methods and a line in SCHEDULES.
+RL update, which must stay on-policy. A schedule of your own is a subclass of Ratio and a line in SCHEDULES.
 
     python train.py --schedule gate --threshold 0.2
 """

@@ -48,7 +48,7 @@ class SelfPlay:
         room = self.sampling["max_length"] - self.sampling["max_new_tokens"]
         ids = [encode_prompt(self.tokenizer, self.examples.get(prompt, Example(prompt, "")))[-room:] for prompt in prompts]
         options = dict(max_new_tokens=self.sampling["max_new_tokens"], temperature=self.sampling["temperature"], eos_token_id=self.tokenizer.eos_token_id)
-        seed = ((self.seed * 2**20 + self.rounds if learn else 2**20 - 1) * 2**10 + parallel.rank()) ^ 2**62  # a bit that the policy's own seeds lack
+        seed = ((self.seed * 2**20 + (self.rounds if learn else 2**20 - 1)) * 2**10 + parallel.rank()) ^ 2**62  # a bit that the policy's own seeds lack
         generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
         return [decode(self.tokenizer, response) for response in sample(model, ids, generator=generator, **options).responses]
 

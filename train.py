@@ -60,7 +60,6 @@ def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
         kl_controller = AdaptiveKLController(args.kl_coef, args.kl_target, args.kl_horizon)
     sft_stream = BatchStream([example for example in train_examples if example.target], args.batch_size, seed=args.seed)
     prompt_stream = BatchStream(train_examples, args.batch_size // args.group_size, seed=args.seed + 1)
-    pair_stream = BatchStream(preference_pairs(args.algorithm, args.preference_data, args.data, train_examples, args.encoding), args.batch_size, args.seed)
     sizes = dict(ppo_ratio=args.ppo_ratio, steps=args.steps, sft_warmup=args.sft_warmup, threshold=args.threshold, batch_size=args.batch_size)
     schedule = SCHEDULES[args.schedule](train_examples, **sizes)
     sampling_generator = torch.Generator(device)  # draws the responses; seeded at every step, for every process its own
@@ -68,25 +67,39 @@ def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
     update = dict(micro_batch_size=args.micro_batch_size, max_grad_norm=args.max_grad_norm, backend=backend)
     sampling = dict(max_length=args.max_length, max_new_tokens=args.max_new_tokens, temperature=args.temperature)
     stateful = dict(optimizer=backend if args.deepspeed else optimizer, kl_controller=kl_controller, schedule=schedule)
-    stateful |= dict(sft_stream=sft_stream, prompt_stream=prompt_stream, pair_stream=pair_stream)
+    stateful |= dict(sft_stream=sft_stream, prompt_stream=prompt_stream)
+    stateful["pair_stream"] = pair_stream = BatchStream(preference_pairs(args, train_examples), args.batch_size, args.seed)
     stateful |= {name: thing for name, thing in (("reward", reward), ("scaler", scaler)) if thing is not None}
     if args.log != "none":
         require(args.log)
     out = Path(args.resume or args.out)
     if args.resume:
         parallel.on_main(recover, out)
+    checkpoint = newest_checkpoint(out) if args.resume else None
+    counters = dict(step=0, rl_steps=0, skipped=0, before=None, samples_before=None)
+    if checkpoint:
+        counters, reference = load_checkpoint(checkpoint, model, reference, stateful, order_generator)
+        if counters["step"] >= args.steps:
+            raise UserError(f"--resume {out}: the run has done its {counters['step']} steps; give more --steps to go on")
+    if args.resume:
         parallel.on_main(write_config, out, {**read_config(out), **{name: getattr(args, name) for name in MAY_CHANGE}})
     else:
         parallel.on_main(open_run_folder, out, vars(args), args.overwrite)
+    parallel.on_main(forget_after, out, counters["step"] if checkpoint else -1)  # a run that died before its first checkpoint starts again
     log = MetricLog(out, args.log if parallel.rank() == 0 else "none", vars(args))
 
     def evaluate_now(step: int) -> tuple[dict, list[dict]]:
+        measure = dict(**sampling, reference=reference, batch_size=args.batch_size, micro_batch_size=args.micro_batch_size)
+        measure |= dict(seed=args.seed, is_reviews=args.data == "reviews")
         if reward is not None:
             reward.reference = reference
-        metrics, samples = evaluate(
-            model, tokenizer, held_out, **sampling, reward=reward, reference=reference, batch_size=args.batch_size,
-            micro_batch_size=args.micro_batch_size, seed=args.seed, is_reviews=args.data == "reviews",
-        )  # fmt: skip
+        try:
+            metrics, samples = evaluate(model, tokenizer, held_out, **measure, reward=reward)
+        except NonFiniteReward as problem:
+            if step == 0:
+                raise  # nothing is lost yet
+            tqdm.write(f"step {step}: {problem}; this evaluation goes without the reward")
+            metrics, samples = evaluate(model, tokenizer, held_out, **measure, reward=None)
         parallel.on_main(log.write, step, "eval", metrics)
         parallel.on_main(append_rows, out / "samples.jsonl", [{"step": step, **sample} for sample in samples[:3]])
         return metrics, samples[:3]
@@ -96,17 +109,44 @@ def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
         states = {name: thing.state_dict() for name, thing in stateful.items()}  # on every process: ZeRO's is spread over them
         parallel.on_main(save_checkpoint, out / name, model, tokenizer, reference, counters, states, order_generator, args.keep)
 
-    checkpoint = newest_checkpoint(out) if args.resume else None
-    if checkpoint:
-        counters, reference = load_checkpoint(checkpoint, model, reference, stateful, order_generator)
-        if counters["step"] >= args.steps:
-            raise UserError(f"--resume {out}: the run has done its {counters['step']} steps; give more --steps to go on")
-        parallel.on_main(forget_after, out, counters["step"])
-    else:  # a run that died before its first checkpoint starts again
-        parallel.on_main(forget_after, out, -1)
-        before, samples_before = evaluate_now(0)
-        counters = dict(step=0, rl_steps=0, skipped=0, before=before, samples_before=samples_before)
+    def learn_from_reward(step: int, drawn: list) -> dict[str, float]:
+        """Sample, score, update: one rollout of PPO or GRPO, on-policy because it is taken here, after the SFT steps before it."""
+        sampling_generator.manual_seed((args.seed * 2**20 + step) * 2**10 + parallel.rank())  # room for a million steps on 1,024 processes
+        reward.reference = reference
+        rollout, metrics = collect_rollout(
+            model, reference, tokenizer, drawn, reward, **sampling,
+            kl_coef=0.0 if args.algorithm == "grpo" else kl_controller.value, kl_estimator=args.kl_estimator, gamma=args.gamma, lam=args.lam,
+            missing_eos_penalty=args.missing_eos_penalty, whiten_rewards=args.whiten_rewards,
+            micro_batch_size=args.micro_batch_size, generator=sampling_generator,
+            turns=args.turns, user=user, turn_rewards=args.turn_rewards,
+        )  # fmt: skip
+        metrics |= reward.metrics()
+        hard = schedule.look(drawn, reward.total)
+        # What is demonstrated below is not learnt from here. Advantages stay as they are: relative to all that was tried.
+        shown_now = {id(example) for example in hard}
+        rollout.response_mask &= torch.tensor([id(example) not in shown_now for example in drawn], device=device)[:, None]
+        update_rl = dict(
+            **update, ppo_epochs=args.ppo_epochs, minibatches=args.minibatches, temperature=args.temperature,
+            cliprange=args.cliprange, target_kl=args.target_kl, generator=order_generator,
+        )  # fmt: skip
+        sft_weight = schedule.sft_weight(step)
+        if sft_weight:
+            batch = demonstration_batch(tokenizer, sft_stream.next(), args.max_length).to(device)
+            update_rl |= dict(demonstrations=batch, sft_weight=sft_weight)
+        if args.algorithm == "grpo":
+            metrics |= grpo_step(model, rollout, optimizer, **update_rl, group_size=args.group_size, kl_coef=kl_controller.value)
+        else:
+            metrics |= ppo_step(model, rollout, optimizer, **update_rl, cliprange_value=args.cliprange_value, vf_coef=args.vf_coef)
+        if hard:
+            metrics |= sft_step(model, demonstration_batch(tokenizer, hard, args.max_length).to(device), optimizer, **update)
+        metrics |= {**schedule.metrics(), "ppo/kl_coef": kl_controller.value}  # grpo pays it in the loss, not in the reward
+        if metrics["ppo/unscored"] < 1:
+            kl_controller.update(metrics["ppo/kl_k1"], args.batch_size)
+        return metrics
+
     first_step, rl_steps, skipped, before, samples_before = counters.values()
+    if not checkpoint:
+        before, samples_before = evaluate_now(0)
     shown = {}  # what stands behind the bar: the latest value of each, whichever phase is running
     with tqdm(total=args.steps, initial=first_step, desc="train", dynamic_ncols=True, disable=parallel.rank() > 0) as bar:
         for step in range(first_step, args.steps):
@@ -127,42 +167,10 @@ def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
                     phase, drawn = "dpo", pair_stream.next()
                     batch = preference_batch(tokenizer, reference, drawn, args.max_length, args.micro_batch_size)
                     metrics = dpo_step(model, batch, optimizer, **update, beta=args.beta)
-                else:
-                    # ---- PPO (or GRPO): learn from the reward. The rollout is taken here, after the SFT steps before it, so it is on-policy.
-                    phase = args.algorithm
-                    drawn = [example for example in prompt_stream.next() for _ in range(args.group_size)]
-                    sampling_generator.manual_seed((args.seed * 2**20 + step) * 2**10 + parallel.rank())  # room for a million steps on 1,024 processes
-                    reward.reference = reference
+                else:  # ---- PPO or GRPO: learn from the reward
+                    phase, drawn = args.algorithm, [example for example in prompt_stream.next() for _ in range(args.group_size)]
                     try:
-                        rollout, metrics = collect_rollout(
-                            model, reference, tokenizer, drawn, reward, **sampling,
-                            kl_coef=0.0 if phase == "grpo" else kl_controller.value, kl_estimator=args.kl_estimator, gamma=args.gamma, lam=args.lam,
-                            missing_eos_penalty=args.missing_eos_penalty, whiten_rewards=args.whiten_rewards,
-                            micro_batch_size=args.micro_batch_size, generator=sampling_generator,
-                            turns=args.turns, user=user, turn_rewards=args.turn_rewards,
-                        )  # fmt: skip
-                        metrics |= reward.metrics()
-                        hard = schedule.look(drawn, reward.total)
-                        # What is demonstrated below is not learnt from here. Advantages stay as they are: relative to all that was tried.
-                        shown_now = {id(example) for example in hard}
-                        rollout.response_mask &= torch.tensor([id(example) not in shown_now for example in drawn], device=device)[:, None]
-                        update_rl = dict(
-                            **update, ppo_epochs=args.ppo_epochs, minibatches=args.minibatches, temperature=args.temperature,
-                            cliprange=args.cliprange, target_kl=args.target_kl, generator=order_generator,
-                        )  # fmt: skip
-                        sft_weight = schedule.sft_weight(step)
-                        if sft_weight:
-                            batch = demonstration_batch(tokenizer, sft_stream.next(), args.max_length).to(device)
-                            update_rl |= dict(demonstrations=batch, sft_weight=sft_weight)
-                        if phase == "grpo":
-                            metrics |= grpo_step(model, rollout, optimizer, **update_rl, group_size=args.group_size, kl_coef=kl_controller.value)
-                        else:
-                            metrics |= ppo_step(model, rollout, optimizer, **update_rl, cliprange_value=args.cliprange_value, vf_coef=args.vf_coef)
-                        if hard:
-                            metrics |= sft_step(model, demonstration_batch(tokenizer, hard, args.max_length).to(device), optimizer, **update)
-                        metrics |= {**schedule.metrics(), "ppo/kl_coef": kl_controller.value}  # grpo pays it in the loss, not in the reward
-                        if metrics["ppo/unscored"] < 1:
-                            kl_controller.update(metrics["ppo/kl_k1"], args.batch_size)
+                        metrics = learn_from_reward(step, drawn)
                     except NonFiniteReward as problem:  # it never becomes an advantage; counted below like a gradient that is not finite
                         tqdm.write(f"step {step + 1}: {problem}")
                         metrics = {f"{phase}/skipped_steps": 1.0}
@@ -245,6 +253,8 @@ def prepare(args: argparse.Namespace):
         reward = build_reward(args.reward, **context)
         if reward.opponent is not None and args.turns > 1 and not args.turn_rewards:
             raise UserError("self_play compares one response with one: with --turns above 1 it needs --turn-rewards")
+        if reward.opponent is not None and args.turns > 1 and tokenizer.chat_template:
+            raise UserError("self_play with --turns above 1 shows the opponent the plain rendering of a dialogue, but this model has a chat template of its own")
         probe = held_out[:2]  # a reward that cannot work on this data says so now, not at step 100
         with reward.frozen():
             reward([example.prompt for example in probe], [example.target for example in probe], **columns_of(probe))
@@ -272,6 +282,8 @@ def prepare(args: argparse.Namespace):
     user = scripted_user
     if args.user_model is not None:
         user_model, user_tokenizer = HybridModel.load(args.user_model, "--user-model")
+        if args.max_new_tokens >= user_model.max_positions:
+            raise UserError(f"--user-model {args.user_model} has a context of {user_model.max_positions} tokens, no room for a dialogue and --max-new-tokens {args.max_new_tokens}")
         user = ModelUser(user_model.to(device).eval(), user_tokenizer, args.max_new_tokens)
     return model, tokenizer, train_examples, held_out, reward, reference, user
 
@@ -309,11 +321,8 @@ def resolve_defaults(args: argparse.Namespace, model: HybridModel) -> None:
         raise UserError(f"--turns {args.turns} of --max-new-tokens {args.max_new_tokens} leave no room for a prompt in --max-length {args.max_length}")
     if (args.ref_ema or args.ref_refresh) and len(args.ref_model or []) > 1:
         raise UserError("--ref-ema and --ref-refresh move one reference, not a mixture of several")
-    if args.micro_batch_size is not None and args.grad_accum is not None:
-        raise UserError("--micro-batch-size and --grad-accum say the same in two ways; give one of them")
     if args.micro_batch_size is None:
         args.micro_batch_size = math.ceil(args.batch_size / (parallel.world() * (args.grad_accum or 1)))
-        args.grad_accum = None  # said, and remembered, as --micro-batch-size from here on
     if args.reward is None and args.ppo_ratio != 0 and (args.algorithm in ROLLS_OUT or args.data == "reviews"):
         args.reward = "sentiment"
 
@@ -323,25 +332,21 @@ def resolve_defaults(args: argparse.Namespace, model: HybridModel) -> None:
 
 def print_estimate(args: argparse.Namespace) -> None:
     """--dry-run: what the run would take, from the model's config alone."""
-    if args.model == "tiny":
-        sizes = cost.TINY
-    else:
-        try:
-            sizes = cost.sizes_of(args.model)
-        except (OSError, ValueError, AttributeError, ArithmeticError) as problem:
-            raise UserError(f"--model {args.model} has no config that can be read: {first_line(problem)}") from None
+    sizes = cost.TINY if args.model == "tiny" else cost.sizes_of(args.model)
     if args.optimizer != "adamw":
         print(f"--optimizer {args.optimizer} is counted like adamw")
     length = args.max_length or 256
     samples, learns = args.algorithm in ROLLS_OUT and args.ppo_ratio != 0, args.ppo_ratio != 0
-    options = dict(length=length, response=args.max_new_tokens, amp=args.amp != "no", checkpointing=args.gradient_checkpointing, reference=learns)
+    response = args.max_new_tokens if samples and args.ppo_ratio == 1 else length  # a demonstration or a preference may fill its row
+    references = max(1, len(args.ref_model or [])) if learns else 0
+    options = dict(length=length, response=response, amp=args.amp != "no", checkpointing=args.gradient_checkpointing, references=references)
 
     def rows(devices: int) -> tuple[int, int]:  # that pass through the model together, and that are sampled together
         share = math.ceil(args.batch_size / devices)
         together = min(share, args.micro_batch_size or math.ceil(share / (args.grad_accum or 1)))
         return together * (1 if samples or not learns else 2), share * samples  # a preference is two rows
 
-    print(f"rows of {length} tokens, {args.max_new_tokens} of them sampled; the formula is in cost.py")
+    print(f"rows of {length} tokens" + f", {args.max_new_tokens} of them sampled" * samples + "; the formula is in cost.py")
     print(cost.table(sizes, rows, **options))
 
 
@@ -460,25 +465,30 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.overwrite:
         raise UserError("--resume goes on with a run, --overwrite replaces one; say one of the two")
     config = read_config(Path(args.resume))
-    flags = {name: config.get(name, default) for name, default in vars(args).items() if name not in EVERY_TIME}
-    flags["out"] = args.resume if args.out == parser.get_default("out") else flags["out"]
-    parser.set_defaults(**flags)
-    args = parser.parse_args(argv)
-    for name, value in flags.items():
-        if getattr(args, name) != value and name not in MAY_CHANGE:
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} {getattr(args, name)} contradicts the run that is resumed, which has {value}; leave the flag out")
-    return args
+    remembered = {name: config.get(name, default) for name, default in vars(args).items() if name not in EVERY_TIME}
+    remembered["out"] = args.resume
+    parser.set_defaults(**dict.fromkeys(remembered))  # what is not said again is None
+    said = {name: value for name, value in vars(parser.parse_args(argv)).items() if name in remembered and value is not None}
+    for name, value in said.items():
+        if remembered[name] != value and name not in MAY_CHANGE:
+            raise UserError(f"--{name.replace('_', '-')} {value} contradicts the run that is resumed, which has {remembered[name]}; leave the flag out")
+    return argparse.Namespace(**{**vars(args), **remembered, **said})
+
+
+# What belongs to some algorithms or schedules alone
+OWNERS = {"threshold": ("gate", "buffer")}
+OWNERS |= dict.fromkeys(("beta", "preference_data"), ("dpo",))
+OWNERS |= dict.fromkeys(("kl_estimator", "cliprange_value", "vf_coef", "gamma", "lam", "whiten_rewards"), ("ppo",))
+OWNERS |= dict.fromkeys(("group_size", "kl_coef", "kl_target", "kl_horizon", "ppo_epochs", "minibatches", "cliprange", "target_kl", "missing_eos_penalty"), ROLLS_OUT)
 
 
 def check_flags_matter(parser: Parser, args: argparse.Namespace) -> None:
-    """A flag whose help begins with the algorithms or schedules that it belongs to is refused where none of them is at work."""
-    choices = {action.dest: action.choices for action in parser._actions}
-    for action in parser._actions:
-        owners = (action.help or "").split(":")[0].split(", ")
-        if set(owners) <= {*choices["algorithm"], *choices["schedule"]} and not {args.algorithm, args.schedule} & set(owners):
-            if getattr(args, action.dest) != action.default:
-                raise UserError(f"{action.option_strings[0]} belongs to {' and '.join(owners)} and does nothing here; leave it out")
+    """A flag that does nothing in this run is refused."""
+    for name, owners in OWNERS.items():
+        if getattr(args, name) != parser.get_default(name) and not {args.algorithm, args.schedule} & set(owners):
+            raise UserError(f"--{name.replace('_', '-')} belongs to {' and '.join(owners)} and does nothing here; leave it out")
+    if args.micro_batch_size is not None and args.grad_accum is not None:
+        raise UserError("--micro-batch-size and --grad-accum say the same in two ways; give one of them")
     if args.schedule in ("gate", "buffer") and args.ppo_ratio != parser.get_default("ppo_ratio"):
         raise UserError(f"--schedule {args.schedule} follows the scores, not --ppo-ratio; leave that out")
 

@@ -42,7 +42,7 @@ def read_zero_config(path: str, max_grad_norm: float) -> dict:
 
 
 class ZeroBackend:
-    """The same three calls as Backend, and the optimiser's state as if it had never been split."""
+    """The same two calls as Backend, and the optimiser's state as if it had never been split."""
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, path: str, max_grad_norm: float, amp: str):
         config = read_zero_config(path, max_grad_norm)

@@ -57,7 +57,8 @@ def test_ragged_workloads_have_the_lengths_that_they_promise():
     lengths = [len(p) for p in bench_worker.make_prompts(load, 0)]
     assert min(lengths) == 8 and max(lengths) == 64 and bench_worker.make_prompts(load, 0) == bench_worker.make_prompts(load, 0) != bench_worker.make_prompts(load, 1)
     lm = bench_worker.build_lm(dict(model=None, layers=1, width=64, vocab=1000, prompt_len=8, response_len=8, ragged=True, device="cpu"))
-    p_eos = torch.softmax(lm(torch.randint(1, 1000, (8, 32))).logits, -1)[..., 0].mean()
+    with torch.no_grad():
+        p_eos = torch.softmax(lm(torch.randint(1, 1000, (8, 32))).logits, -1)[..., 0].mean()
     assert float(p_eos) == pytest.approx(1 / 30, rel=0.1)
 
 
@@ -78,7 +79,8 @@ def test_a_dry_run_prints_the_estimate_writes_nothing_and_never_loads_the_weight
         caches.append(capsys.readouterr().out.split("cache ")[1].split(",")[0])
     assert caches[0] == caches[1], "all prompts of a device are sampled together, whatever the micro-batch"
     main(["--dry-run", "--ppo-ratio", "0"])
-    assert "reference 0," in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "reference 0," in printed and "sampled" not in printed
 
 
 def test_sizes_are_read_from_the_config_alone(shared):
@@ -93,7 +95,7 @@ def test_the_estimate_follows_its_formula():
     expected |= {"activations": 85 * 2 * 10 * 60, "logits": 12 * 100 * 12, "cache": 8 * 2 * 5 * 120}
     assert held == {**expected, "peak": 20000 + 102000 + 14400}
     assert cost.memory(sizes, rows=3, sampled=3, length=20, response=4, devices=4, zero=2)["Adam"] == 3000
-    assert cost.memory(sizes, rows=3, sampled=0, length=20, response=4, reference=False)["reference"] == 0
+    assert cost.memory(sizes, rows=3, sampled=0, length=20, response=4, references=0)["reference"] == 0
 
 
 def test_the_activations_are_those_that_autograd_keeps():

@@ -76,6 +76,7 @@ def place(tmp_path_factory, tiny_folder):
     data("header.csv", "prompt,target\n")
     data("table.xlsx", b"PK")
     data("not.parquet", b"PAR1 nothing")
+    data("prefs.jsonl", '{"prompt": "p", "chosen": "a b", "rejected": "c"}\n')
     data("pairs.jsonl", '{"prompt": "p", "chosen": "a b"}\n')
     data("same.jsonl", '{"prompt": "p", "chosen": "a", "rejected": "a"}\n')
     data("r.py", "def boom(**k): raise RuntimeError('no')\ndef short(completions, **k): return [1.0]\ndef nan(completions, **k): return [float('nan')] * len(completions)\n")
@@ -151,6 +152,7 @@ MISTAKES = [
     ("--deepspeed {root}/zero.json --optimizer muon", "goes with --optimizer adamw, adam or sgd only"),
     ("--deepspeed {root}/zero.json --amp fp16", "goes with --amp bf16 or no"),
     ("--deepspeed {root}/zero_odd.json", "or 2, found stage None"),
+    ("--algorithm dpo --kl-coef 0.3", "--kl-coef belongs to ppo and grpo and does nothing here"),
     ("--beta 0.3", "--beta belongs to dpo and does nothing here"),
     ("--preference-data {root}/good.jsonl", "--preference-data belongs to dpo"),
     ("--threshold 0.3", "--threshold belongs to gate and buffer"),
@@ -209,6 +211,9 @@ MISTAKES = [
     ("--reward truthful", "needs the columns correct_answers and incorrect_answers"),
     ("--reward classifier('no/such')", "reward model no/such cannot be loaded"),
     ("--reward sentiment(lexicon='no.txt')", "no.txt cannot be read"),
+    ("--reward bleu --mixture-data {root}/prefs.jsonl", "and --reward 'bleu' has none"),
+    ("--reward mixture(self_play(length),length) --mixture-data {root}/prefs.jsonl", "does not go with self_play"),
+    ("--turns 2 --user-model {root}/good --max-new-tokens 64 --max-length 200", "no room for a dialogue"),
     ("--reward mixture(bleu,length) --mixture-data {root}/pairs.jsonl", "pairs.jsonl:1: field 'rejected' must be a string"),
     ("--reward mixture(bleu,length) --mixture-data {root}/same.jsonl", "holds no pair of different responses"),
     # run folders, devices, choices

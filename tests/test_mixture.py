@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from data import Pair
+from engine import UserError
 from mixture import Mixture, RunningNorm
 from rewards import build_reward
 
@@ -122,6 +123,15 @@ def test_mixture_in_an_expression_is_fitted_logged_and_restored():
     assert reward(*texts)[0] > reward(*texts)[1]
 
 
+def test_a_fit_asks_what_is_in_the_mixture_and_nothing_else(capsys):
+    pairs = [Pair(f"q{i}", "good good", "bad", {}) for i in range(6)]
+    for expression in ("rouge_l + mixture(sentiment, length)", "mixture(sentiment, length) + rouge_l"):  # the pairs have no target
+        assert build_reward(expression, mixture_pairs=pairs)(["q"], ["good"], target=["good"]).isfinite().all()
+        assert "agrees with 100% of the 6 preference pairs" in capsys.readouterr().out
+    with pytest.raises(UserError, match="fits the weights of a mixture"):
+        build_reward("sentiment", mixture_pairs=pairs)
+
+
 @pytest.mark.parametrize("part", ["length(target=40)", "ema(length(target=40))", "whiten(length(target=40))"])
 def test_a_fit_standardises_both_sides_of_a_pair_together(part):
     pairs = [Pair("p", "w " * (i % 5 + 6), "w " * (i % 5 + 1)) for i in range(40)]
@@ -139,8 +149,6 @@ def test_two_equal_terms_have_a_memory_each():
 
 @pytest.mark.parametrize("expression, part", [("clip(bleu, 'a', 'b')", "clip"), ("clip(bleu, 3, -3)", "lower first"), ("scale(bleu, 'a')", "scale"), ("-" * 3000 + "bleu", "not an expression"), ("mixture(bleu)", "at least two"), ("mixture(bleu, rouge_l, floor=0.6)", "floor"), ("ema()", "cannot read"), ("ema(bleu, decay=2)", "decay"), ("clip(bleu)", "clip"), ("clip(bleu, rouge_l, 1)", "clip")])
 def test_wrong_post_processors_are_named(expression, part):
-    from engine import UserError
-
     with pytest.raises(UserError) as caught:
         build_reward(expression)
     assert part in str(caught.value)

@@ -196,6 +196,7 @@ def test_perplexity_never_rewards_silence(tokenizer):
 
 
 def test_sentiment():
+    assert lexicon_sentiment("it was 'good'") == lexicon_sentiment("it was good") == lexicon_sentiment("a good- film") > 0
     assert lexicon_sentiment("Great, GREAT!") == pytest.approx(4 / math.sqrt(16 + 15))
     assert lexicon_sentiment("great but dull") == lexicon_sentiment("") == lexicon_sentiment("table") == 0
     assert -1 < lexicon_sentiment("awful " * 1000) < -0.99

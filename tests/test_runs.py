@@ -217,6 +217,14 @@ def test_a_reward_that_turns_nan_costs_one_update(tmp_path, capsys):
     assert "step 3: reward 'r' gave nan, not a finite number, for the completion" in capsys.readouterr().out
 
 
+def test_a_reward_that_turns_nan_while_measuring_costs_that_measurement(tmp_path, capsys):
+    (tmp_path / "r.py").write_text("calls = []\ndef r(completions, **columns):\n    calls.append(0)\n    return [float('nan') if len(calls) > 4 else 1.0] * len(completions)\n")
+    flags = "--limit 60 --steps 2 --ppo-ratio 1 --batch-size 4 --max-new-tokens 6 --eval-size 4 --eval-every 0 --device cpu".split()
+    metrics = main([*flags, "--reward", f"{tmp_path}/r.py:r", "--out", str(tmp_path / "run")])  # probe, evaluation, two rollouts, evaluation
+    assert "eval/reward" not in metrics and "eval/nll" in metrics and (tmp_path / "run" / "final" / "config.json").is_file()
+    assert "step 2: reward 'r' gave nan" in capsys.readouterr().out
+
+
 @pytest.mark.filterwarnings("ignore:Detected call of")
 def test_ten_lost_updates_in_a_row_stop_with_the_last_good_weights(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(engine.torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.nan))

@@ -227,9 +227,20 @@ def test_a_resumed_run_may_not_contradict_itself(tmp_path, capsys):
     out = tmp_path / "run"
     assert "--lr 0.1 contradicts the run that is resumed, which has 0.003" in fails(capsys, "--resume", out, "--lr", 0.1)
     assert "nothing to resume there" in fails(capsys, "--resume", tmp_path / "nowhere")
-    assert "the run has done its 6 steps" in fails(capsys, "--resume", out)
+    before = (out / "config.json").read_text()
+    assert "the run has done its 6 steps" in fails(capsys, "--resume", out, "--steps", 3)
+    assert (out / "config.json").read_text() == before
+    assert "--out elsewhere contradicts" in fails(capsys, "--resume", out, "--out", "elsewhere")
     main(["--resume", str(out), "--steps", "8"])
     assert read_rows(out / "metrics.jsonl")[-1]["step"] == 8
+
+
+def test_a_flag_may_be_said_again_when_resuming(tmp_path, tiny_folder):
+    flags = ["--model", tiny_folder, "--max-length", 40, "--grad-accum", 2, "--ppo-ratio", "0:1"]
+    flags += ["--ref-model", f"a={tiny_folder}", "--ref-model", f"b={tiny_folder}:2"]
+    run(tmp_path, *flags, "--save-every", 3)
+    shutil.rmtree(tmp_path / "run" / "final")
+    assert main([*FAST, *map(str, flags), "--resume", str(tmp_path / "run"), "--save-every", "3"])["eval/nll"] > 0
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of")
