@@ -34,7 +34,7 @@ def flags_of_train() -> list[argparse.Action]:
 
 
 def test_every_flag_is_used_and_explained():
-    source = (ROOT / "train.py").read_text()
+    source = (ROOT / "train.py").read_text() + (ROOT / "dpo.py").read_text()
     for action in flags_of_train():
         assert re.search(rf"\bargs\.{action.dest}\b", source), f"--{action.dest} is never read"
         assert action.help and f"`{action.option_strings[0]}`" in README, f"{action.option_strings[0]} is not in the README"
