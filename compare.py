@@ -100,20 +100,39 @@ def markdown(results: dict[str, list[dict]]) -> str:
     return "\n".join(lines)
 
 
+def mean_curve(runs: list[dict]) -> list[tuple[float, float]]:
+    """(NLL, reward) at every evaluation, the mean over seeds."""
+    return [tuple(statistics.mean(column) for column in zip(*[point[1:] for point in points])) for points in zip(*[run["curve"] for run in runs])]
+
+
+def nll_at_reward(curve: list[tuple[float, float]], reward: float) -> float | None:
+    """The NLL at which a curve of (NLL, reward) first rises to that reward, by linear interpolation; None if it never does."""
+    for (nll, low), (next_nll, high) in itertools.pairwise(curve):
+        if low < reward <= high:
+            return nll + (next_nll - nll) * (reward - low) / (high - low)
+    return None
+
+
+def at_equal_reward(results: dict[str, list[dict]]) -> str:
+    """One line: the held-out NLL of PPO's arms where they earn what the hybrid earns at its end."""
+    nll, reward = mean_curve(results["hybrid"])[-1]
+    passed = {arm: nll_at_reward(mean_curve(results[arm]), reward) for arm in ("PPO", "SFT, then PPO")}
+    others = "; ".join(f"{arm}: {'never there' if at is None else f'{at:.2f}'}" for arm, at in passed.items())
+    return f"Held-out NLL at the reward with which the hybrid ends ({reward:.2f}): hybrid: {nll:.2f}; {others}."
+
+
 def pareto(results: dict[str, list[dict]], path: Path) -> None:
     """Reward against held-out NLL along training, the mean over seeds: a large dot where the arm ends, a dot for every seed there, a cross where
     all began (left out where it is far away, as it is for random weights)."""
     pyplot = load_pyplot("compare")
     figure, axis = pyplot.subplots(figsize=(6.4, 4.4), layout="constrained")
-    begin = statistics.mean(run["curve"][0][1] for run in results["hybrid"])
-    is_near = begin < 1.5 * statistics.mean(run["eval/nll"] for run in results["SFT"])
+    is_near = mean_curve(results["hybrid"])[0][0] < 1.5 * statistics.mean(run["eval/nll"] for run in results["SFT"])
     for arm, runs in results.items():
-        curves = [[(nll, reward) for step, nll, reward in run["curve"] if step or is_near] for run in runs]
-        mean = [(statistics.mean(p[0] for p in points), statistics.mean(p[1] for p in points)) for points in zip(*curves)]
+        mean = mean_curve(runs)[0 if is_near else 1 :]
         [line] = axis.plot(*zip(*mean), ".-", markersize=2, linewidth=1.2, label=arm)
         axis.plot(*mean[-1], "o", color=line.get_color(), markersize=7)
-        for curve in curves:
-            axis.plot(*curve[-1], ".", color=line.get_color(), markersize=5)
+        for run in runs:
+            axis.plot(run["eval/nll"], run["eval/reward"], ".", color=line.get_color(), markersize=5)
     if is_near:
         axis.plot(*mean[0], "kx", label="before training")
     axis.set_xlabel("held-out NLL, nats a token (less is better)")
@@ -197,7 +216,7 @@ def main(argv: list[str]) -> dict:
     (out / "compare.json").write_text(json.dumps(report, indent=1) + "\n")
     chosen = "; ".join(f"{arm}: lr {best[arm][2]:g}" + ("" if arm == "SFT" else f", kl-coef {best[arm][3]:g}") for arm in names)
     how = f"Tuned on seed 0 by {args.select}" if is_tuned else "Not tuned"
-    text = f"{markdown(results)}\n\n{args.steps} steps, {args.seeds} seeds, mean and 95 % interval. {how}: {chosen}.\n"
+    text = f"{markdown(results)}\n\n{args.steps} steps, {args.seeds} seeds, mean and 95 % interval. {how}: {chosen}.\n{at_equal_reward(results)}\n"
     (out / "compare.md").write_text(text)
     print(text)
     pareto(results, out / "pareto.png")

@@ -50,6 +50,18 @@ def test_the_table_shows_the_leaves_where_there_are_several():
     assert compare.columns_in([run | {"eval/reward/b": 4.0}, {"eval/kl": 0.0}]) == ["eval/nll", "eval/reward", "eval/reward/a", "eval/reward/b", "eval/kl"]
 
 
+def test_the_nll_at_equal_reward_is_read_off_the_mean_curves():
+    def runs(*curves):
+        return [{"curve": [(step, *point) for step, point in enumerate(curve)]} for curve in curves]
+
+    results = {
+        "hybrid": runs([(2.0, 0.0), (1.5, 0.4)], [(2.0, 0.0), (1.7, 0.6)]),  # ends at 1.6 with 0.5
+        "PPO": runs([(2.0, 0.0), (3.0, 1.0)]),  # half of the way
+        "SFT, then PPO": runs([(2.0, 0.0), (1.0, 0.4)]),
+    }
+    assert compare.at_equal_reward(results).endswith("(0.50): hybrid: 1.60; PPO: 2.50; SFT, then PPO: never there.")
+
+
 @pytest.fixture
 def trained(tmp_path, monkeypatch) -> list[str]:
     """Runs happen here and not in processes of their own, whose imports take longer; -> the --out of each."""
