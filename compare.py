@@ -8,7 +8,7 @@ you say otherwise), so equal steps are equal updates and equal numbers of rows; 
 over the same grid of learning rates and KL prices on a seed of its own, which is not among those that are reported; the choice is by --select.
 
 `--tax` adds what training has cost elsewhere: the perplexity of every final model, and of the one before training, on a text that it was not trained for.
-The same command goes on where it was interrupted: a run that is complete is not repeated.
+The same command goes on where it was interrupted: a run that is complete is not repeated, also where there are to be more seeds, rates or prices.
 
 Left out on purpose: a winner. The table has means with 95 % intervals (Student's t over seeds), compare.json every number, pareto.png the reward against the
 held-out NLL along training, one line an arm: up and to the left is better.
@@ -146,8 +146,8 @@ def make_folder(out: Path, asked: dict) -> None:
     """A new folder that remembers what was asked for, or the one of the same command, interrupted. Raises UserError for any other."""
     memory = out / "command.json"
     if memory.is_file():
-        if json.loads(memory.read_text()) != json.loads(json.dumps(asked)):
-            raise UserError(f"--out {out} holds another comparison ({memory}); choose another folder, or repeat its command to go on with it")
+        if json.loads(memory.read_text()) != asked:
+            raise UserError(f"--out {out} holds a comparison with other --steps or flags of train.py ({memory}); choose another folder")
         return
     check_new_folder(str(out))
     out.mkdir()
@@ -172,8 +172,7 @@ def main(argv: list[str]) -> dict:
     load_pyplot("compare")  # what cannot work says so now, not after an hour
     elsewhere = whole_texts(args.tax) if args.tax else []
     out = Path(args.out)
-    asked = {name: value for name, value in vars(args).items() if name not in ("jobs", "select", "tax")}  # what the runs depend on
-    make_folder(out, {**asked, "train.py": theirs})
+    make_folder(out, {"steps": args.steps, "train.py": theirs})  # what every run depends on; seeds, rates and prices have runs of their own
     common = ["--steps", args.steps, "--eval-every", max(1, args.steps // 10), "--save-every", 0, "--reward", "sentiment", "--ppo-epochs", 1, "--minibatches", 1, *theirs]
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
 
@@ -190,7 +189,10 @@ def main(argv: list[str]) -> dict:
             if done.returncode:
                 raise UserError(f"{' '.join(command[1:])} ended with: {(done.stderr.strip().splitlines() or ['no word of why'])[-1]}")
             print(f"done: {folder.name}", flush=True)
-        return summarise(read_rows(folder / "metrics.jsonl"), read_config(folder)["batch_size"])
+        summary = summarise(read_rows(folder / "metrics.jsonl"), read_config(folder)["batch_size"])
+        if any(None in point for point in summary["curve"]):
+            raise UserError(f"{folder} has an evaluation without a reward or a held-out NLL, so there is nothing to compare")
+        return summary
 
     names = list(arms(args.steps))
     with ThreadPoolExecutor(args.jobs) as pool:

@@ -107,7 +107,7 @@ def test_a_small_comparison_from_one_command(tmp_path, trained, capsys):
     assert [{**run, "seconds": 0} for run in again["runs"]["SFT"]] == [{**run, "seconds": 0} for run in report["runs"]["SFT"]]
     with pytest.raises(SystemExit):
         main(["compare", "--out", "c"])
-    assert "holds another comparison" in capsys.readouterr().err
+    assert "holds a comparison with other --steps" in capsys.readouterr().err
 
 
 def test_the_tax_is_the_perplexity_elsewhere(tmp_path, trained, tiny_folder):
