@@ -24,7 +24,7 @@ from pathlib import Path
 import jinja2  # comes with torch; chat templates are written in it
 import torch
 
-from engine import Parser, UserError, first_line, one_line_errors
+from engine import Parser, UserError, first_line, number, one_line_errors
 
 PROMPT_FIELDS = ("prompt", "instruction", "question", "query")
 TARGET_FIELDS = ("target", "completion", "response", "output", "answer")
@@ -304,7 +304,8 @@ def _pick_field(record: dict, wanted: str | None, known: tuple[str, ...], kind: 
     found = next((name for name in names if name in record), None)
     if found is None:
         have = ", ".join(record) or "nothing"
-        raise UserError(f"no {kind} field: looked for {', '.join(names)}; the record has {have} (see --{kind}-field)")
+        alone = "; prompts without answers: 'turns', a list of one string, and --ppo-ratio 1" * (kind == "target")
+        raise UserError(f"no {kind} field: looked for {', '.join(names)}; the record has {have} (see --{kind}-field{alone})")
     return found
 
 
@@ -597,13 +598,38 @@ def review_metrics(prompts: list[str], completions: list[str]) -> dict[str, floa
     return {"fluent": sum(fluent) / n, "positive": sum(positive) / n, "fluent_and_positive": sum(both) / n}
 
 
+def add_data_flags(group) -> None:
+    """How a source is read: the flags that `train.py` and `data.py` share."""
+    group.add_argument("--data-config", help="configuration of a hub dataset, such as wikitext-2-raw-v1")
+    group.add_argument("--data-split", default="train", help="split of a hub dataset; a tenth of it is held out by hash")
+    group.add_argument("--prompt-field", help="column with the prompt (default: prompt, instruction, question or query)")
+    group.add_argument("--target-field", help="column with the target (default: target, completion, response, output or answer)")
+    group.add_argument("--prompt-words", type=number(int, 1), default=12, help="plain text: the first N words are the prompt")
+    group.add_argument("--encoding", default="utf-8", help="encoding of a local file")
+    group.add_argument("--limit", type=number(int, 1), help="read at most N records")
+
+
+def data_options(args) -> dict:
+    """Those flags -> keyword arguments of `load_examples`."""
+    fields = dict(prompt_field=args.prompt_field, target_field=args.target_field, prompt_words=args.prompt_words)
+    return dict(**fields, limit=args.limit, encoding=args.encoding, config=args.data_config, split=args.data_split)
+
+
 @one_line_errors
 def main(argv: list[str]) -> None:
-    """Print the first examples of a source."""
+    """What a source becomes: its first examples, and how many there are."""
     parser = Parser(main.__doc__)
-    parser.add_argument("source", nargs="?", default="reviews", help="what --data of train.py may be")
-    for shown in load_examples(parser.parse_args(argv).source, limit=3):
+    parser.add_argument("source", nargs="?", default="reviews", help="what --data of train.py may be; the flags are those of train.py too")
+    add_data_flags(parser)
+    args = parser.parse_args(argv)
+    examples = load_examples(args.source, **data_options(args))
+    for shown in examples[:3]:
         print(json.dumps({"prompt": shown.prompt, "target": shown.target, **shown.columns}, ensure_ascii=False, default=str))
+    train, held_out = split_examples(examples)
+    print(f"{len(examples)} examples, {len(held_out)} of them held out, {sum(not e.target for e in examples)} without a target")
+    glued = sum(e.messages is None and e.prompt[-1:].strip() != "" and e.target[:1].isascii() and e.target[:1].isalnum() for e in examples)
+    if glued:
+        print(f"note: in {glued} of them prompt and target touch, as in {(examples[0].prompt + examples[0].target)[:60]!r}: end one or begin the other with a space or line break")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ class NonFiniteReward(UserError):
 
 def first_line(problem: BaseException) -> str:
     """The first line of an exception's message, for an error of one line; its class where it says nothing."""
-    return next(iter(str(problem).strip().splitlines()), type(problem).__name__).rstrip(".")
+    return next(iter(str(problem).strip().splitlines()), type(problem).__name__).rstrip(".: ")
 
 
 def check_new_folder(out: str) -> None:

@@ -128,6 +128,7 @@ RULES = [
     ("ppo/kl", lambda first, last: last > 50, "the KL is above 50 nats a response: reward hacking; raise --kl-coef"),
     ("ppo/entropy", lambda first, last: last < 0.2 * first, "the entropy collapsed to a fifth: the same answer to everything"),
     ("ppo/clipfrac", lambda first, last: last > 0.3, "more than 0.3 of the tokens are clipped: lower --lr or --ppo-epochs"),
+    ("ppo/score_std", lambda first, last: last < 1e-6, "all responses score alike, so there is nothing to learn: does --reward fit the data?"),
     ("ppo/var_explained", lambda first, last: last < -1, "the value head is worse than a constant: raise --vf-coef"),
     ("ppo/response_length", lambda first, last: not 0.5 < last / first < 2, "the responses changed their length twofold: the reward likes length or silence"),
     ("ppo/eos_rate", lambda first, last: last < 0.1, "hardly any response ends by itself: raise --max-new-tokens, or EOS is not trained"),
@@ -146,7 +147,8 @@ def verdict(rows: list[dict]) -> str:
     """One line on the rows of a metrics.jsonl: `verdict: healthy` or what to suspect, by RULES, then first third -> last third."""
     if not rows:
         return "verdict: nothing was recorded"
-    rows = [{name.replace("grpo/", "ppo/"): value for name, value in row.items()} for row in rows]  # the same rules for both
+    as_ppo = {row["phase"] for row in rows} - {"sft", "dpo", "eval"}  # the same rules for all that sample
+    rows = [{"ppo/" + name.split("/", 1)[1] if name.split("/")[0] in as_ppo else name: value for name, value in row.items()} for row in rows]
     suspicions = [f"{key} {ends[1]:.3g}: {text}" for key, sick, text in RULES if (ends := _ends(rows, key)) and sick(*ends)]
     # The leaves are raw; the total may be standardised (ema, whiten, mixture), and then it has no trend of its own.
     leaves = {key for row in rows for key in row if key.startswith("reward/")}

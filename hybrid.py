@@ -17,6 +17,7 @@ differ from 1 before the first update), half-precision weights.
 import copy
 import inspect
 import logging
+import shutil
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -189,6 +190,8 @@ class HybridModel(nn.Module):
         self.lm.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         save_file(self.value_head.state_dict(), Path(folder) / VALUE_HEAD)
+        for path in Path(folder).glob("*.safetensors"):
+            shutil.copymode(Path(folder) / "config.json", path)  # safetensors lets nobody but the owner read what it writes
 
     @classmethod
     def load(cls, name: str, what: str = "model") -> tuple["HybridModel", PreTrainedTokenizerFast]:
@@ -351,6 +354,8 @@ def load_lm(name: str, what: str = "model") -> tuple[nn.Module, PreTrainedTokeni
     """Causal LM (float32) and tokenizer from a local folder or a hub id. Raises UserError with what to do."""
     folder = Path(name)
     looks_local = folder.exists() or name.startswith((".", "/", "~"))
+    if (folder / "final" / "config.json").is_file():
+        raise UserError(f"{what} {name} is a run folder; its model is in {folder / 'final'}")
     if looks_local and not (folder / "config.json").is_file():
         raise UserError(f"{what} {name}: expected a Hugging Face model folder with a config.json, found none there")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are no news; the outcome is
@@ -369,7 +374,7 @@ def load_lm(name: str, what: str = "model") -> tuple[nn.Module, PreTrainedTokeni
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, ImportError, AttributeError) as problem:
-        raise UserError(f"{what} {name} has no tokenizer that can be read: {first_line(problem)}") from None
+        raise UserError(f"{what} {name} has no tokenizer that can be read ({first_line(problem)}); save one beside the weights with tokenizer.save_pretrained") from None
     check_tokenizer(f"{what} {name}", lm, tokenizer)
     return lm, tokenizer
 

@@ -259,6 +259,7 @@ def collect_rollout(
     )  # fmt: skip
     metrics = {
         "score": raw_scores.nanmean(),
+        "score_std": (raw_scores - raw_scores.nanmean()).square().nanmean().sqrt(),
         "unscored": (~scored).float().mean(),
         "reward": rewards.sum(1)[scored].mean(),
         "kl": kl_estimate(policy.logprobs, ref_logprobs, "k3").sum(1)[scored].mean(),
@@ -355,9 +356,9 @@ def optimise(
     """`epochs` passes over the rollout, each in a fresh order and cut into `minibatches` optimiser steps of equal size
     (to within one row).
 
-    After an epoch whose mean `approxkl` exceeds `target_kl` the remaining epochs are not run. Returns the means over the
-    optimiser steps taken, the number of those skipped, the largest `ratio_gap_max`, and `first_ratio_gap`: max |ratio - 1| of the first minibatch,
-    which is 0 up to rounding as long as rollouts are on-policy. `generator` (CPU) orders the rows; `backend` is for float16 and several
+    `loss_fn(part of the rollout) -> (loss, stats)`, means over its response tokens. Returns the means of the stats over the optimiser steps taken
+    (the maximum where a name ends in `_max`) and the number of those skipped. After an epoch whose mean `approxkl` exceeds `target_kl` the remaining
+    epochs are not run. A stat `ratio_gap_max` also gives `first_ratio_gap`: max |ratio - 1| of the first minibatch, which is 0 up to rounding as long as rollouts are on-policy. `generator` (CPU) orders the rows; `backend` is for float16 and several
     processes, None is plain torch.
 
     With `demonstrations`, every update follows (1 - sft_weight) * loss_fn + sft_weight * sft_loss (InstructGPT 2203.02155, eq. 2, has a sum with
@@ -388,10 +389,12 @@ def optimise(
                 stats |= accumulate(backend, demonstrations, every, micro_batch_size, weighted_sft_loss)
             history.append(stats | apply_gradients(backend, optimizer, max_grad_norm))
         passes += 1
-        approxkl = [stats["approxkl"] for stats in history[first_of_epoch:]]
-        if target_kl is not None and sum(approxkl) / len(approxkl) > target_kl:
+        latest = history[first_of_epoch:]
+        if target_kl is not None and sum(stats["approxkl"] for stats in latest) / len(latest) > target_kl:
             break
-    metrics = {"epochs": float(passes), "first_ratio_gap": history[0]["ratio_gap_max"]}
+    metrics = {"epochs": float(passes)}
+    if "ratio_gap_max" in history[0]:
+        metrics["first_ratio_gap"] = history[0]["ratio_gap_max"]
     taken = [stats for stats in history if not stats["skipped_steps"]] or history
     for name in taken[0]:
         values = [stats[name] for stats in taken]

@@ -27,6 +27,7 @@ import operator
 import random
 import re
 import sys
+import traceback
 from collections import Counter
 from contextlib import contextmanager
 from decimal import Decimal
@@ -38,7 +39,7 @@ import torch
 
 import parallel
 from data import Example, encode_prompt, encode_target, read_records
-from engine import NonFiniteReward, UserError, one_line_errors
+from engine import NonFiniteReward, Parser, UserError, one_line_errors
 from judges import JUDGES, frozen_lm
 from mixture import Mixture, RunningNorm
 from self_play import SelfPlay
@@ -303,12 +304,12 @@ def read_lexicon(path: str, default: float | None = None) -> dict[str, float]:
 def lexicon_sentiment(text: str, lexicon: dict[str, float] = DEFAULT_LEXICON) -> float:
     """s / sqrt(s^2 + 15), s the summed valence of the words (the normalisation of the vaderSentiment package); -1..1.
 
-    No grammar at all: "not good" is good here. That makes it easy to please, which is what the built-in task is about.
+    No grammar at all: "not good" is good here, and a quoted 'good' is another word. That makes it easy to please, which is what the built-in task is about.
 
     >>> round(lexicon_sentiment("a brilliant, funny plot and a dull ending"), 4)
     0.4588
     """
-    total = sum(lexicon.get(word, 0.0) for word in words_of(text))
+    total = sum(lexicon.get(word, 0.0) for word in re.findall(r"[\w'-]+", text.lower()))
     return total / math.sqrt(total * total + 15)
 
 
@@ -679,7 +680,9 @@ def _call_leaf(name: str, function: Callable, prompts: list[str], completions: l
     except UserError:
         raise
     except Exception as problem:  # the user's own code may raise anything; it is named, not hidden
-        raise UserError(f"reward '{name}' raised {type(problem).__name__}: {problem}; first completion: {completions[0][:80]!r}") from problem
+        where = traceback.extract_tb(problem.__traceback__)[-1]
+        where = f"{Path(where.filename).name}:{where.lineno}"
+        raise UserError(f"reward '{name}' raised {type(problem).__name__}: {problem} ({where}); first completion: {completions[0][:80]!r}") from problem
     if isinstance(values, (torch.Tensor, np.ndarray)):
         values = values.tolist()
     if getattr(function, "may_abstain", False):  # a judge that could not be reached: no score, which is not a score of 0
@@ -885,22 +888,27 @@ def list_rewards() -> str:
 
 @one_line_errors
 def main(argv: list[str]) -> None:
-    """`--list`, or EXPRESSION FILE: one JSON line per record with the total and every leaf, then the means."""
-    if argv == ["--list"]:
+    """Score the texts of a file: one JSON line per record with the total and every leaf, then the means."""
+    parser = Parser(main.__doc__)
+    parser.add_argument("expression", nargs="?", help="a reward expression, as for --reward of train.py")
+    parser.add_argument("file", nargs="?", help='records such as {"prompt": "Say hello.", "completion": "Hello!", "target": "Hello there!"}')
+    parser.add_argument("--list", action="store_true", help="print every reward, its range and what it needs")
+    args = parser.parse_args(argv)
+    if args.list:
         return print(list_rewards())
-    if len(argv) != 2:
+    if args.file is None:
         raise UserError('usage: python rewards.py --list | python rewards.py "EXPRESSION" FILE (with prompt, completion, target)')
-    records = list(read_records(argv[1]))
+    records = list(read_records(args.file))
     if not records or not all(isinstance(r.get("completion"), str) for r in records):
-        raise UserError(f"{argv[1]}: every record needs a string 'completion'; prompt, target and other columns as the reward asks")
+        raise UserError(f"{args.file}: every record needs a string 'completion'; prompt, target and other columns as the reward asks")
     names = {name for record in records for name in record if record[name] is not None} - {"prompt", "completion", "prompts", "completions"}
     columns = {name: [record.get(name) for record in records] for name in names}
     prompts = [str(record.get("prompt") or "") for record in records]
-    reward = build_reward(argv[0], documents=prompts)
+    reward = build_reward(args.expression, documents=prompts)
     total = reward(prompts, [record["completion"] for record in records], **columns)  # (B,)
     scored = {"total": total, **reward.parts}
     for i in range(len(records)):
-        print(json.dumps({name: round(values[i].item(), 6) for name, values in scored.items()}))
+        print(json.dumps({name: round(values[i].item(), 6) for name, values in scored.items()} | {"completion": records[i]["completion"][:80]}, ensure_ascii=False))
     print("mean  " + "  ".join(f"{name} {values.nanmean().item():.4f}" for name, values in scored.items()))
 
 

@@ -10,7 +10,9 @@ DPO update (`--schedule gate` and `mix` do both in one). All share one model, on
 
 import argparse
 import math
+import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,7 +21,7 @@ from tqdm import tqdm
 
 import cost
 import parallel
-from data import BatchStream, columns_of, demonstration_batch, encode_prompt, load_examples, load_pairs, split_examples
+from data import BatchStream, add_data_flags, columns_of, data_options, demonstration_batch, encode_prompt, load_examples, load_pairs, split_examples
 from dialogue import ModelUser, scripted_user
 from dpo import dpo_step, preference_batch, preference_pairs
 from engine import AMP_DTYPES, OPTIMIZERS, SCHEDULERS, Backend, NonFiniteReward, Parser, UserError, check_amp, compile_lm, learning_rate_factor
@@ -76,6 +78,8 @@ def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
     if args.resume:
         parallel.on_main(recover, out)
     checkpoint = newest_checkpoint(out) if args.resume else None
+    if args.resume and not checkpoint and parallel.rank() == 0:
+        print(f"{out} has no checkpoint yet: the run starts again")
     counters = dict(step=0, rl_steps=0, skipped=0, before=None, samples_before=None)
     if checkpoint:
         counters, reference = load_checkpoint(checkpoint, model, reference, stateful, order_generator)
@@ -108,6 +112,19 @@ def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
         counters = dict(step=step, rl_steps=rl_steps, skipped=skipped, before=before, samples_before=samples_before)
         states = {name: thing.state_dict() for name, thing in stateful.items()}  # on every process: ZeRO's is spread over them
         parallel.on_main(save_checkpoint, out / name, model, tokenizer, reference, counters, states, order_generator, args.keep)
+
+    @contextmanager
+    def nothing_lost(step: int):
+        """A reward that raises in mid-run ends the run, but not before the weights of `step` are saved."""
+        try:
+            yield
+        except NonFiniteReward:
+            raise
+        except UserError as problem:
+            if step:
+                save(f"checkpoint-{step:06d}", step)
+                raise UserError(f"{problem}; saved as of step {step}: mend it and go on with --resume {out}") from None
+            raise
 
     def learn_from_reward(step: int, drawn: list) -> dict[str, float]:
         """Sample, score, update: one rollout of PPO or GRPO, on-policy because it is taken here, after the SFT steps before it."""
@@ -148,7 +165,8 @@ def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
     if not checkpoint:
         before, samples_before = evaluate_now(0)
     shown = {}  # what stands behind the bar: the latest value of each, whichever phase is running
-    with tqdm(total=args.steps, initial=first_step, desc="train", dynamic_ncols=True, disable=parallel.rank() > 0) as bar:
+    pace = 0.1 if sys.stderr.isatty() else 10  # seconds between two states of the bar: a log file needs few
+    with tqdm(total=args.steps, initial=first_step, desc="train", dynamic_ncols=True, mininterval=pace, disable=parallel.rank() > 0) as bar:
         for step in range(first_step, args.steps):
             started = time.perf_counter()
             lr = args.lr * factor(step)
@@ -170,7 +188,8 @@ def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
                 else:  # ---- PPO or GRPO: learn from the reward
                     phase, drawn = args.algorithm, [example for example in prompt_stream.next() for _ in range(args.group_size)]
                     try:
-                        metrics = learn_from_reward(step, drawn)
+                        with nothing_lost(step):
+                            metrics = learn_from_reward(step, drawn)
                     except NonFiniteReward as problem:  # it never becomes an advantage; counted below like a gradient that is not finite
                         tqdm.write(f"step {step + 1}: {problem}")
                         metrics = {f"{phase}/skipped_steps": 1.0}
@@ -197,7 +216,8 @@ def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
                     f"{out / f'checkpoint-{step + 1:06d}'}, the batches in {out / 'skipped.jsonl'}; start a new run from there with --model and a smaller --lr"
                 )
             if step + 1 == args.steps or (args.eval_every and (step + 1) % args.eval_every == 0):
-                after, samples_after = evaluate_now(step + 1)
+                with nothing_lost(step + 1):
+                    after, samples_after = evaluate_now(step + 1)
                 print_evaluation(step + 1, after, samples_after)
             if step + 1 == args.steps:
                 break
@@ -205,7 +225,7 @@ def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
             if stop.signal or (args.save_every and (step + 1) % args.save_every == 0):
                 save(f"checkpoint-{step + 1:06d}", step + 1)
             if stop.signal:
-                print(f"stopped after step {step + 1}; go on with: python train.py --resume {out}", flush=True)
+                tqdm.write(f"stopped after step {step + 1}; go on with: python train.py --resume {out}")
                 raise SystemExit(128 + stop.signal)
     save("final", args.steps)
     print_summary(out, before, after, samples_before, samples_after)
@@ -218,10 +238,7 @@ def prepare(args: argparse.Namespace):
     device = parallel.start(pick_device(args.device))
     check_amp(args.amp, device)
     torch.manual_seed(args.seed)
-    examples = load_examples(
-        args.data, limit=args.limit, prompt_field=args.prompt_field, target_field=args.target_field,
-        prompt_words=args.prompt_words, encoding=args.encoding, config=args.data_config, split=args.data_split, seed=args.seed,
-    )  # fmt: skip
+    examples = load_examples(args.data, **data_options(args), seed=args.seed)
     train_examples, held_out = split_examples(examples)
     held_out = held_out[: args.eval_size]
     if args.model == "tiny":
@@ -325,6 +342,8 @@ def resolve_defaults(args: argparse.Namespace, model: HybridModel) -> None:
         args.micro_batch_size = math.ceil(args.batch_size / (parallel.world() * (args.grad_accum or 1)))
     if args.reward is None and args.ppo_ratio != 0 and (args.algorithm in ROLLS_OUT or args.data == "reviews"):
         args.reward = "sentiment"
+        if args.data != "reviews" and parallel.rank() == 0:
+            print("no --reward was given: it is sentiment, praise minus blame by a word list")
 
 
 # ------------------------------------------------------------------------------------------------ what a person sees
@@ -394,13 +413,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--ref-ema", type=number(float, 0, 1), default=0.0, help="after every PPO step the reference becomes this much of itself and the rest of the policy (0.99); 0 never moves it")
     group = parser.add_argument_group("data")
     group.add_argument("--data", default="reviews", help="'reviews' (built in), a .jsonl .json .csv .parquet .txt file, or a hub dataset id")
-    group.add_argument("--data-config", help="configuration of a hub dataset, such as wikitext-2-raw-v1")
-    group.add_argument("--data-split", default="train", help="split of a hub dataset; a tenth of it is held out by hash")
-    group.add_argument("--prompt-field", help="column with the prompt (default: prompt, instruction, question or query)")
-    group.add_argument("--target-field", help="column with the target (default: target, completion, response, output or answer)")
-    group.add_argument("--prompt-words", type=count, default=12, help="plain text: the first N words are the prompt")
-    group.add_argument("--encoding", default="utf-8", help="encoding of a local file")
-    group.add_argument("--limit", type=count, help="read at most N records")
+    add_data_flags(group)
     group.add_argument("--max-length", type=number(int, 2), help="tokens of prompt and response together (default: 256, or the model's context)")
     group = parser.add_argument_group("schedule and optimiser")
     group.add_argument("--algorithm", choices=("ppo", "grpo", "dpo"), default="ppo", help="what takes turns with SFT")

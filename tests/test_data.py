@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import datasets
 import pytest
@@ -16,6 +17,7 @@ from data import (
     encode_target,
     is_fluent_review,
     load_examples,
+    main,
     make_batch,
     make_reviews,
     render_dialogue,
@@ -356,6 +358,14 @@ def test_reviews_are_deterministic_parse_and_are_mixed():
     assert all(is_fluent_review(e.prompt + e.target) for e in examples)
     metrics = review_metrics([e.prompt for e in examples], [e.target for e in examples])
     assert metrics["fluent"] == 1 and 0.25 < metrics["positive"] == metrics["fluent_and_positive"] < 0.45
+
+
+def test_the_command_says_what_a_file_becomes(tmp_path, capsys):
+    (tmp_path / "d.csv").write_text("id,Frage,Antwort\n" + "".join(f"{i},Was ist {i}?,Eine Zahl\n" for i in range(30)))
+    main([str(tmp_path / "d.csv"), "--prompt-field", "Frage", "--target-field", "Antwort"])
+    *shown, counts, note = capsys.readouterr().out.splitlines()
+    assert len(shown) == 3 and '"prompt": "Was ist 0?"' in shown[0]
+    assert re.fullmatch(r"30 examples, \d of them held out, 0 without a target", counts) and "touch, as in 'Was ist 0?Eine Zahl'" in note
 
 
 @pytest.mark.parametrize(

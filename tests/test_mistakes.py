@@ -22,6 +22,7 @@ def place(tmp_path_factory, tiny_folder):
         return root / name
 
     model("good")
+    model("trained/final")
     (root / "empty").mkdir()
     (model("no_config") / "config.json").unlink()
     (model("bad_config") / "config.json").write_text("{")
@@ -104,6 +105,7 @@ MISTAKES = [
     ("--model {root}/encoder_decoder", "cannot be read as a causal LM"),
     ("--model {root}/missing_layer", "lacks"),
     ("--model {root}/no_tokenizer", "has no tokenizer"),
+    ("--model {root}/trained", "trained is a run folder; its model is in"),
     ("--model {root}/small_vocab", "the model embeds only 50"),
     ("--model {root}/no_eos", "has no EOS token"),
     ("--model {root}/good --max-length 65", "beyond the model's context of 64"),

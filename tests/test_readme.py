@@ -34,7 +34,7 @@ def flags_of_train() -> list[argparse.Action]:
 
 
 def test_every_flag_is_used_and_explained():
-    source = (ROOT / "train.py").read_text() + (ROOT / "dpo.py").read_text()
+    source = "".join((ROOT / name).read_text() for name in ("train.py", "dpo.py", "data.py"))
     for action in flags_of_train():
         assert re.search(rf"\bargs\.{action.dest}\b", source), f"--{action.dest} is never read"
         assert action.help and f"`{action.option_strings[0]}`" in README, f"{action.option_strings[0]} is not in the README"
@@ -96,9 +96,9 @@ def test_the_padding_exercise_is_caught_by_the_test_that_it_names(tmp_path):
 
 
 def test_the_fork_in_the_readme_is_what_stands_in_train_py():
-    fork = [line[1:] for line in re.search(r"```diff\n(.*?)```", README.split("**A new algorithm**", 1)[1], re.DOTALL).group(1).splitlines()]
+    fork, sampling = ([line[1:] for line in diff.splitlines()] for diff in re.findall(r"```diff\n(.*?)```", README.split("**A new algorithm**", 1)[1], re.DOTALL))
     lines = (ROOT / "train.py").read_text().splitlines()
-    assert len(fork) <= 10 and all(line in lines for line in fork)
+    assert len(fork) <= 10 and all(line in lines for line in fork + sampling)
     for line in lines:  # and nothing about DPO stands elsewhere
         if re.search(r"dpo|preference_|args\.beta|pair_stream", line) and not re.search(r"mixture", line):
             assert line in fork, line
@@ -110,7 +110,7 @@ BENCHMARKS = README.split("## Benchmarks", 1)[1].split("\n## ", 1)[0]
 def readme_commands(text: str = README.replace(BENCHMARKS, "")) -> list[str]:
     """Every line that starts with `python` in a console block, but for the test command itself. The benchmarks need the hub, and have a test of their own."""
     blocks = re.findall(r"```(?:bash|console)\n(.*?)```", text, re.DOTALL)
-    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    lines = [re.split(r"\s#\s", line)[0].strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line.startswith(("python ", "torchrun ")) and "pytest" not in line]
 
 
@@ -139,6 +139,12 @@ def readme_folder(tmp_path_factory, tiny_folder):
     return folder
 
 
+def shortened(comparison: list[str], jobs: int = 2) -> list[str]:
+    """A command of evaluate.py compare, for one seed and two steps; what is appended goes to train.py."""
+    ours, theirs = (comparison[: comparison.index("--")], comparison[comparison.index("--") :]) if "--" in comparison else (comparison, ["--"])
+    return [*ours, *f"--seeds 1 --steps 2 --lrs 1e-3 --kl-coefs 0.1 --jobs {jobs}".split(), *theirs]
+
+
 @pytest.mark.parametrize("command", readme_commands())
 def test_a_readme_command_runs(readme_folder, command):
     if "--deepspeed" in command:
@@ -149,7 +155,7 @@ def test_a_readme_command_runs(readme_folder, command):
         words += [*FAST, "--max-length", "32", "--batch-size", "8", "--overwrite"]
     if "compare" in words:
         pytest.importorskip("matplotlib", reason="matplotlib is an optional package")
-        words += [*"--seeds 1 --steps 2 --lrs 1e-3 --kl-coefs 0.1 --jobs 2 --".split(), *FAST[:2], *FAST[4:10]]
+        words = [*shortened(words), *FAST[:2], *FAST[4:10], "--max-length", "40"]
     if words[1] == "bench.py":
         words += ["--texts", "20", "--rounds", "1", *"--layers 1 --width 64 --vocab 64 --batch 2".split()]
     done = subprocess.run(words, cwd=readme_folder, capture_output=True, text=True, input="the plot was\n", timeout=120)
@@ -190,10 +196,7 @@ def test_a_benchmark_runs_on_records_like_those_of_the_hub(command, tmp_path, ti
     AutoModelForSequenceClassification.from_config(classifier).save_pretrained(tmp_path / "lvwerra/distilbert-imdb")
     AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(tmp_path / "lvwerra/distilbert-imdb")
     words = shlex.split(command)[2:]
-    if words[0] == "compare":
-        at = words.index("--") if "--" in words else len(words)
-        words[at:at] = "--seeds 1 --steps 2 --lrs 1e-3 --kl-coefs 0.1 --jobs 1".split()
-    evaluate.main(words)
+    evaluate.main(shortened(words, jobs=1) if words[0] == "compare" else words)
     printed = capsys.readouterr().out
     assert "| hybrid |" in printed if words[0] == "compare" else "perplexity " in printed
 
@@ -210,6 +213,12 @@ def test_every_row_of_the_mission_has_a_command_that_is_run_here_and_a_test_that
 def test_the_files_that_the_readme_names_exist():
     for name in set(re.findall(r"`((?:tests/)?\w+\.(?:py|txt|md))`", README)) - {"my_rewards.py"}:
         assert (ROOT / name).is_file(), name
+
+
+def test_the_pictures_are_there_and_small():
+    shown = re.findall(r"!\[[^\]]+\]\((images/\S+)\)", README)
+    assert len(shown) >= 3 and {ROOT / path for path in shown} == set((ROOT / "images").iterdir())
+    assert all((ROOT / path).stat().st_size < 60_000 for path in shown)
 
 
 def test_the_reading_order_table_lists_every_module():

@@ -196,7 +196,6 @@ def test_perplexity_never_rewards_silence(tokenizer):
 
 
 def test_sentiment():
-    assert lexicon_sentiment("it was 'good'") == lexicon_sentiment("it was good") == lexicon_sentiment("a good- film") > 0
     assert lexicon_sentiment("Great, GREAT!") == pytest.approx(4 / math.sqrt(16 + 15))
     assert lexicon_sentiment("great but dull") == lexicon_sentiment("") == lexicon_sentiment("table") == 0
     assert -1 < lexicon_sentiment("awful " * 1000) < -0.99
@@ -460,7 +459,7 @@ def test_functions_of_a_file_in_trls_signature(tmp_path):
 @pytest.mark.parametrize(
     "body, message",
     [
-        ("raise KeyError('boom')", "reward 'f' raised KeyError: 'boom'; first completion: 'first text'"),
+        ("raise KeyError('boom')", "reward 'f' raised KeyError: 'boom' (f.py:2); first completion: 'first text'"),
         ("return [1.0]", "list of 2 floats, one per completion; it returned 1 values"),
         ("return 3", "it returned int"),
         ("return None", "it returned NoneType"),

@@ -225,6 +225,21 @@ def test_a_reward_that_turns_nan_while_measuring_costs_that_measurement(tmp_path
     assert "step 2: reward 'r' gave nan" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("calls, saved", [(4, 2), (5, 3)], ids=["in a rollout", "in an evaluation"])
+def test_a_reward_that_raises_in_mid_run_loses_no_step(tmp_path, capsys, calls, saved):
+    body = "def r(completions, **columns):\n    calls.append(0)\n    assert len(calls) <= {}, 'oops'\n    return [1.0] * len(completions)\n"
+    (tmp_path / "r.py").write_text("calls = []\n" + body.format(calls))  # probe, evaluation, rollouts 1 to 3, evaluation
+    flags = "--limit 60 --steps 3 --ppo-ratio 1 --batch-size 4 --max-new-tokens 6 --eval-size 4 --eval-every 0 --device cpu".split()
+    with pytest.raises(SystemExit):
+        main([*flags, "--reward", f"{tmp_path}/r.py:r", "--out", str(tmp_path / "run")])
+    error = capsys.readouterr().err
+    assert "AssertionError: oops (r.py:4)" in error and f"saved as of step {saved}: mend it and go on with --resume" in error
+    assert (tmp_path / "run" / f"checkpoint-{saved:06d}" / "config.json").is_file()
+    (tmp_path / "r.py").write_text("calls = []\n" + body.format(99))
+    if saved < 3:
+        assert main(["--resume", str(tmp_path / "run")])["eval/reward"] == 1
+
+
 @pytest.mark.filterwarnings("ignore:Detected call of")
 def test_ten_lost_updates_in_a_row_stop_with_the_last_good_weights(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(engine.torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.nan))
@@ -340,7 +355,7 @@ def healthy_rows() -> list[dict]:
     for step in range(1, 31):
         rows.append({"step": step, "phase": "sft", "sft/loss": 2 - step / 60, "sft/skipped_steps": 0})
         ppo = {"sampler_gap": 1e-6, "first_ratio_gap": 0, "kl": 1.5, "kl_k1": 1.4, "score": step / 30, "entropy": 2 - step / 60, "clipfrac": 0.1}
-        ppo |= {"var_explained": 0.2, "response_length": 14, "eos_rate": 1, "unscored": 0, "skipped_steps": 0}
+        ppo |= {"var_explained": 0.2, "score_std": 0.5, "response_length": 14, "eos_rate": 1, "unscored": 0, "skipped_steps": 0}
         rows.append({"step": step, "phase": "ppo", **{f"ppo/{k}": v for k, v in ppo.items()}})
         rows.append({"step": step, "phase": "dpo", "dpo/accuracy": 0.8, "dpo/skipped_steps": 0})
     return rows + [{"step": 30, "phase": "eval", "eval/nll": 1.9, "eval/distinct": 0.98}]
@@ -353,7 +368,7 @@ def test_a_healthy_run_is_called_so():
 
 SICK = {
     "ppo/sampler_gap": 5.0, "ppo/first_ratio_gap": 0.2, "ppo/kl_k1": -3.0, "ppo/kl": 80.0, "ppo/score": -1.0, "ppo/entropy": 0.05, "ppo/clipfrac": 0.6,
-    "ppo/var_explained": -4.0, "ppo/response_length": 60, "ppo/eos_rate": 0.01, "ppo/unscored": 0.5, "sft/skipped_steps": 1, "ppo/skipped_steps": 1, "sft/loss": 5.0,
+    "ppo/score_std": 0.0, "ppo/var_explained": -4.0, "ppo/response_length": 60, "ppo/eos_rate": 0.01, "ppo/unscored": 0.5, "sft/skipped_steps": 1, "ppo/skipped_steps": 1, "sft/loss": 5.0,
     "dpo/skipped_steps": 1, "dpo/accuracy": 0.3,
 }  # fmt: skip
 
