@@ -189,6 +189,8 @@ def main(argv: list[str]) -> dict:
             if done.returncode:
                 raise UserError(f"{' '.join(command[1:])} ended with: {(done.stderr.strip().splitlines() or ['no word of why'])[-1]}")
             print(f"done: {folder.name}", flush=True)
+        else:
+            print(f"found: {folder.name}", flush=True)
         summary = summarise(read_rows(folder / "metrics.jsonl"), read_config(folder)["batch_size"])
         if any(None in point for point in summary["curve"]):
             raise UserError(f"{folder} has an evaluation without a reward or a held-out NLL, so there is nothing to compare")

@@ -179,12 +179,12 @@ def load_pyplot(what: str):
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Curves of a run as a PNG: reward and NLL with the PPO stretches shaded, KL, length, and every leaf of the reward."""
+    """Curves of a run as a PNG: reward and NLL with the PPO stretches shaded, KL, length, and the leaves of the reward, if it has several."""
     pyplot = load_pyplot("--plot")
     leaves = sorted({key for row in rows for key in row if key.startswith("reward/")})
     panels = {"reward": ["ppo/score", "eval/reward"], "NLL": ["sft/loss", "eval/nll"], "KL, nats a response": ["ppo/kl", "eval/kl"]}
-    panels |= {"length, tokens": ["ppo/response_length", "eval/response_length"], "reward, by leaf": leaves}
-    figure, axes = pyplot.subplots(len(panels), 1, sharex=True, figsize=(8, 2.2 * len(panels)), layout="constrained")
+    panels |= {"length, tokens": ["ppo/response_length", "eval/response_length"]} | ({"reward, by leaf": leaves} if len(leaves) > 1 else {})
+    figure, axes = pyplot.subplots(len(panels), 1, sharex=True, figsize=(8, 1.8 * len(panels)), layout="constrained")
     for axis, (title, keys) in zip(axes, panels.items()):
         for key in keys:
             points = [(row["step"], row[key]) for row in rows if key in row]
@@ -197,7 +197,7 @@ def plot(rows: list[dict], path: Path) -> None:
         if axis.lines:
             axis.legend(fontsize=7)
     axes[-1].set_xlabel("step (shaded: PPO, or what takes its place)")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=80)
     pyplot.close(figure)
 
 

@@ -218,7 +218,7 @@ def test_the_files_that_the_readme_names_exist():
 def test_the_pictures_are_there_and_small():
     shown = re.findall(r"!\[[^\]]+\]\((images/\S+)\)", README)
     assert len(shown) >= 3 and {ROOT / path for path in shown} == set((ROOT / "images").iterdir())
-    assert all((ROOT / path).stat().st_size < 60_000 for path in shown)
+    assert all((ROOT / path).stat().st_size < 100_000 for path in shown)
 
 
 def test_the_reading_order_table_lists_every_module():
