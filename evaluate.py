@@ -105,8 +105,8 @@ def perplexity(name: str, examples: list[Example]) -> float:
     """
     model, tokenizer = HybridModel.load(name, "--perplexity")
     model.to(pick_device()).eval()
-    prompts = [encode_prompt(tokenizer, example) for example in examples]
-    targets = [encode_target(tokenizer, example.target)[:-1] for example in examples]
+    rows = [(encode_prompt(tokenizer, example), encode_target(tokenizer, example.target)[:-1]) for example in examples]
+    prompts, targets = zip(*[(prompt, target) for prompt, target in rows if target])
     return math.exp(held_out_nll(model, make_batch(tokenizer, prompts, targets, min(1024, model.max_positions)), micro_batch_size=8))
 
 

@@ -121,10 +121,13 @@ def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
         except NonFiniteReward:
             raise
         except UserError as problem:
-            if step:
-                save(f"checkpoint-{step:06d}", step)
-                raise UserError(f"{problem}; saved as of step {step}: mend it and go on with --resume {out}") from None
-            raise
+            if step == 0:
+                raise
+            if step == args.steps:
+                save("final", step)
+                raise UserError(f"{problem}; all steps are done, the model is in {out / 'final'}") from None
+            save(f"checkpoint-{step:06d}", step)
+            raise UserError(f"{problem}; saved as of step {step}: mend it and go on with --resume {out}") from None
 
     def learn_from_reward(step: int, drawn: list) -> dict[str, float]:
         """Sample, score, update: one rollout of PPO or GRPO, on-policy because it is taken here, after the SFT steps before it."""
