@@ -68,7 +68,7 @@ class HybridModel(nn.Module):
         fuse_activations(lm)
         self.lm = lm
         self._accepts = set(inspect.signature(lm.base_model.forward).parameters)
-        self.max_positions = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or 10**9  # tokens of context
+        self.max_positions = context_of(lm)
         # Its name differs between transformers releases. None for models without a cache and for recurrent ones (Mamba, ...), whose
         # decoding step cannot skip left padding: the sampler then reads whole rows again.
         names = [] if getattr(lm, "_is_stateful", False) else ["cache", "past_key_values"]
@@ -228,6 +228,11 @@ def score_rows(model: HybridModel, batch, micro_batch_size: int | None, temperat
     scores = torch.stack(parts, dim=1).to(device)  # (S, B, T)
     columns = torch.empty_like(scores).index_copy_(1, by_length, scores)
     return TokenScores(*columns) if isinstance(model, HybridModel) else tuple(columns)
+
+
+def context_of(lm: nn.Module) -> int:
+    """Tokens that a Hugging Face model can look at together; practically endless where its config names no limit."""
+    return getattr(lm.config.get_text_config(), "max_position_embeddings", None) or 10**9
 
 
 def disable_dropout(lm: nn.Module) -> None:

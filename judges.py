@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from engine import UserError, first_line
-from hybrid import load_lm
+from hybrid import context_of, load_lm
 
 BATCH_SIZE = 16  # texts that a judge reads together
 MAX_LENGTH = 1024  # tokens; what is longer loses its beginning, so that the end of the response is always read
@@ -47,7 +47,7 @@ def load_judge(auto_class, name: str, device) -> tuple[torch.nn.Module, object]:
 
 def tokenize(tokenizer, model, texts: list[str], pairs: list[str] | None = None) -> dict[str, torch.Tensor]:
     """One padded batch on the model's device; each (b, T). A text without tokens is read as one EOS (or pad) token."""
-    limit = min(MAX_LENGTH, _context_of(model), tokenizer.model_max_length)
+    limit = min(MAX_LENGTH, context_of(model), tokenizer.model_max_length)
     limit -= 2 if "roberta" in model.config.model_type else 0  # its positions start at 2
     inputs = tokenizer(texts, pairs, truncation=True, max_length=limit, padding=True, return_tensors="pt")
     if inputs["input_ids"].shape[1] == 0:  # every text of the batch is empty
@@ -226,7 +226,7 @@ def _local(context: dict, id: str, top: int) -> Callable[[list[str]], list[float
             messages = [{"role": "user", "content": question}]
             if tokenizer.chat_template:
                 question = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            ids = tokenizer(question, add_special_tokens=not tokenizer.chat_template).input_ids[-_context_of(lm) :]
+            ids = tokenizer(question, add_special_tokens=not tokenizer.chat_template).input_ids[-context_of(lm) :]
             logits = lm(input_ids=torch.tensor([ids], device=next(lm.parameters()).device)).logits[0, -1].float()  # (V,)
             by_digit = torch.stack([logits[variants].logsumexp(0) for variants in digits])  # (top,)
             grades.append(float((by_digit.softmax(0).cpu() * torch.arange(1, top + 1)).sum()))
@@ -298,16 +298,12 @@ def frozen_lm(context: dict, name: str, id: str | None):
 def _plain_batch(tokenizer, model, texts: list[str]) -> dict[str, torch.Tensor]:
     """Right-padded ids for a causal LM whose tokenizer may have no pad token."""
     filler = tokenizer.eos_token_id
-    rows = [tokenizer(text).input_ids[-_context_of(model) :] or [filler] for text in texts]
+    rows = [tokenizer(text).input_ids[-context_of(model) :] or [filler] for text in texts]
     width = max(len(row) for row in rows)
     device = next(model.parameters()).device
     ids = torch.tensor([row + [filler] * (width - len(row)) for row in rows], device=device)  # (b, T)
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)  # (b, T)
     return {"input_ids": ids, "attention_mask": mask}
-
-
-def _context_of(lm) -> int:
-    return getattr(lm.config.get_text_config(), "max_position_embeddings", None) or MAX_LENGTH
 
 
 def _targets(columns: dict, name: str) -> list[str]:

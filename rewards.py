@@ -40,6 +40,7 @@ import torch
 import parallel
 from data import Example, encode_prompt, encode_target, read_records
 from engine import NonFiniteReward, Parser, UserError, one_line_errors
+from hybrid import context_of
 from judges import JUDGES, frozen_lm
 from mixture import Mixture, RunningNorm
 from self_play import SelfPlay
@@ -236,7 +237,7 @@ def perplexity(model, tokenizer, texts: list[str], contexts: list[str] | None = 
     follows BOS (EOS where there is none); what is beyond the model's context is cut, contexts on the left. A text without tokens has no perplexity: it gets infinity, never a good score.
     """
     device = next(model.parameters()).device
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+    limit = context_of(model)
     rows = []
     for text, context in zip(texts, contexts or [""] * len(texts), strict=True):
         ids = encode_target(tokenizer, text)[:-1][: limit - 1]  # without EOS

@@ -56,10 +56,8 @@ def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
     scaler = make_scaler(args.amp, device)
     backend = ZeroBackend(model, optimizer, args.deepspeed, args.max_grad_norm, args.amp) if args.deepspeed else Backend(model, scaler)
     factor = learning_rate_factor(args.scheduler, args.steps, args.warmup_steps)
-    if args.kl_target is None:
-        kl_controller = FixedKLController(args.kl_coef)
-    else:
-        kl_controller = AdaptiveKLController(args.kl_coef, args.kl_target, args.kl_horizon)
+    adaptive = args.kl_target is not None
+    kl_controller = AdaptiveKLController(args.kl_coef, args.kl_target, args.kl_horizon) if adaptive else FixedKLController(args.kl_coef)
     sft_stream = BatchStream([example for example in train_examples if example.target], args.batch_size, seed=args.seed)
     prompt_stream = BatchStream(train_examples, args.batch_size // args.group_size, seed=args.seed + 1)
     sizes = dict(ppo_ratio=args.ppo_ratio, steps=args.steps, sft_warmup=args.sft_warmup, threshold=args.threshold, batch_size=args.batch_size)
