@@ -30,6 +30,7 @@ from runs import read_config, read_rows
 
 T_975 = [math.nan, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Student's t, 97.5 %, by degrees of freedom (0 to 9)
 COLUMNS = ("eval/nll", "eval/reward", "eval/reward/", "eval/kl", "perplexity elsewhere", "eval/fluent_and_positive")  # eval/reward/: every leaf
+SET_HERE = ("--steps", "--seed", "--out", "--lr", "--kl-coef", "--ppo-ratio", "--resume", "--overwrite", "--dry-run")  # what is not to be said behind the --
 COUNTS = ("PPO steps", "sampled tokens", "seconds")
 COLUMNS += ("eval/distinct", "eval/distinct_2", "eval/response_length", *COUNTS)
 
@@ -142,11 +143,16 @@ def pareto(results: dict[str, list[dict]], path: Path) -> None:
     pyplot.close(figure)
 
 
+def is_complete(folder: Path, steps: int) -> bool:
+    """Was this run trained and measured to its end? (A reward that raises at the last evaluation leaves a model without it.)"""
+    return (folder / "final").is_dir() and any(row["step"] == steps and row["phase"] == "eval" for row in read_rows(folder / "metrics.jsonl"))
+
+
 def make_folder(out: Path, asked: dict) -> None:
     """A new folder that remembers what was asked for, or the one of the same command, interrupted. Raises UserError for any other."""
     memory = out / "command.json"
     if memory.is_file():
-        if json.loads(memory.read_text()) != asked:
+        if memory.read_text() != json.dumps(asked, indent=1) + "\n":
             raise UserError(f"--out {out} holds a comparison with other --steps or flags of train.py ({memory}); choose another folder")
         return
     check_new_folder(str(out))
@@ -169,6 +175,9 @@ def main(argv: list[str]) -> dict:
     parser.add_argument("--jobs", type=count, default=2, help="runs at a time")
     ours, theirs = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     args = parser.parse_args(ours)
+    for flag in theirs:
+        if flag.split("=")[0] in SET_HERE:
+            raise UserError(f"{flag} is not for train.py here: the arms differ in it, or compare has a flag of its own for it")
     load_pyplot("compare")  # what cannot work says so now, not after an hour
     elsewhere = whole_texts(args.tax) if args.tax else []
     out = Path(args.out)
@@ -182,7 +191,7 @@ def main(argv: list[str]) -> dict:
     def run(job: tuple[str, int, float, float]) -> dict:
         arm, seed, lr, kl_coef = job
         folder = folder_of(*job)
-        if not (folder / "final").is_dir():
+        if not is_complete(folder, args.steps):
             flags = [*common, *arms(args.steps)[arm], "--seed", seed, "--lr", lr, "--kl-coef", kl_coef, "--out", folder, "--overwrite"]
             command = [sys.executable, str(Path(__file__).with_name("train.py")), *map(str, flags)]
             done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -194,6 +203,7 @@ def main(argv: list[str]) -> dict:
         summary = summarise(read_rows(folder / "metrics.jsonl"), read_config(folder)["batch_size"])
         if any(None in point for point in summary["curve"]):
             raise UserError(f"{folder} has an evaluation without a reward or a held-out NLL, so there is nothing to compare")
+        utility(summary, args.select)  # a metric that is not there says so after the first run
         return summary
 
     names = list(arms(args.steps))

@@ -11,6 +11,7 @@ Left out on purpose: benchmark suites.
 """
 
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -95,7 +96,10 @@ def whole_texts(source: list[str]) -> list[Example]:
     """The records of a file, or of a hub dataset [configuration [split]], with all but their first word to be predicted."""
     if len(source) > 3:
         raise UserError(f"expected a file, or a hub dataset [configuration [split]], found {' '.join(source)}")
-    return [e for e in load_examples(source[0], prompt_words=1, **dict(zip(("config", "split"), source[1:]))) if e.target]
+    found = [e for e in load_examples(source[0], prompt_words=1, **dict(zip(("config", "split"), source[1:]))) if e.target]
+    if not found:
+        raise UserError(f"{source[0]} has no text to predict")
+    return found
 
 
 def perplexity(name: str, examples: list[Example]) -> float:
@@ -148,7 +152,7 @@ def verdict(rows: list[dict]) -> str:
     if not rows:
         return "verdict: nothing was recorded"
     as_ppo = {row["phase"] for row in rows} - {"sft", "dpo", "eval"}  # the same rules for all that sample
-    rows = [{"ppo/" + name.split("/", 1)[1] if name.split("/")[0] in as_ppo else name: value for name, value in row.items()} for row in rows]
+    rows = [{re.sub(rf"^({'|'.join(as_ppo)})/", "ppo/", name): value for name, value in row.items()} for row in rows] if as_ppo else rows
     suspicions = [f"{key} {ends[1]:.3g}: {text}" for key, sick, text in RULES if (ends := _ends(rows, key)) and sick(*ends)]
     # The leaves are raw; the total may be standardised (ema, whiten, mixture), and then it has no trend of its own.
     leaves = {key for row in rows for key in row if key.startswith("reward/")}

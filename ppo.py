@@ -14,6 +14,7 @@ Left out on purpose: an entropy bonus, a separate critic, reward models (a rewar
 batches by a threshold (only a gradient that is not finite is skipped, and counted: engine.py). Run it alone: `python train.py --ppo-ratio 1`.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -237,8 +238,9 @@ def collect_rollout(
     rows, prompts, completions, columns = zip(*judged)
     raw_scores = reward(list(prompts), list(completions), **columns_of([examples[i] for i in rows])).to(device)  # (n,)
     rows, columns = torch.tensor(rows, device=device), torch.tensor(columns, device=device)  # (n,) each
+    finite = torch.isfinite(raw_scores)  # (n,)
     scored = torch.ones(len(examples), dtype=torch.bool, device=device)  # (B,)
-    scored[rows[~torch.isfinite(raw_scores)]] = False
+    scored[rows[~finite]] = False
     cut = [(i, end) for i, e in enumerate(episodes) for end, ended in zip(e.ends, e.ended) if not ended]  # by the length limit
     penalties = torch.tensor(cut, dtype=torch.long, device=device).view(-1, 2)  # (c, 2) rows and columns
     n_responses = sum(len(e.responses) for e in episodes)
@@ -259,7 +261,7 @@ def collect_rollout(
     )  # fmt: skip
     metrics = {
         "score": raw_scores.nanmean(),
-        "score_std": (raw_scores - raw_scores.nanmean()).square().nanmean().sqrt(),
+        "score_std": raw_scores[finite].double().std(unbiased=False) if finite.sum() > 1 else math.nan,  # one score has no spread
         "unscored": (~scored).float().mean(),
         "reward": rewards.sum(1)[scored].mean(),
         "kl": kl_estimate(policy.logprobs, ref_logprobs, "k3").sum(1)[scored].mean(),

@@ -94,10 +94,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     check_new_folder(args.out)
     device = pick_device(args.device)
     pairs = load_pairs(args.data, limit=args.limit, encoding=args.encoding)
-    # Split by prompt, through the same hash as everything else: no prompt is on both sides. By the chosen text where all have one prompt, or none.
-    alike = len({pair.prompt for pair in pairs}) == 1
-    train_side, held_side = split_examples([Example(pair.chosen if alike else pair.prompt, "", {"pair": pair}) for pair in pairs])
-    train, held_out = ([example.columns["pair"] for example in side] for side in (train_side, held_side))
+    # Split by prompt, through the same hash as everything else: no prompt is on both sides. By the texts where that holds out too much: few prompts, or none.
+    for key in (lambda pair: pair.prompt, lambda pair: f"{pair.chosen}\0{pair.rejected}"):
+        train, held_out = ([e.columns["pair"] for e in side] for side in split_examples([Example(key(pair), "", {"pair": pair}) for pair in pairs]))
+        if len(held_out) <= len(pairs) / 2:
+            break
     model, tokenizer = load_backbone(args.model, train, args.seed)
     model.to(device).train()
 

@@ -823,7 +823,7 @@ class _Parser:
             accuracy = mixture.fit(chosen[answered], rejected[answered])
             if parallel.rank() == 0:
                 print(f"the mixture agrees with {accuracy:.0%} of the {len(chosen)} preference pairs that it was fitted to")
-        return lambda parts, learn: mixture([component(parts, learn) for component in components], learn)
+        return lambda parts, learn: mixture(torch.broadcast_tensors(*[component(parts, learn) for component in components]), learn)
 
     def call(self, node: ast.Name | ast.Call, make: Callable, *first, skip: int = 0):
         """make(*first, literals of the call after `skip` of them). Raises UserError for arguments that are no literals, or do not fit."""
@@ -894,7 +894,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("expression", nargs="?", help="a reward expression, as for --reward of train.py")
     parser.add_argument("file", nargs="?", help='records such as {"prompt": "Say hello.", "completion": "Hello!", "target": "Hello there!"}')
     parser.add_argument("--list", action="store_true", help="print every reward, its range and what it needs")
-    args = parser.parse_args(argv)
+    is_flag = argv[:1] in (["-h"], ["--help"], ["--list"])
+    args = parser.parse_args(argv if is_flag else ["--", *argv])  # an expression may begin with a minus
     if args.list:
         return print(list_rewards())
     if args.file is None:
@@ -909,7 +910,7 @@ def main(argv: list[str]) -> None:
     total = reward(prompts, [record["completion"] for record in records], **columns)  # (B,)
     scored = {"total": total, **reward.parts}
     for i in range(len(records)):
-        print(json.dumps({name: round(values[i].item(), 6) for name, values in scored.items()} | {"completion": records[i]["completion"][:80]}, ensure_ascii=False))
+        print(json.dumps({name: round(values[i].item(), 6) for name, values in scored.items()} | {"completion": records[i]["completion"][:80]}))
     print("mean  " + "  ".join(f"{name} {values.nanmean().item():.4f}" for name, values in scored.items()))
 
 

@@ -113,7 +113,8 @@ def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
 
     @contextmanager
     def nothing_lost(step: int):
-        """A reward that raises in mid-run ends the run, but not before the weights of `step` are saved."""
+        """A reward that raises in mid-run ends the run, but not before all is saved as it was at `step`; the prompts are drawn again."""
+        place = prompt_stream.state_dict()
         try:
             yield
         except NonFiniteReward:
@@ -124,7 +125,9 @@ def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
             if step == args.steps:
                 save("final", step)
                 raise UserError(f"{problem}; all steps are done, the model is in {out / 'final'}") from None
-            save(f"checkpoint-{step:06d}", step)
+            prompt_stream.load_state_dict(place)
+            if not (out / f"checkpoint-{step:06d}").is_dir():
+                save(f"checkpoint-{step:06d}", step)
             raise UserError(f"{problem}; saved as of step {step}: mend it and go on with --resume {out}") from None
 
     def learn_from_reward(step: int, drawn: list) -> dict[str, float]:
@@ -187,9 +190,10 @@ def run(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
                     batch = preference_batch(tokenizer, reference, drawn, args.max_length, args.micro_batch_size)
                     metrics = dpo_step(model, batch, optimizer, **update, beta=args.beta)
                 else:  # ---- PPO or GRPO: learn from the reward
-                    phase, drawn = args.algorithm, [example for example in prompt_stream.next() for _ in range(args.group_size)]
+                    phase = args.algorithm
                     try:
                         with nothing_lost(step):
+                            drawn = [example for example in prompt_stream.next() for _ in range(args.group_size)]
                             metrics = learn_from_reward(step, drawn)
                     except NonFiniteReward as problem:  # it never becomes an advantage; counted below like a gradient that is not finite
                         tqdm.write(f"step {step + 1}: {problem}")
@@ -483,6 +487,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     remembered["out"] = args.resume
     parser.set_defaults(**dict.fromkeys(remembered))  # what is not said again is None
     said = {name: value for name, value in vars(parser.parse_args(argv)).items() if name in remembered and value is not None}
+    if "out" in said and Path(said["out"]).resolve() == Path(args.resume).resolve():
+        said["out"] = args.resume
     for name, value in said.items():
         if remembered[name] != value and name not in MAY_CHANGE:
             raise UserError(f"--{name.replace('_', '-')} {value} contradicts the run that is resumed, which has {remembered[name]}; leave the flag out")

@@ -105,6 +105,11 @@ def test_a_small_comparison_from_one_command(tmp_path, trained, capsys):
     assert trained == [str(path.relative_to(tmp_path)) for path in (lost, cut)]
     again = json.loads((tmp_path / "c" / "compare.json").read_text())
     assert [{**run, "seconds": 0} for run in again["runs"]["SFT"]] == [{**run, "seconds": 0} for run in report["runs"]["SFT"]]
+    metrics = tmp_path / "c" / cut.name / "metrics.jsonl"  # a model without its last evaluation is no complete run either
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:-1]))
+    trained.clear()
+    main(command)
+    assert trained == [str(cut.relative_to(tmp_path))]
     with pytest.raises(SystemExit):
         main(["compare", "--out", "c"])
     assert "holds a comparison with other --steps" in capsys.readouterr().err
@@ -144,5 +149,6 @@ def test_what_cannot_be_compared_is_one_line_before_any_run(tmp_path, monkeypatc
     assert "found a b c d" in refused("compare --out d --tax a b c d")
     (tmp_path / "d").mkdir()
     assert "--out d already exists" in refused("compare --out d")
-    assert "--ppo-ratio: expected a number" in refused("compare --out e --seeds 1 --steps 2 --lrs 1e-3 --kl-coefs 0.1 --jobs 1 -- --ppo-ratio 7")
+    assert "--temperature: expected a number" in refused("compare --out e --seeds 1 --steps 2 --lrs 1e-3 --kl-coefs 0.1 --jobs 1 -- --temperature 0")
+    assert "--steps is not for train.py here" in refused("compare --out d2 -- --steps 9")
     assert "go together" in refused("--perplexity gpt2")

@@ -335,7 +335,7 @@ def test_the_saved_model_is_plain_calibrated_and_what_the_reward_reads(trained):
 
 
 def test_pairs_with_one_prompt_are_split_all_the_same(tmp_path):
-    rows = [{"prompt": "", "chosen": f"a warm film {i}", "rejected": f"a dull film {i}"} for i in range(60)]
+    rows = [{"prompt": "", "chosen": "a warm film", "rejected": f"a dull film {i}"} for i in range(60)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     metrics = reward_model.main(["--data", str(tmp_path / "pairs.jsonl"), "--out", str(tmp_path / "rm"), "--device", "cpu"])
     assert 0 < metrics["pairs"] < 20, "a tenth or so is held out, not everything"

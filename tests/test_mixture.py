@@ -139,6 +139,10 @@ def test_a_fit_standardises_both_sides_of_a_pair_together(part):
     assert reward.metrics()[f"reward_weight/{part}"] > 0.9
 
 
+def test_a_number_may_stand_in_a_mixture():
+    assert build_reward("mixture(sentiment, 2)")(["q"] * 2, ["good", "bad"]).isfinite().all()
+
+
 def test_two_equal_terms_have_a_memory_each():
     reward, other = build_reward("ema(sentiment)*ema(sentiment)"), build_reward("ema(sentiment)*ema(sentiment)")
     reward(["p"] * 2, ["good", "bad"])

@@ -318,6 +318,12 @@ def test_list_names_every_reward(capsys):
     assert all(f"{name} " in printed for name in [*REWARDS, "clip(x,", "ema(x,", "mixture(a,"])
 
 
+def test_an_expression_may_begin_with_a_minus(tmp_path, capsys):
+    (tmp_path / "s.jsonl").write_text(json.dumps({"completion": "good \ud83d", "target": "good"}) + "\n")
+    main(["-1*sentiment", str(tmp_path / "s.jsonl")])
+    assert "mean  total -0.4588" in capsys.readouterr().out
+
+
 def test_scoring_a_file(tmp_path, capsys):
     rows = [{"prompt": "p", "completion": "the cat sat", "target": "the cat sat down"}, {"prompt": "q", "completion": "a dog", "target": "the dog"}]
     (tmp_path / "scored.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -240,6 +240,9 @@ def test_a_reward_that_raises_in_mid_run_loses_no_step(tmp_path, capsys, calls, 
         assert "saved as of step 2: mend it and go on with --resume" in error
         (tmp_path / "r.py").write_text("calls = []\n" + body.format(99))
         assert main(["--resume", str(tmp_path / "run")])["eval/reward"] == 1
+        main([*flags, "--reward", f"{tmp_path}/r.py:r", "--out", str(tmp_path / "whole")])
+        mended, whole = ((tmp_path / name / "final" / "model.safetensors").read_bytes() for name in ("run", "whole"))
+        assert mended == whole, "as if it had never raised"
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of")
@@ -361,6 +364,11 @@ def healthy_rows() -> list[dict]:
         rows.append({"step": step, "phase": "ppo", **{f"ppo/{k}": v for k, v in ppo.items()}})
         rows.append({"step": step, "phase": "dpo", "dpo/accuracy": 0.8, "dpo/skipped_steps": 0})
     return rows + [{"step": 30, "phase": "eval", "eval/nll": 1.9, "eval/distinct": 0.98}]
+
+
+def test_a_phase_of_ones_own_is_judged_like_ppo():
+    rows = [{name.replace("ppo", "mine"): value.replace("ppo", "mine") if isinstance(value, str) else value for name, value in row.items()} for row in healthy_rows()]
+    assert verdict(rows) == verdict(healthy_rows())
 
 
 def test_a_healthy_run_is_called_so():
