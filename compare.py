@@ -30,9 +30,9 @@ from runs import read_config, read_rows
 
 T_975 = [math.nan, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Student's t, 97.5 %, by degrees of freedom (0 to 9)
 COLUMNS = ("eval/nll", "eval/reward", "eval/reward/", "eval/kl", "perplexity elsewhere", "eval/fluent_and_positive")  # eval/reward/: every leaf
-SET_HERE = ("--steps", "--seed", "--out", "--lr", "--kl-coef", "--ppo-ratio", "--resume", "--overwrite", "--dry-run")  # what is not to be said behind the --
 COUNTS = ("PPO steps", "sampled tokens", "seconds")
 COLUMNS += ("eval/distinct", "eval/distinct_2", "eval/response_length", *COUNTS)
+SET_HERE = ("--steps", "--seed", "--out", "--lr", "--kl-coef", "--ppo-ratio", "--resume", "--overwrite", "--dry-run")  # what is not to be said behind the --
 
 
 def arms(steps: int) -> dict[str, list[str]]:
@@ -150,14 +150,14 @@ def is_complete(folder: Path, steps: int) -> bool:
 
 def make_folder(out: Path, asked: dict) -> None:
     """A new folder that remembers what was asked for, or the one of the same command, interrupted. Raises UserError for any other."""
-    memory = out / "command.json"
+    memory, text = out / "command.json", json.dumps(asked, indent=1) + "\n"
     if memory.is_file():
-        if memory.read_text() != json.dumps(asked, indent=1) + "\n":
+        if memory.read_text() != text:
             raise UserError(f"--out {out} holds a comparison with other --steps or flags of train.py ({memory}); choose another folder")
         return
     check_new_folder(str(out))
     out.mkdir()
-    memory.write_text(json.dumps(asked, indent=1) + "\n")
+    memory.write_text(text)
 
 
 @one_line_errors

@@ -625,11 +625,11 @@ def main(argv: list[str]) -> None:
     examples = load_examples(args.source, **data_options(args))
     for shown in examples[:3]:
         print(json.dumps({"prompt": shown.prompt, "target": shown.target, **shown.columns}, ensure_ascii=False, default=str))
-    train, held_out = split_examples(examples)
+    _, held_out = split_examples(examples)
     print(f"{len(examples)} examples, {len(held_out)} of them held out, {sum(not e.target for e in examples)} without a target")
-    glued = sum(e.messages is None and e.prompt[-1:].strip() != "" and e.target[:1].isascii() and e.target[:1].isalnum() for e in examples)
+    glued = [e for e in examples if e.messages is None and e.prompt[-1:].strip() and e.target[:1].isascii() and e.target[:1].isalnum()]
     if glued:
-        print(f"note: in {glued} of them prompt and target touch, as in {(examples[0].prompt + examples[0].target)[:60]!r}: end one or begin the other with a space or line break")
+        print(f"note: in {len(glued)} of them prompt and target touch, as in {(glued[0].prompt + glued[0].target)[:60]!r}: end one or begin the other with a space or line break")
 
 
 if __name__ == "__main__":

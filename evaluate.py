@@ -11,7 +11,6 @@ Left out on purpose: benchmark suites.
 """
 
 import math
-import re
 import sys
 from pathlib import Path
 
@@ -147,12 +146,19 @@ FALLING = "every part of the reward falls: --lr too large, or --kl-coef too high
 SHOWN = ("ppo/score", "ppo/kl", "ppo/entropy", "ppo/clipfrac", "ppo/var_explained", "ppo/response_length", "sft/loss")
 
 
+def _as_ppo(row: dict) -> dict:
+    """The row with the metrics of its phase named as PPO's: the same rules for every algorithm that samples."""
+    prefix = row["phase"] + "/"
+    if row["phase"] in ("sft", "dpo", "eval"):
+        return row
+    return {"ppo/" + name.removeprefix(prefix) if name.startswith(prefix) else name: value for name, value in row.items()}
+
+
 def verdict(rows: list[dict]) -> str:
     """One line on the rows of a metrics.jsonl: `verdict: healthy` or what to suspect, by RULES, then first third -> last third."""
     if not rows:
         return "verdict: nothing was recorded"
-    as_ppo = {row["phase"] for row in rows} - {"sft", "dpo", "eval"}  # the same rules for all that sample
-    rows = [{re.sub(rf"^({'|'.join(as_ppo)})/", "ppo/", name): value for name, value in row.items()} for row in rows] if as_ppo else rows
+    rows = [_as_ppo(row) for row in rows]
     suspicions = [f"{key} {ends[1]:.3g}: {text}" for key, sick, text in RULES if (ends := _ends(rows, key)) and sick(*ends)]
     # The leaves are raw; the total may be standardised (ema, whiten, mixture), and then it has no trend of its own.
     leaves = {key for row in rows for key in row if key.startswith("reward/")}

@@ -681,8 +681,8 @@ def _call_leaf(name: str, function: Callable, prompts: list[str], completions: l
     except UserError:
         raise
     except Exception as problem:  # the user's own code may raise anything; it is named, not hidden
-        where = traceback.extract_tb(problem.__traceback__)[-1]
-        where = f"{Path(where.filename).name}:{where.lineno}"
+        frame = traceback.extract_tb(problem.__traceback__)[-1]
+        where = f"{Path(frame.filename).name}:{frame.lineno}"
         raise UserError(f"reward '{name}' raised {type(problem).__name__}: {problem} ({where}); first completion: {completions[0][:80]!r}") from problem
     if isinstance(values, (torch.Tensor, np.ndarray)):
         values = values.tolist()
