@@ -32,9 +32,22 @@ def build_lm(load: dict) -> torch.nn.Module:
     if load["model"]:
         lm = AutoModelForCausalLM.from_pretrained(load["model"], torch_dtype=torch.float32)
     else:
-        sizes = dict(n_layer=load["layers"], n_embd=load["width"], n_head=max(1, load["width"] // 64), vocab_size=load["vocab"])
+        sizes = dict(
+            n_layer=load["layers"],
+            n_embd=load["width"],
+            n_head=max(1, load["width"] // 64),
+            vocab_size=load["vocab"],
+        )
         positions = max(1024, load["prompt_len"] + load["response_len"])
-        config = GPT2Config(**sizes, n_positions=positions, bos_token_id=EOS, eos_token_id=EOS, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+        config = GPT2Config(
+            **sizes,
+            n_positions=positions,
+            bos_token_id=EOS,
+            eos_token_id=EOS,
+            attn_pdrop=0.0,
+            embd_pdrop=0.0,
+            resid_pdrop=0.0,
+        )
         lm = GPT2LMHeadModel(config)
     head = lm.get_output_embeddings()
     bias = torch.zeros(head.weight.shape[0])
@@ -82,7 +95,10 @@ def hybrid(load: dict):
     generator = torch.Generator(device).manual_seed(0)
     update = dict(micro_batch_size=load["micro_batch"])
     # Prompts and responses are ids from end to end; what lies between them and text is not what is measured.
-    dialogue.encode_prompt, dialogue.decode = lambda tokenizer, example: example.prompt, lambda tokenizer, ids: ""
+    dialogue.encode_prompt, dialogue.decode = (
+        lambda tokenizer, example: example.prompt,
+        lambda tokenizer, ids: "",
+    )
 
     def sft(prompts):
         targets = make_prompts({**load, "prompt_len": load["response_len"]}, round_number=1)
@@ -91,7 +107,13 @@ def hybrid(load: dict):
         return targets
 
     def rollout(prompts):
-        return generate(model, prompts, max_new_tokens=load["response_len"], eos_token_id=EOS, generator=generator).responses
+        return generate(
+            model,
+            prompts,
+            max_new_tokens=load["response_len"],
+            eos_token_id=EOS,
+            generator=generator,
+        ).responses
 
     def whole_step(prompts):
         collected, _ = ppo.collect_rollout(
@@ -116,8 +138,17 @@ def generate_hf(load: dict):
     def rollout(prompts):
         width = max(map(len, prompts))
         ids = torch.tensor([[EOS] * (width - len(p)) + p for p in prompts], device=load["device"])
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=load["device"])
-        options = dict(max_new_tokens=load["response_len"], do_sample=True, top_k=0, top_p=1.0, eos_token_id=EOS, pad_token_id=EOS)
+        mask = torch.tensor(
+            [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=load["device"]
+        )
+        options = dict(
+            max_new_tokens=load["response_len"],
+            do_sample=True,
+            top_k=0,
+            top_p=1.0,
+            eos_token_id=EOS,
+            pad_token_id=EOS,
+        )
         with torch.autocast(load["device"], dtype, enabled=dtype is not None):
             out = lm.generate(ids, attention_mask=mask, **options)[:, width:].tolist()
         return [row[: row.index(EOS) + 1] if EOS in row else row for row in out]
@@ -131,7 +162,9 @@ def numbered_words(n: int):
     from transformers import PreTrainedTokenizerFast
 
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(n)}, unk_token="w1"))
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token=f"w{EOS}", pad_token=f"w{n - 1}", padding_side="left")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token=f"w{EOS}", pad_token=f"w{n - 1}", padding_side="left"
+    )
 
 
 def trl_old(load: dict):
@@ -143,13 +176,24 @@ def trl_old(load: dict):
         ppo_epochs=PPO_EPOCHS, learning_rate=LR, whiten_rewards=False, log_with=None,
         accelerator_kwargs={"mixed_precision": load["amp"]},
     )  # fmt: skip
-    models = [trl.AutoModelForCausalLMWithValueHead.from_pretrained(build_lm(load)) for _ in range(2)]
+    models = [
+        trl.AutoModelForCausalLMWithValueHead.from_pretrained(build_lm(load)) for _ in range(2)
+    ]
     trainer = trl.PPOTrainer(config, *models, numbered_words(load["vocab"]))
-    options = dict(max_new_tokens=load["response_len"], do_sample=True, top_k=0, top_p=1.0, eos_token_id=EOS, pad_token_id=EOS)
+    options = dict(
+        max_new_tokens=load["response_len"],
+        do_sample=True,
+        top_k=0,
+        top_p=1.0,
+        eos_token_id=EOS,
+        pad_token_id=EOS,
+    )
 
     def whole_step(prompts):
         queries = [torch.tensor(p) for p in prompts]
-        responses = trainer.generate(queries, return_prompt=False, batch_size=load["batch"], **options)
+        responses = trainer.generate(
+            queries, return_prompt=False, batch_size=load["batch"], **options
+        )
         trainer.step(queries, responses, [torch.tensor(0.0) for _ in queries])
         return [r.tolist() for r in responses]
 
@@ -174,7 +218,11 @@ def trl_last(load: dict, rounds: "Rounds") -> None:
         base_model_prefix = "body"
 
         def body(self, input_ids, **rest):
-            return type("Output", (), {"hidden_states": [torch.zeros(*input_ids.shape, 1, device=input_ids.device)]})
+            return type(
+                "Output",
+                (),
+                {"hidden_states": [torch.zeros(*input_ids.shape, 1, device=input_ids.device)]},
+            )
 
         def score(self, hidden):
             return hidden
@@ -188,7 +236,9 @@ def trl_last(load: dict, rounds: "Rounds") -> None:
             rounds.end()
             rounds.begin()
         prompts = make_prompts(load, number)
-        return {"input_ids": torch.tensor([[pad] * (load["prompt_len"] - len(p)) + p for p in prompts])}
+        return {
+            "input_ids": torch.tensor([[pad] * (load["prompt_len"] - len(p)) + p for p in prompts])
+        }
 
     config = PPOConfig(
         output_dir=tempfile.mkdtemp(), report_to="none", save_strategy="no", num_sample_generations=0, use_cpu=load["device"] == "cpu",
@@ -199,7 +249,17 @@ def trl_last(load: dict, rounds: "Rounds") -> None:
     )  # fmt: skip
     data = Dataset.from_dict({"input_ids": [[1]] * (load["batch"] * 1000)})
     tokenizer = numbered_words(pad + 1)
-    PPOTrainer(config, tokenizer, lm, ref, NoReward(), data, critic, data_collator=collate, eval_dataset=data.select(range(8))).train()
+    PPOTrainer(
+        config,
+        tokenizer,
+        lm,
+        ref,
+        NoReward(),
+        data,
+        critic,
+        data_collator=collate,
+        eval_dataset=data.select(range(8)),
+    ).train()
 
 
 # ------------------------------------------------------------------------------------------------ the protocol
@@ -209,9 +269,15 @@ class Rounds:
     """begin() waits for a line and starts the clock; end() stops it and reports."""
 
     def __init__(self, load: dict):
-        self.cuda, self.started, self.out = load["device"] == "cuda", None, os.fdopen(os.dup(1), "w")
+        self.cuda, self.started, self.out = (
+            load["device"] == "cuda",
+            None,
+            os.fdopen(os.dup(1), "w"),
+        )
         os.dup2(2, 1)  # whatever a peer prints is not part of the protocol
-        self.imports = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # before there is any model
+        self.imports = resource.getrusage(
+            resource.RUSAGE_SELF
+        ).ru_maxrss  # before there is any model
 
     def say(self, **report) -> None:
         print(json.dumps(report), file=self.out, flush=True)
@@ -231,8 +297,14 @@ class Rounds:
         if self.cuda:
             peak = torch.cuda.max_memory_allocated()
         else:
-            peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - self.imports) * 1024  # Linux counts it in KiB
-        lengths = {} if prompts is None else {"prompts": [len(p) for p in prompts], "responses": [len(r) for r in responses]}
+            peak = (
+                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - self.imports
+            ) * 1024  # Linux counts it in KiB
+        lengths = (
+            {}
+            if prompts is None
+            else {"prompts": [len(p) for p in prompts], "responses": [len(r) for r in responses]}
+        )
         self.say(seconds=seconds, peak_bytes=peak, **lengths)
 
 

@@ -40,9 +40,19 @@ class Sizes(NamedTuple):
     vocab: int
 
 
-TINY = Sizes(1.0e6, TINY_LM["num_hidden_layers"], TINY_LM["hidden_size"], TINY_LM["hidden_size"], TINY_LM["vocab_size"])  # --model tiny
+TINY = Sizes(
+    1.0e6,
+    TINY_LM["num_hidden_layers"],
+    TINY_LM["hidden_size"],
+    TINY_LM["hidden_size"],
+    TINY_LM["vocab_size"],
+)  # --model tiny
 # GPT-2 small and XL; Llama 2 7B
-KNOWN = {"124 M": Sizes(124e6, 12, 768, 768, 50257), "1.5 B": Sizes(1.56e9, 48, 1600, 1600, 50257), "7 B": Sizes(6.74e9, 32, 4096, 4096, 32000)}
+KNOWN = {
+    "124 M": Sizes(124e6, 12, 768, 768, 50257),
+    "1.5 B": Sizes(1.56e9, 48, 1600, 1600, 50257),
+    "7 B": Sizes(6.74e9, 32, 4096, 4096, 32000),
+}
 
 
 def sizes_of(name: str) -> Sizes:
@@ -56,8 +66,16 @@ def sizes_of(name: str) -> Sizes:
         kv = getattr(text, "num_key_value_heads", None) or heads
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     except (OSError, ValueError, AttributeError, ArithmeticError) as problem:
-        raise UserError(f"--model {name} has no config that can be read: {first_line(problem)}") from None
-    return Sizes(sum(p.numel() for p in lm.parameters()), text.num_hidden_layers, text.hidden_size, kv * head_dim, text.vocab_size)
+        raise UserError(
+            f"--model {name} has no config that can be read: {first_line(problem)}"
+        ) from None
+    return Sizes(
+        sum(p.numel() for p in lm.parameters()),
+        text.num_hidden_layers,
+        text.hidden_size,
+        kv * head_dim,
+        text.vocab_size,
+    )
 
 
 def memory(
@@ -79,7 +97,9 @@ def memory(
         "Adam": (8 + 4 * bool(zero)) * p / split,
         "buckets": 0 if devices == 1 else min(4 * p, 4 * 5e8) if zero else 4 * p,
         "bf16 copies": 2 * p * amp,
-        "activations": (2 if amp else 4) * layers * width * tokens + per_layer if checkpointing else layers * per_layer,
+        "activations": (2 if amp else 4) * layers * width * tokens + per_layer
+        if checkpointing
+        else layers * per_layer,
         "logits": 12 * sizes.vocab * min(rows * response, 1024),
         "cache": (4 if amp else 8) * layers * sizes.kv_width * sampled * length,
     }
@@ -90,11 +110,22 @@ def memory(
 def table(sizes: Sizes, rows: Callable[[int], tuple[int, int]], **options) -> str:
     """The estimate for 1, 2, 4 and 8 devices, DDP beside ZeRO-2, in GiB. `rows`: `rows` and `sampled` of `memory`, for that many devices."""
     held = memory(sizes, **dict(zip(("rows", "sampled"), rows(1))), **options)
-    lines = [f"{sizes.parameters / 1e6:,.1f} M parameters; one device, GiB: " + ", ".join(f"{name} {size / GIB:.3g}" for name, size in held.items())]
+    lines = [
+        f"{sizes.parameters / 1e6:,.1f} M parameters; one device, GiB: "
+        + ", ".join(f"{name} {size / GIB:.3g}" for name, size in held.items())
+    ]
     for devices in (2, 4, 8):
         together, sampled = rows(devices)
-        ddp, zero = (memory(sizes, rows=together, sampled=sampled, devices=devices, zero=stage, **options)["peak"] / GIB for stage in (0, 2))
-        lines.append(f"{devices} devices, {together} rows at a time on each: {ddp:.3g} GiB under DDP, {zero:.3g} GiB under ZeRO-2")
+        ddp, zero = (
+            memory(sizes, rows=together, sampled=sampled, devices=devices, zero=stage, **options)[
+                "peak"
+            ]
+            / GIB
+            for stage in (0, 2)
+        )
+        lines.append(
+            f"{devices} devices, {together} rows at a time on each: {ddp:.3g} GiB under DDP, {zero:.3g} GiB under ZeRO-2"
+        )
     return "\n".join(lines)
 
 
@@ -103,7 +134,10 @@ def readme_table() -> str:
     options = dict(rows=8, sampled=8, length=1024, response=256, amp=True, checkpointing=True)
     lines = ["| model | one device | 8 devices, DDP | 8 devices, ZeRO-2 |", "|---|---|---|---|"]
     for name, sizes in KNOWN.items():
-        peaks = [memory(sizes, devices=devices, zero=zero, **options)["peak"] / GIB for devices, zero in ((1, 0), (8, 0), (8, 2))]
+        peaks = [
+            memory(sizes, devices=devices, zero=zero, **options)["peak"] / GIB
+            for devices, zero in ((1, 0), (8, 0), (8, 2))
+        ]
         lines.append(f"| {name} | " + " | ".join(f"{peak:.1f}" for peak in peaks) + " |")
     return "\n".join(lines)
 

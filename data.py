@@ -57,7 +57,9 @@ class Batch:
 
     input_ids: torch.Tensor  # (B, T) long
     attention_mask: torch.Tensor  # (B, T) bool, True for real tokens
-    response_mask: torch.Tensor  # (B, T) bool, True for the tokens that the model is responsible for
+    response_mask: (
+        torch.Tensor
+    )  # (B, T) bool, True for the tokens that the model is responsible for
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -79,7 +81,9 @@ class Batch:
         return type(self)(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
 
-def make_batch(tokenizer, prompts: list[list[int]], responses: list[list[int]], max_length: int) -> Batch:
+def make_batch(
+    tokenizer, prompts: list[list[int]], responses: list[list[int]], max_length: int
+) -> Batch:
     """Join prompt and response ids into a Batch of at most `max_length` columns.
 
     A row that is too long loses the oldest tokens of its prompt first; only if one prompt token and the response still do not
@@ -91,7 +95,9 @@ def make_batch(tokenizer, prompts: list[list[int]], responses: list[list[int]], 
     ([[2, 3, 5, 6], [4, 7, 0, 0]], [[0, 0, 1, 1], [0, 1, 0, 0]])
     """
     if max_length < 2:
-        raise ValueError(f"max_length is {max_length}, but a row needs a prompt token and a response token")
+        raise ValueError(
+            f"max_length is {max_length}, but a row needs a prompt token and a response token"
+        )
     rows, masks = [], []
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         if not prompt or not response:
@@ -135,17 +141,30 @@ def encode_prompt(tokenizer, example: Example) -> list[int]:
     text = example.prompt
     if example.messages is not None and tokenizer.chat_template:
         try:
-            text = tokenizer.apply_chat_template(example.messages, tokenize=False, add_generation_prompt=True)
+            text = tokenizer.apply_chat_template(
+                example.messages, tokenize=False, add_generation_prompt=True
+            )
         except jinja2.TemplateError as problem:
-            raise UserError(f"the model's chat template refuses the dialogue {example.prompt[:80]!r}: {problem}") from None
-        ids = tokenizer(text, add_special_tokens=False).input_ids  # the template has written BOS itself
+            raise UserError(
+                f"the model's chat template refuses the dialogue {example.prompt[:80]!r}: {problem}"
+            ) from None
+        ids = tokenizer(
+            text, add_special_tokens=False
+        ).input_ids  # the template has written BOS itself
     else:
         starts_with_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
         ids = tokenizer(text, add_special_tokens=not starts_with_bos).input_ids
-        if ids and ids[-1] == tokenizer.eos_token_id and len(ids) > 1 and not text.endswith(tokenizer.eos_token):
+        if (
+            ids
+            and ids[-1] == tokenizer.eos_token_id
+            and len(ids) > 1
+            and not text.endswith(tokenizer.eos_token)
+        ):
             ids = ids[:-1]  # some tokenizers close every text; a prompt is to be continued
     if not ids:  # an unconditional sample still needs a first token to be predicted from
-        ids = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
+        ids = [
+            tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        ]
     return ids
 
 
@@ -164,7 +183,9 @@ def decode(tokenizer, response: list[int]) -> str:
     """Text of a response for rewards and for people. Training never uses it: ids are kept from end to end."""
     text = tokenizer.decode(response, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     first = tokenizer.convert_ids_to_tokens(response[0]) if response else ""
-    return " " + text if first.startswith(SPACE) and not text.startswith(" ") else text  # decoders strip it: "a text starts here"
+    return (
+        " " + text if first.startswith(SPACE) and not text.startswith(" ") else text
+    )  # decoders strip it: "a text starts here"
 
 
 def demonstration_batch(tokenizer, examples: list[Example], max_length: int) -> Batch:
@@ -176,8 +197,14 @@ def demonstration_batch(tokenizer, examples: list[Example], max_length: int) -> 
 
 def columns_of(examples: list[Example]) -> dict[str, list]:
     """The keyword lists that rewards receive: `target` and every other column of the data, None where a record lacks it."""
-    names = {name: None for example in examples for name in example.columns}  # a dict keeps the order
-    columns = {name: [example.columns.get(name) for example in examples] for name in names if name not in ("prompts", "completions")}
+    names = {
+        name: None for example in examples for name in example.columns
+    }  # a dict keeps the order
+    columns = {
+        name: [example.columns.get(name) for example in examples]
+        for name in names
+        if name not in ("prompts", "completions")
+    }
     return {**columns, "target": [example.target for example in examples]}
 
 
@@ -214,16 +241,30 @@ def load_examples(
         examples += found
         too_short += not found
     if too_short:
-        print(f"note: {too_short} texts of {source} were left out, too short to be cut into prompt and target", file=sys.stderr)
+        print(
+            f"note: {too_short} texts of {source} were left out, too short to be cut into prompt and target",
+            file=sys.stderr,
+        )
     if not examples:
         raise UserError(f"--data {source} holds no record that can be used")
-    names = {name: None for example in examples for name in example.columns}  # every example has every column, so that a
-    return [replace(e, columns={name: e.columns.get(name) for name in names}) for e in examples]  # reward may count on them
+    names = {
+        name: None for example in examples for name in example.columns
+    }  # every example has every column, so that a
+    return [
+        replace(e, columns={name: e.columns.get(name) for name in names}) for e in examples
+    ]  # reward may count on them
 
 
-def to_examples(record: dict, prompt_field: str | None = None, target_field: str | None = None, prompt_words: int = 12) -> list[Example]:
+def to_examples(
+    record: dict,
+    prompt_field: str | None = None,
+    target_field: str | None = None,
+    prompt_words: int = 12,
+) -> list[Example]:
     """One record to its examples: several for a dialogue, none for a text of one word. Raises UserError that says what is missing or of the wrong type."""
-    record = {name: value for name, value in record.items() if value is not None}  # readers fill absent fields with None
+    record = {
+        name: value for name, value in record.items() if value is not None
+    }  # readers fill absent fields with None
     if prompt_field is None and target_field is None:
         if "messages" in record:
             return _dialogue_examples(record)
@@ -234,7 +275,9 @@ def to_examples(record: dict, prompt_field: str | None = None, target_field: str
     prompt_field = _pick_field(record, prompt_field, PROMPT_FIELDS, "prompt")
     target_field = _pick_field(record, target_field, TARGET_FIELDS, "target")
     prompt, target = _string(record, prompt_field), _string(record, target_field)
-    columns = {name: value for name, value in record.items() if name not in (prompt_field, target_field)}
+    columns = {
+        name: value for name, value in record.items() if name not in (prompt_field, target_field)
+    }
     if prompt_field == "instruction" and record.get("input"):  # Alpaca
         prompt = f"{prompt}\n\n{_string(columns, 'input')}"
     if not target.strip():
@@ -244,7 +287,9 @@ def to_examples(record: dict, prompt_field: str | None = None, target_field: str
 
 def render_dialogue(messages: list[dict]) -> str:
     """The plain template for models without one: `Role:`, a line break, the content, a blank line; then `Assistant:`."""
-    turns = "".join(f"{message['role'].capitalize()}:\n{message['content']}\n\n" for message in messages)
+    turns = "".join(
+        f"{message['role'].capitalize()}:\n{message['content']}\n\n" for message in messages
+    )
     return turns + "Assistant:\n"
 
 
@@ -259,11 +304,19 @@ def _dialogue_examples(record: dict) -> list[Example]:
         raise UserError("field 'messages' must be a list of {role, content} objects")
     for message in messages:
         if message.get("role") not in ROLES:
-            raise UserError(f"unknown role {message.get('role')!r} in 'messages' (known: {', '.join(ROLES)})")
+            raise UserError(
+                f"unknown role {message.get('role')!r} in 'messages' (known: {', '.join(ROLES)})"
+            )
         _string(message, "content")
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and message["content"].strip()]
+    turns = [
+        i
+        for i, message in enumerate(messages)
+        if message["role"] == "assistant" and message["content"].strip()
+    ]
     if not turns:
-        raise UserError("'messages' has no assistant turn with content, so there is nothing to learn from it")
+        raise UserError(
+            "'messages' has no assistant turn with content, so there is nothing to learn from it"
+        )
     columns = {name: value for name, value in record.items() if name != "messages"}
     return [
         Example(
@@ -280,10 +333,18 @@ def _dialogue_examples(record: dict) -> list[Example]:
 def _question_examples(record: dict) -> list[Example]:
     """`turns`: what a user says, one string after the other (MT-bench); `reference`, if there is one, holds the answers."""
     turns = record["turns"]
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
-        raise UserError("field 'turns' must be a list of what the user says, strings that are not empty")
+    if (
+        not isinstance(turns, list)
+        or not turns
+        or not all(isinstance(turn, str) and turn.strip() for turn in turns)
+    ):
+        raise UserError(
+            "field 'turns' must be a list of what the user says, strings that are not empty"
+        )
     answers = record.get("reference")
-    first = answers[0] if isinstance(answers, list) and answers and isinstance(answers[0], str) else ""
+    first = (
+        answers[0] if isinstance(answers, list) and answers and isinstance(answers[0], str) else ""
+    )
     columns = {name: value for name, value in record.items() if name not in ("turns", "reference")}
     messages = [{"role": "user", "content": turns[0]}]
     return [Example(render_dialogue(messages), first, columns, messages, tuple(turns[1:]))]
@@ -296,7 +357,13 @@ def _text_examples(record: dict, prompt_words: int) -> list[Example]:
     if len(ends) < 2:
         return []
     cut = ends[min(prompt_words, len(ends) // 2) - 1]
-    return [Example(text[:cut], text[cut:].rstrip(), {name: value for name, value in record.items() if name != "text"})]
+    return [
+        Example(
+            text[:cut],
+            text[cut:].rstrip(),
+            {name: value for name, value in record.items() if name != "text"},
+        )
+    ]
 
 
 def _pick_field(record: dict, wanted: str | None, known: tuple[str, ...], kind: str) -> str:
@@ -304,8 +371,12 @@ def _pick_field(record: dict, wanted: str | None, known: tuple[str, ...], kind: 
     found = next((name for name in names if name in record), None)
     if found is None:
         have = ", ".join(record) or "nothing"
-        alone = "; prompts without answers: 'turns', a list of one string, and --ppo-ratio 1" * (kind == "target")
-        raise UserError(f"no {kind} field: looked for {', '.join(names)}; the record has {have} (see --{kind}-field{alone})")
+        alone = "; prompts without answers: 'turns', a list of one string, and --ppo-ratio 1" * (
+            kind == "target"
+        )
+        raise UserError(
+            f"no {kind} field: looked for {', '.join(names)}; the record has {have} (see --{kind}-field{alone})"
+        )
     return found
 
 
@@ -314,12 +385,19 @@ def _string(record: dict, name: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"field '{name}' must be a string, found {type(value).__name__}")
     if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
-        raise UserError(f"field '{name}' has half of a surrogate pair, which is no character (a cut emoji?)")
+        raise UserError(
+            f"field '{name}' has half of a surrogate pair, which is no character (a cut emoji?)"
+        )
     return value
 
 
 def read_records(
-    source: str, limit: int | None = None, encoding: str = "utf-8", config: str | None = None, split: str = "train", what: str = "--data"
+    source: str,
+    limit: int | None = None,
+    encoding: str = "utf-8",
+    config: str | None = None,
+    split: str = "train",
+    what: str = "--data",
 ):
     """Yield the records of a file or hub dataset as dicts. Raises UserError naming the file, and the line where there is one.
 
@@ -329,10 +407,15 @@ def read_records(
     path = Path(source)
     is_file = path.suffix in BUILDERS or path.exists()
     if is_file and not path.is_file():
-        raise UserError(f"{what} {source} " + ("is a folder; give a file in it" if path.is_dir() else "does not exist"))
+        raise UserError(
+            f"{what} {source} "
+            + ("is a folder; give a file in it" if path.is_dir() else "does not exist")
+        )
     if is_file and path.suffix not in BUILDERS:
         raise UserError(f"{what} {source} has an unknown ending; known are {', '.join(BUILDERS)}")
-    encoding = "utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding  # drops a byte order mark
+    encoding = (
+        "utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding
+    )  # drops a byte order mark
     text = _checked_text(path, encoding, what) if is_file and path.suffix != ".parquet" else None
     if path.suffix in (".json", ".jsonl") and is_file:
         yield from itertools.islice(_json_records(path, text), limit)
@@ -340,22 +423,39 @@ def read_records(
     import datasets  # slow to import, and the built-in task does without it
 
     datasets.logging.set_verbosity(logging.CRITICAL)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are no news; the outcome is
+    logging.getLogger("huggingface_hub").setLevel(
+        logging.ERROR
+    )  # its retries are no news; the outcome is
     options = {} if text is None else {"encoding": encoding}
     if text is not None and path.suffix == ".txt":
         options |= {"sample_by": "document"}
     if text is not None and path.suffix == ".csv":  # everything is text: "42", "None" and "007" too
         header = next(csv.reader(text.splitlines()))
-        options |= {"features": datasets.Features({name: datasets.Value("string") for name in header}), "keep_default_na": False}
+        options |= {
+            "features": datasets.Features({name: datasets.Value("string") for name in header}),
+            "keep_default_na": False,
+        }
     try:
         if is_file:
-            records = datasets.load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train", streaming=True, **options)
+            records = datasets.load_dataset(
+                BUILDERS[path.suffix],
+                data_files=str(path),
+                split="train",
+                streaming=True,
+                **options,
+            )
         else:
-            records = datasets.load_dataset(source, config, split=split, streaming=limit is not None)
+            records = datasets.load_dataset(
+                source, config, split=split, streaming=limit is not None
+            )
         if path.suffix == ".txt" and is_file:
             records = _text_records(next(iter(records))["text"])
         for record in itertools.islice(records, limit):
-            yield {name: value for name, value in record.items() if path.suffix != ".csv" or value != ""}  # an empty cell is absent
+            yield {
+                name: value
+                for name, value in record.items()
+                if path.suffix != ".csv" or value != ""
+            }  # an empty cell is absent
     except (OSError, ValueError, KeyError, TypeError, datasets.exceptions.DatasetsError) as problem:
         reason = first_line(problem)
         if is_file:
@@ -400,12 +500,16 @@ def _json_records(path: Path, text: str):
         try:
             found = json.loads(line)
         except json.JSONDecodeError as problem:
-            raise UserError(f"{path}:{number + problem.lineno - 1}: not valid JSON ({problem.msg}, column {problem.colno})") from None
+            raise UserError(
+                f"{path}:{number + problem.lineno - 1}: not valid JSON ({problem.msg}, column {problem.colno})"
+            ) from None
         except RecursionError:
             raise UserError(f"{path}:{number}: not usable JSON (nested too deeply)") from None
         for record in found if is_array else [found]:
             if not isinstance(record, dict):
-                raise UserError(f"{path}:{number}: expected a JSON object, found {type(record).__name__}")
+                raise UserError(
+                    f"{path}:{number}: expected a JSON object, found {type(record).__name__}"
+                )
             yield record
 
 
@@ -413,7 +517,9 @@ def _where(source: str, number: int) -> str:
     """`file:line` of a record in a line-based file, `source, record n` elsewhere."""
     path = Path(source)
     if path.suffix == ".jsonl" and path.is_file():
-        lines = (i for i, line in enumerate(path.read_bytes().split(b"\n"), start=1) if line.strip())
+        lines = (
+            i for i, line in enumerate(path.read_bytes().split(b"\n"), start=1) if line.strip()
+        )
         return f"{path}:{next(itertools.islice(lines, number, None))}"
     if path.suffix == ".csv" and path.is_file():
         csv.field_size_limit(sys.maxsize)
@@ -438,7 +544,13 @@ class Pair:
 
 
 def load_pairs(
-    source: str, *, limit: int | None = None, encoding: str = "utf-8", config: str | None = None, split: str = "train", what: str = "--data"
+    source: str,
+    *,
+    limit: int | None = None,
+    encoding: str = "utf-8",
+    config: str | None = None,
+    split: str = "train",
+    what: str = "--data",
 ) -> list[Pair]:
     """Pairs from records with `prompt`, `chosen`, `rejected`, or with two transcripts in Anthropic's format.
 
@@ -449,12 +561,20 @@ def load_pairs(
     for number, record in enumerate(read_records(source, limit, encoding, config, split, what)):
         try:
             chosen, rejected = _string(record, "chosen"), _string(record, "rejected")
-            prompt = _string(record, "prompt") if record.get("prompt") is not None else shared_prompt(chosen, rejected)
+            prompt = (
+                _string(record, "prompt")
+                if record.get("prompt") is not None
+                else shared_prompt(chosen, rejected)
+            )
             if record.get("prompt") is None:
                 chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
             if chosen == rejected:
                 continue  # nothing is preferred; such records do occur in public data
-            columns = {name: value for name, value in record.items() if name not in ("prompt", "chosen", "rejected") and value is not None}
+            columns = {
+                name: value
+                for name, value in record.items()
+                if name not in ("prompt", "chosen", "rejected") and value is not None
+            }
             pairs.append(Pair(prompt, chosen, rejected, columns))
         except UserError as problem:
             raise UserError(f"{_where(source, number)}: {problem}") from None
@@ -465,17 +585,24 @@ def load_pairs(
 
 def shared_prompt(chosen: str, rejected: str) -> str:
     """The longest common beginning of two transcripts that ends in "Assistant:". Raises UserError if there is none."""
-    same = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
+    same = next(
+        (i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b),
+        min(len(chosen), len(rejected)),
+    )
     end = chosen.rfind("\n\nAssistant:", 0, same)
     if end < 0:
-        raise UserError("the record has no prompt, and 'chosen' and 'rejected' share no transcript that ends in 'Assistant:'")
+        raise UserError(
+            "the record has no prompt, and 'chosen' and 'rejected' share no transcript that ends in 'Assistant:'"
+        )
     return chosen[: end + len("\n\nAssistant:")]
 
 
 # ------------------------------------------------------------------------------------------------ split and stream
 
 
-def split_examples(examples: list[Example], holdout: float = 0.1) -> tuple[list[Example], list[Example]]:
+def split_examples(
+    examples: list[Example], holdout: float = 0.1
+) -> tuple[list[Example], list[Example]]:
     """(train, held out) by a hash of the record, so that membership depends neither on order nor on what else there is.
 
     The turns of a dialogue share a side. If a side would be empty, the record with the smallest hash is held out; a single
@@ -486,7 +613,9 @@ def split_examples(examples: list[Example], holdout: float = 0.1) -> tuple[list[
         # A dialogue is known by its first user turn; system prompts are shared by many.
         first = example.messages and [m for m in example.messages if m["role"] == "user"][:1]
         key = first or [example.prompt, example.target]
-        digest = hashlib.sha256(json.dumps(key, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")).digest()
+        digest = hashlib.sha256(
+            json.dumps(key, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
+        ).digest()
         return int.from_bytes(digest[:8], "big") / 2**64
 
     places = [place(example) for example in examples]
@@ -548,7 +677,13 @@ def make_reviews(n: int, seed: int = 0) -> list[Example]:
 
     def clause() -> list[str]:
         adverb = [rng.choice(ADVERBS)] if rng.random() < 0.5 else []
-        return ["the", rng.choice(NOUNS), rng.choice(VERBS), *adverb, rng.choice(PRAISE if rng.random() < 0.5 else BLAME)]
+        return [
+            "the",
+            rng.choice(NOUNS),
+            rng.choice(VERBS),
+            *adverb,
+            rng.choice(PRAISE if rng.random() < 0.5 else BLAME),
+        ]
 
     examples = []
     for _ in range(n):
@@ -565,9 +700,15 @@ def review_pairs(examples: list[Example], seed: int = 0) -> list[Pair]:
     rng = random.Random(seed)
 
     def ending(example: Example, words: list[str]) -> str:
-        return " ".join(rng.choice(words) if word in PRAISE + BLAME else word for word in example.target.split(" "))
+        return " ".join(
+            rng.choice(words) if word in PRAISE + BLAME else word
+            for word in example.target.split(" ")
+        )
 
-    pairs = [Pair(example.prompt, ending(example, PRAISE), ending(example, BLAME)) for example in examples]
+    pairs = [
+        Pair(example.prompt, ending(example, PRAISE), ending(example, BLAME))
+        for example in examples
+    ]
     return [pair for pair in pairs if pair.chosen != pair.rejected]
 
 
@@ -575,7 +716,9 @@ def is_fluent_review(text: str) -> bool:
     """Does the text parse under the grammar above? Exact, so fluency is measured and not guessed."""
     words, i, clauses = text.split(" "), 0, 0
     while True:
-        if [word in part for word, part in zip(words[i : i + 3], (["the"], NOUNS, VERBS))] != [True] * 3:
+        if [word in part for word, part in zip(words[i : i + 3], (["the"], NOUNS, VERBS))] != [
+            True
+        ] * 3:
             return False
         i += 3
         i += i < len(words) and words[i] in ADVERBS
@@ -591,45 +734,104 @@ def is_fluent_review(text: str) -> bool:
 
 def review_metrics(prompts: list[str], completions: list[str]) -> dict[str, float]:
     """Shares of completions that make a grammatical review with their prompt, that praise more than they blame, and both."""
-    fluent = [is_fluent_review(prompt + completion) for prompt, completion in zip(prompts, completions, strict=True)]
-    positive = [sum((w in PRAISE) - (w in BLAME) for w in completion.split()) > 0 for completion in completions]
+    fluent = [
+        is_fluent_review(prompt + completion)
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    positive = [
+        sum((w in PRAISE) - (w in BLAME) for w in completion.split()) > 0
+        for completion in completions
+    ]
     both = [f and p for f, p in zip(fluent, positive)]
     n = len(completions)
-    return {"fluent": sum(fluent) / n, "positive": sum(positive) / n, "fluent_and_positive": sum(both) / n}
+    return {
+        "fluent": sum(fluent) / n,
+        "positive": sum(positive) / n,
+        "fluent_and_positive": sum(both) / n,
+    }
 
 
 def add_data_flags(group) -> None:
     """How a source is read: the flags that `train.py` and `data.py` share."""
-    group.add_argument("--data-config", help="configuration of a hub dataset, such as wikitext-2-raw-v1")
-    group.add_argument("--data-split", default="train", help="split of a hub dataset; a tenth of it is held out by hash")
-    group.add_argument("--prompt-field", help="column with the prompt (default: prompt, instruction, question or query)")
-    group.add_argument("--target-field", help="column with the target (default: target, completion, response, output or answer)")
-    group.add_argument("--prompt-words", type=number(int, 1), default=12, help="plain text: the first N words are the prompt")
+    group.add_argument(
+        "--data-config", help="configuration of a hub dataset, such as wikitext-2-raw-v1"
+    )
+    group.add_argument(
+        "--data-split",
+        default="train",
+        help="split of a hub dataset; a tenth of it is held out by hash",
+    )
+    group.add_argument(
+        "--prompt-field",
+        help="column with the prompt (default: prompt, instruction, question or query)",
+    )
+    group.add_argument(
+        "--target-field",
+        help="column with the target (default: target, completion, response, output or answer)",
+    )
+    group.add_argument(
+        "--prompt-words",
+        type=number(int, 1),
+        default=12,
+        help="plain text: the first N words are the prompt",
+    )
     group.add_argument("--encoding", default="utf-8", help="encoding of a local file")
     group.add_argument("--limit", type=number(int, 1), help="read at most N records")
 
 
 def data_options(args) -> dict:
     """Those flags -> keyword arguments of `load_examples`."""
-    fields = dict(prompt_field=args.prompt_field, target_field=args.target_field, prompt_words=args.prompt_words)
-    return dict(**fields, limit=args.limit, encoding=args.encoding, config=args.data_config, split=args.data_split)
+    fields = dict(
+        prompt_field=args.prompt_field,
+        target_field=args.target_field,
+        prompt_words=args.prompt_words,
+    )
+    return dict(
+        **fields,
+        limit=args.limit,
+        encoding=args.encoding,
+        config=args.data_config,
+        split=args.data_split,
+    )
 
 
 @one_line_errors
 def main(argv: list[str]) -> None:
     """What a source becomes: its first examples, and how many there are."""
     parser = Parser(main.__doc__)
-    parser.add_argument("source", nargs="?", default="reviews", help="what --data of train.py may be; the flags are those of train.py too")
+    parser.add_argument(
+        "source",
+        nargs="?",
+        default="reviews",
+        help="what --data of train.py may be; the flags are those of train.py too",
+    )
     add_data_flags(parser)
     args = parser.parse_args(argv)
     examples = load_examples(args.source, **data_options(args))
     for shown in examples[:3]:
-        print(json.dumps({"prompt": shown.prompt, "target": shown.target, **shown.columns}, ensure_ascii=False, default=str))
+        print(
+            json.dumps(
+                {"prompt": shown.prompt, "target": shown.target, **shown.columns},
+                ensure_ascii=False,
+                default=str,
+            )
+        )
     _, held_out = split_examples(examples)
-    print(f"{len(examples)} examples, {len(held_out)} of them held out, {sum(not e.target for e in examples)} without a target")
-    glued = [e for e in examples if e.messages is None and e.prompt[-1:].strip() and e.target[:1].isascii() and e.target[:1].isalnum()]
+    print(
+        f"{len(examples)} examples, {len(held_out)} of them held out, {sum(not e.target for e in examples)} without a target"
+    )
+    glued = [
+        e
+        for e in examples
+        if e.messages is None
+        and e.prompt[-1:].strip()
+        and e.target[:1].isascii()
+        and e.target[:1].isalnum()
+    ]
     if glued:
-        print(f"note: in {len(glued)} of them prompt and target touch, as in {(glued[0].prompt + glued[0].target)[:60]!r}: end one or begin the other with a space or line break")
+        print(
+            f"note: in {len(glued)} of them prompt and target touch, as in {(glued[0].prompt + glued[0].target)[:60]!r}: end one or begin the other with a space or line break"
+        )
 
 
 if __name__ == "__main__":

@@ -22,29 +22,41 @@ from hybrid import HybridModel
 
 @dataclass
 class Episode:
-    """One dialogue as it grows. `ids` and `mine` are the row and its response mask; the lists below have an entry for each turn of the policy."""
+    """One dialogue as it grows. `ids` and `response_mask` are the row and its response mask; the lists below have an entry for each turn of the policy."""
 
     example: Example
     messages: list[dict]
     ids: list[int]
-    mine: list[bool]
+    response_mask: list[bool]
     histories: list[str] = field(default_factory=list)  # what was said before, as rewards read it
     responses: list[str] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)  # of the policy's tokens, all turns, as the sampler saw them
+    logprobs: list[float] = field(
+        default_factory=list
+    )  # of the policy's tokens, all turns, as the sampler saw them
     ends: list[int] = field(default_factory=list)  # column of the turn's last token
-    ended: list[bool] = field(default_factory=list)  # by EOS, or cut by the length limit?
+    truncated: list[bool] = field(default_factory=list)  # did it hit the length limit?
 
     def text(self) -> str:
         """Everything after the prompt, the user's turns included: the completion of a whole dialogue."""
         parts = [self.responses[0]]
         for i in range(1, len(self.responses)):
-            said = self.messages[2 * (i - len(self.responses))]["content"]  # the last message is the last response
+            said = self.messages[2 * (i - len(self.responses))][
+                "content"
+            ]  # the last message is the last response
             parts += [plain_reply(said), self.responses[i]]
         return "".join(parts)
 
 
 def sample_episodes(
-    model: HybridModel, tokenizer, examples: list[Example], *, turns: int = 1, user=None, max_length: int, max_new_tokens: int, **options
+    model: HybridModel,
+    tokenizer,
+    examples: list[Example],
+    *,
+    turns: int = 1,
+    user=None,
+    max_length: int,
+    max_new_tokens: int,
+    **options,
 ) -> list[Episode]:
     """Sample one episode for each example: up to `turns` responses, fewer where the user has no more to say or the row is full.
 
@@ -53,23 +65,42 @@ def sample_episodes(
     episodes = []
     for example in examples:
         ids = encode_prompt(tokenizer, example)[-(max_length - turns * max_new_tokens) :]
-        episodes.append(Episode(example, list(example.messages or [{"role": "user", "content": example.prompt}]), ids, [False] * len(ids)))
+        episodes.append(
+            Episode(
+                example,
+                list(example.messages or [{"role": "user", "content": example.prompt}]),
+                ids,
+                [False] * len(ids),
+            )
+        )
     speaking = episodes
     for turn in range(turns):
         if turn:
-            speaking = [e for e, said in zip(speaking, user(speaking, options.get("generator"))) if said is not None and _ask(tokenizer, e, said, max_length - max_new_tokens)]
+            speaking = [
+                e
+                for e, said in zip(speaking, user(speaking, options.get("generator")))
+                if said is not None and _ask(tokenizer, e, said, max_length - max_new_tokens)
+            ]
         if not speaking:
             break
-        generation = sample(model, [e.ids for e in speaking], max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id, **options)
+        generation = sample(
+            model,
+            [e.ids for e in speaking],
+            max_new_tokens=max_new_tokens,
+            eos_token_id=tokenizer.eos_token_id,
+            **options,
+        )
         for episode, response, logprobs in zip(speaking, generation.responses, generation.logprobs):
-            episode.histories.append(render_dialogue(episode.messages) if turn else episode.example.prompt)
+            episode.histories.append(
+                render_dialogue(episode.messages) if turn else episode.example.prompt
+            )
             episode.responses.append(decode(tokenizer, response))
             episode.messages.append({"role": "assistant", "content": episode.responses[-1]})
             episode.ids = episode.ids + response
-            episode.mine += [True] * len(response)
+            episode.response_mask += [True] * len(response)
             episode.logprobs += logprobs
             episode.ends.append(len(episode.ids) - 1)
-            episode.ended.append(response[-1] == tokenizer.eos_token_id)
+            episode.truncated.append(response[-1] != tokenizer.eos_token_id)
     return episodes
 
 
@@ -80,7 +111,7 @@ def _ask(tokenizer, episode: Episode, said: str, limit: int) -> bool:
         return False
     episode.messages.append({"role": "user", "content": said})
     episode.ids = episode.ids + ids
-    episode.mine += [False] * len(ids)
+    episode.response_mask += [False] * len(ids)
     return True
 
 
@@ -89,15 +120,27 @@ def text_between(tokenizer, episode: Episode, said: str) -> str:
     if episode.example.messages is None or not tokenizer.chat_template:
         return plain_reply(said)
     mark = "\N{SECTION SIGN}response\N{SECTION SIGN}"  # stands for the response, whose own tokens are in the row already
-    messages = [*episode.messages[:-1], {"role": "assistant", "content": mark}, {"role": "user", "content": said}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True).rsplit(mark, 1)[1]
+    messages = [
+        *episode.messages[:-1],
+        {"role": "assistant", "content": mark},
+        {"role": "user", "content": said},
+    ]
+    text = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    ).rsplit(mark, 1)[1]
     before_eos, _, after_eos = text.partition(tokenizer.eos_token)
-    return after_eos if episode.ended[-1] and not before_eos.strip() else text  # EOS was sampled: it is not said twice
+    return (
+        after_eos if not episode.truncated[-1] and not before_eos.strip() else text
+    )  # EOS was sampled: it is not said twice
 
 
 def scripted_user(episodes: list[Episode], generator=None) -> list[str | None]:
     """The user turns that the record itself goes on with, whatever the policy has answered; None when they are used up."""
-    return [e.example.user_turns[n] if n < len(e.example.user_turns) else None for e in episodes for n in [len(e.responses) - 1]]
+    return [
+        e.example.user_turns[n] if n < len(e.example.user_turns) else None
+        for e in episodes
+        for n in [len(e.responses) - 1]
+    ]
 
 
 class ModelUser:
@@ -106,10 +149,21 @@ class ModelUser:
     def __init__(self, model: HybridModel, tokenizer, max_new_tokens: int):
         self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
 
-    def __call__(self, episodes: list[Episode], generator: torch.Generator | None = None) -> list[str | None]:
-        texts = [render_dialogue(e.messages).removesuffix("Assistant:\n") + "User:\n" for e in episodes]
+    def __call__(
+        self, episodes: list[Episode], generator: torch.Generator | None = None
+    ) -> list[str | None]:
+        texts = [
+            render_dialogue(e.messages).removesuffix("Assistant:\n") + "User:\n" for e in episodes
+        ]
         room = self.model.max_positions - self.max_new_tokens
         prompts = [encode_prompt(self.tokenizer, Example(text, ""))[-room:] for text in texts]
-        options = dict(max_new_tokens=self.max_new_tokens, eos_token_id=self.tokenizer.eos_token_id, generator=generator)
-        said = [decode(self.tokenizer, response).split("\n\n")[0].strip() for response in sample(self.model, prompts, **options).responses]
+        options = dict(
+            max_new_tokens=self.max_new_tokens,
+            eos_token_id=self.tokenizer.eos_token_id,
+            generator=generator,
+        )
+        said = [
+            decode(self.tokenizer, response).split("\n\n")[0].strip()
+            for response in sample(self.model, prompts, **options).responses
+        ]
         return [text or None for text in said]

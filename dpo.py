@@ -11,7 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import logsigmoid
 
-from data import Batch, Example, Pair, encode_prompt, encode_target, load_pairs, make_batch, review_pairs
+from data import (
+    Batch,
+    Example,
+    Pair,
+    encode_prompt,
+    encode_target,
+    load_pairs,
+    make_batch,
+    review_pairs,
+)
 from engine import Backend, UserError, accumulate, apply_gradients
 from hybrid import HybridModel
 from references import ReferenceMixture, reference_logprobs
@@ -44,20 +53,36 @@ def preference_pairs(args, examples: list[Example]) -> list[Pair]:
     if args.preference_data is not None:
         return load_pairs(args.preference_data, encoding=args.encoding, what="--preference-data")
     if args.data != "reviews":
-        raise UserError("--algorithm dpo learns from preferences: give --preference-data (prompt, chosen, rejected)")
+        raise UserError(
+            "--algorithm dpo learns from preferences: give --preference-data (prompt, chosen, rejected)"
+        )
     return review_pairs(examples)
 
 
-def preference_batch(tokenizer, reference: HybridModel | ReferenceMixture, pairs: list[Pair], max_length: int, micro_batch_size: int | None = None) -> PairBatch:
+def preference_batch(
+    tokenizer,
+    reference: HybridModel | ReferenceMixture,
+    pairs: list[Pair],
+    max_length: int,
+    micro_batch_size: int | None = None,
+) -> PairBatch:
     """Token ids of both responses to each prompt, EOS at their ends, and what the reference thinks of them. Rows as in PairBatch."""
     prompts = [encode_prompt(tokenizer, Example(pair.prompt, "")) for pair in pairs]
-    responses = [encode_target(tokenizer, text) for text in [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]]
+    responses = [
+        encode_target(tokenizer, text)
+        for text in [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    ]
     # One prompt for both: cut once, by the longer of the two responses, since eq. 7 compares them given the same x.
     n = len(pairs)
     room = [max(1, max_length - max(len(responses[i]), len(responses[i + n]))) for i in range(n)]
     prompts = [prompt[-most:] for prompt, most in zip(prompts, room)]
-    batch = make_batch(tokenizer, prompts * 2, responses, max_length).to(next(reference.parameters()).device)
-    return PairBatch(**vars(batch), ref_logprobs=reference_logprobs(reference, batch, pairs * 2, micro_batch_size)[0])
+    batch = make_batch(tokenizer, prompts * 2, responses, max_length).to(
+        next(reference.parameters()).device
+    )
+    return PairBatch(
+        **vars(batch),
+        ref_logprobs=reference_logprobs(reference, batch, pairs * 2, micro_batch_size)[0],
+    )
 
 
 def dpo_loss(
@@ -76,10 +101,14 @@ def dpo_loss(
     >>> round(losses.item(), 4)
     0.6931
     """
-    chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)  # (B,) the implicit reward, eq. 5 but for a constant of the prompt
+    chosen_rewards = beta * (
+        policy_chosen_logps - reference_chosen_logps
+    )  # (B,) the implicit reward, eq. 5 but for a constant of the prompt
     rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)  # (B,)
     margin = chosen_rewards - rejected_rewards  # (B,)
-    losses = -(1 - label_smoothing) * logsigmoid(margin) - label_smoothing * logsigmoid(-margin)  # (B,) eq. 7
+    losses = -(1 - label_smoothing) * logsigmoid(margin) - label_smoothing * logsigmoid(
+        -margin
+    )  # (B,) eq. 7
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 
@@ -99,10 +128,18 @@ def dpo_step(
 
     def loss_fn(part: PairBatch):
         scores = model(part.input_ids, part.attention_mask, part.response_mask, entropy=False)
-        policy, reference = scores.logprobs.sum(1).chunk(2), part.ref_logprobs.sum(1).chunk(2)  # (b,), (b,) each: chosen, rejected
+        policy, reference = (
+            scores.logprobs.sum(1).chunk(2),
+            part.ref_logprobs.sum(1).chunk(2),
+        )  # (b,), (b,) each: chosen, rejected
         losses, chosen, rejected = dpo_loss(*policy, *reference, beta, label_smoothing)
         accuracy = (chosen > rejected).float().mean()
-        stats = {"loss": losses.mean().detach(), "accuracy": accuracy, "chosen_reward": chosen.mean(), "rejected_reward": rejected.mean()}
+        stats = {
+            "loss": losses.mean().detach(),
+            "accuracy": accuracy,
+            "chosen_reward": chosen.mean(),
+            "rejected_reward": rejected.mean(),
+        }
         return losses.mean(), stats | {"margin": (chosen - rejected).mean()}
 
     backend = backend or Backend(model)

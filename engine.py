@@ -68,7 +68,11 @@ class Parser(argparse.ArgumentParser):
 
 class _DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help if action.default in (None, False) or "(default" in action.help else super()._get_help_string(action)
+        return (
+            action.help
+            if action.default in (None, False) or "(default" in action.help
+            else super()._get_help_string(action)
+        )
 
 
 def number(kind: type, low: float, high: float = math.inf, above: bool = False):
@@ -82,7 +86,9 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False):
         if not math.isfinite(value) or not low <= value <= high or (above and value == low):
             bounds = f"above {low:g}" if above else f"at least {low:g}"
             bounds += f" and at most {high:g}" if high < math.inf else ""
-            raise argparse.ArgumentTypeError(f"expected {'a whole number' if kind is int else 'a number'} {bounds}, found {text!r}")
+            raise argparse.ArgumentTypeError(
+                f"expected {'a whole number' if kind is int else 'a number'} {bounds}, found {text!r}"
+            )
         return value
 
     return parse
@@ -91,14 +97,25 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False):
 def pick_device(name: str = "auto") -> torch.device:
     """`auto` takes CUDA, then Apple's MPS, then the CPU. Raises UserError for a device that this machine lacks."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     try:
         device = torch.device(name)
         if device.type not in ("cuda", "mps", "cpu"):
             raise RuntimeError("known are auto, cuda, mps and cpu")
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as problem:  # torch says "not compiled with CUDA" by an AssertionError
-        raise UserError(f"--device {name} cannot be used here ({first_line(problem)}); try --device cpu") from None
+    except (
+        RuntimeError,
+        AssertionError,
+    ) as problem:  # torch says "not compiled with CUDA" by an AssertionError
+        raise UserError(
+            f"--device {name} cannot be used here ({first_line(problem)}); try --device cpu"
+        ) from None
     return device
 
 
@@ -110,12 +127,18 @@ def check_amp(amp: str, device: torch.device) -> None:
     if AMP_DTYPES[amp] is None:
         return
     try:
-        if device.type == "cuda" and amp == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        if (
+            device.type == "cuda"
+            and amp == "bf16"
+            and not torch.cuda.is_bf16_supported(including_emulation=False)
+        ):
             raise RuntimeError("this GPU has no bfloat16 arithmetic")
         with torch.autocast(device.type, AMP_DTYPES[amp]):
             torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)
     except RuntimeError as problem:
-        raise UserError(f"--amp {amp} cannot be used on {device} ({first_line(problem)}); try --amp no") from None
+        raise UserError(
+            f"--amp {amp} cannot be used on {device} ({first_line(problem)}); try --amp no"
+        ) from None
 
 
 def make_scaler(amp: str, device: torch.device) -> torch.amp.GradScaler | None:
@@ -126,9 +149,15 @@ def make_scaler(amp: str, device: torch.device) -> torch.amp.GradScaler | None:
 def compile_lm(model: torch.nn.Module) -> None:
     """torch.compile the trunk in place, for rows and columns of any number. Raises UserError where this machine cannot compile."""
     try:
-        torch.compile(lambda x: x * 2 + 1, dynamic=True)(torch.ones(3, device=model.value_head.weight.device))
-    except Exception as problem:  # a missing C++ compiler or Triton shows itself in errors of many kinds
-        raise UserError(f"--compile: torch.compile does not work on this machine ({first_line(problem)}); leave it out") from None
+        torch.compile(lambda x: x * 2 + 1, dynamic=True)(
+            torch.ones(3, device=model.value_head.weight.device)
+        )
+    except (
+        Exception
+    ) as problem:  # a missing C++ compiler or Triton shows itself in errors of many kinds
+        raise UserError(
+            f"--compile: torch.compile does not work on this machine ({first_line(problem)}); leave it out"
+        ) from None
     model.lm.base_model.compile(dynamic=True)
 
 
@@ -147,7 +176,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
         super().__init__([*matrices, *others], {"lr": lr})
         self._share()
 
-    def _share(self) -> None:  # the same dicts, so that a scheduler that sets our learning rates sets theirs
+    def _share(
+        self,
+    ) -> None:  # the same dicts, so that a scheduler that sets our learning rates sets theirs
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     def step(self) -> None:
@@ -164,11 +195,19 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 def _muon(model: torch.nn.Module, lr: float, adamw: dict) -> MuonWithAdamW:
-    embeddings = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]  # of positions too
-    ends = {id(p) for module in (*embeddings, model.lm.get_output_embeddings(), model.value_head) for p in module.parameters()}
+    embeddings = [
+        module for module in model.modules() if isinstance(module, torch.nn.Embedding)
+    ]  # of positions too
+    ends = {
+        id(p)
+        for module in (*embeddings, model.lm.get_output_embeddings(), model.value_head)
+        for p in module.parameters()
+    }
     matrices = [p for p in model.parameters() if p.dim() == 2 and id(p) not in ends]
     chosen = {id(p) for p in matrices}
-    return MuonWithAdamW(matrices, [p for p in model.parameters() if id(p) not in chosen], lr, adamw)
+    return MuonWithAdamW(
+        matrices, [p for p in model.parameters() if id(p) not in chosen], lr, adamw
+    )
 
 
 # Betas as in GPT-3 (2005.14165, appendix B). Adam's eps 1e-5, not torch's 1e-8: the first steps are far less wild (N+ details, 2403.17031). No weight decay: PPO has its own anchor.
@@ -186,7 +225,9 @@ SCHEDULERS = {
     "constant": lambda progress: 1.0,
     "linear": lambda progress: 1 - progress,
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
-    "wsd": lambda progress: min(1.0, (1 - progress) / 0.2),  # warm up, stay, decay over the last fifth
+    "wsd": lambda progress: min(
+        1.0, (1 - progress) / 0.2
+    ),  # warm up, stay, decay over the last fifth
 }
 
 
@@ -208,27 +249,39 @@ class Backend:
     def __init__(self, model: torch.nn.Module, scaler: torch.amp.GradScaler | None = None):
         self.model, self.scaler = model, scaler
         # Unused parameters: an SFT loss does not reach the value head. It keeps no gradient, and so stays as it is.
-        self.ddp = DistributedDataParallel(_Loss(model), find_unused_parameters=True) if parallel.world() > 1 else None
+        self.ddp = (
+            DistributedDataParallel(_Loss(model), find_unused_parameters=True)
+            if parallel.world() > 1
+            else None
+        )
 
-    def backward(self, loss_fn: Callable, part, weight: torch.Tensor, last: bool) -> dict[str, torch.Tensor]:
+    def backward(
+        self, loss_fn: Callable, part, weight: torch.Tensor, last: bool
+    ) -> dict[str, torch.Tensor]:
         """Add the gradient of weight * loss; processes exchange theirs after the `last` part of a step. -> the stats of `loss_fn`."""
         with nullcontext() if last or self.ddp is None else self.ddp.no_sync():
             loss, stats = (self.ddp or _call)(loss_fn, part)
-            loss = loss * weight * parallel.world()  # DistributedDataParallel divides by that number
+            loss = (
+                loss * weight * parallel.world()
+            )  # DistributedDataParallel divides by that number
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         return stats
 
     def step(self, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> float:
         """Clip, step unless the gradient is not finite, forget the gradient. -> its norm before the clip."""
         if self.scaler is not None:
-            self.scaler.unscale_(optimizer)  # before the clip (critical!): the limit is in units of the true gradient
+            self.scaler.unscale_(
+                optimizer
+            )  # before the clip (critical!): the limit is in units of the true gradient
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_grad_norm))
         if self.scaler is not None:
             self.scaler.step(optimizer)  # skips what is not finite by itself
             self.scaler.update()
         elif math.isfinite(grad_norm):
             optimizer.step()
-        optimizer.zero_grad(set_to_none=True)  # None, not 0: a parameter without gradient is not touched, not even by weight decay
+        optimizer.zero_grad(
+            set_to_none=True
+        )  # None, not 0: a parameter without gradient is not touched, not even by weight decay
         return grad_norm
 
 
@@ -247,7 +300,9 @@ class _Loss(torch.nn.Module):
         return loss_fn(part)
 
 
-def accumulate(backend: Backend, batch, rows: torch.Tensor, micro_batch_size: int | None, loss_fn) -> dict[str, float]:
+def accumulate(
+    backend: Backend, batch, rows: torch.Tensor, micro_batch_size: int | None, loss_fn
+) -> dict[str, float]:
     """Backward of one optimiser step over `rows`, `micro_batch_size` of them at a time on each process (None: all at once).
 
     `loss_fn(part) -> (loss, stats)` must return means over what `part.weight` counts: response tokens (DPO: pairs). Each part counts by its share of
@@ -257,15 +312,25 @@ def accumulate(backend: Backend, batch, rows: torch.Tensor, micro_batch_size: in
     """
     whole_weight = batch.weight(rows)  # scalar: response tokens, or pairs for DPO
     per_process = math.ceil(len(rows) / parallel.world())
-    n_parts = math.ceil(per_process / (micro_batch_size or per_process))  # the same on every process: they meet at the last one
+    n_parts = math.ceil(
+        per_process / (micro_batch_size or per_process)
+    )  # the same on every process: they meet at the last one
     if len(rows) > 1 and (n_parts > 1 or parallel.world() > 1):
         rows = rows[batch.lengths()[rows].argsort(stable=True)]
     total: dict[str, float] = {}
     for i, part_rows in enumerate(torch.tensor_split(parallel.share(rows), n_parts)):
-        weight = batch.weight(part_rows) / whole_weight  # scalar; 0 for a process that has run out of rows and only keeps step
+        weight = (
+            batch.weight(part_rows) / whole_weight
+        )  # scalar; 0 for a process that has run out of rows and only keeps step
         part = batch.rows(part_rows if len(part_rows) else rows[:1])
         stats = backend.backward(loss_fn, part, weight, last=i == n_parts - 1)
-        _join(total, {name: float(value if name.endswith("_max") else value * weight) for name, value in stats.items()})
+        _join(
+            total,
+            {
+                name: float(value if name.endswith("_max") else value * weight)
+                for name, value in stats.items()
+            },
+        )
     whole: dict[str, float] = {}
     for each in parallel.everybody(total):
         _join(whole, each)
@@ -274,14 +339,24 @@ def accumulate(backend: Backend, batch, rows: torch.Tensor, micro_batch_size: in
 
 def _join(total: dict[str, float], more: dict[str, float]) -> None:
     for name, value in more.items():
-        total[name] = max(total.get(name, -math.inf), value) if name.endswith("_max") else total.get(name, 0.0) + value
+        total[name] = (
+            max(total.get(name, -math.inf), value)
+            if name.endswith("_max")
+            else total.get(name, 0.0) + value
+        )
 
 
-def apply_gradients(backend: Backend, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> dict[str, float]:
+def apply_gradients(
+    backend: Backend, optimizer: torch.optim.Optimizer, max_grad_norm: float
+) -> dict[str, float]:
     """Clip the gradient, step, and forget the gradient. `grad_norm` is the norm BEFORE the clip.
 
     A gradient that is not finite never reaches weights or optimiser state: the step is skipped and says so
     (`skipped_steps` 1, no `grad_norm`, which would not be a number).
     """
     grad_norm = backend.step(optimizer, max_grad_norm)
-    return {"grad_norm": grad_norm, "skipped_steps": 0.0} if math.isfinite(grad_norm) else {"skipped_steps": 1.0}
+    return (
+        {"grad_norm": grad_norm, "skipped_steps": 0.0}
+        if math.isfinite(grad_norm)
+        else {"skipped_steps": 1.0}
+    )

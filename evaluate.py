@@ -18,10 +18,20 @@ import torch
 import transformers
 
 import parallel
-from data import Example, columns_of, decode, demonstration_batch, encode_prompt, encode_target, load_examples, make_batch, review_metrics
+from data import (
+    Example,
+    columns_of,
+    decode,
+    demonstration_batch,
+    encode_prompt,
+    encode_target,
+    load_examples,
+    make_batch,
+    review_metrics,
+)
 from engine import Parser, UserError, one_line_errors, pick_device
 from generate import sample
-from hybrid import HybridModel, score_rows
+from hybrid import HybridModel, forward_rows
 from ppo import kl_estimate
 from references import ReferenceMixture, reference_logprobs
 from runs import read_rows
@@ -53,17 +63,27 @@ def evaluate(
     metrics = {}
     shown = [example for example in examples if example.target]
     if shown:
-        metrics["nll"] = held_out_nll(model, demonstration_batch(tokenizer, shown, max_length), micro_batch_size)
+        metrics["nll"] = held_out_nll(
+            model, demonstration_batch(tokenizer, shown, max_length), micro_batch_size
+        )
 
-    prompts = [encode_prompt(tokenizer, example)[-(max_length - max_new_tokens) :] for example in examples]
+    prompts = [
+        encode_prompt(tokenizer, example)[-(max_length - max_new_tokens) :] for example in examples
+    ]
     generator = torch.Generator(device).manual_seed(seed + parallel.rank())
-    sampling = {"max_new_tokens": max_new_tokens, "eos_token_id": tokenizer.eos_token_id, "temperature": temperature}
+    sampling = {
+        "max_new_tokens": max_new_tokens,
+        "eos_token_id": tokenizer.eos_token_id,
+        "temperature": temperature,
+    }
     responses = []
     for begin in range(0, len(prompts), batch_size):
         part = prompts[begin : begin + batch_size]
         responses += sample(model, part, generator=generator, **sampling).responses
     completions = [decode(tokenizer, response) for response in responses]
-    samples = [{"prompt": e.prompt, "response": completion} for e, completion in zip(examples, completions)]
+    samples = [
+        {"prompt": e.prompt, "response": completion} for e, completion in zip(examples, completions)
+    ]
 
     words = [completion.split() for completion in completions]
     pairs = [pair for text in words for pair in zip(text, text[1:])]
@@ -72,16 +92,22 @@ def evaluate(
     metrics["response_length"] = sum(len(response) for response in responses) / len(responses)
     if reward is not None:
         with reward.frozen():
-            scores = reward([example.prompt for example in examples], completions, **columns_of(examples))  # (B,)
+            scores = reward(
+                [example.prompt for example in examples], completions, **columns_of(examples)
+            )  # (B,)
         metrics["reward"] = scores.nanmean()
-        metrics |= {name: value for name, value in reward.metrics().items() if name.startswith("reward/")}
+        metrics |= {
+            name: value for name, value in reward.metrics().items() if name.startswith("reward/")
+        }
         for row, score in zip(samples, scores.tolist()):
             if math.isfinite(score):  # a judge may have given no answer
                 row["score"] = score
     if reference is not None:
         batch = make_batch(tokenizer, prompts, responses, max_length).to(device)
-        ours = score_rows(model, batch, micro_batch_size, temperature).logprobs  # (B, T)
-        theirs, _ = reference_logprobs(reference, batch, examples, micro_batch_size, temperature)  # (B, T)
+        ours = forward_rows(model, batch, micro_batch_size, temperature).logprobs  # (B, T)
+        theirs, _ = reference_logprobs(
+            reference, batch, examples, micro_batch_size, temperature
+        )  # (B, T)
         kl = kl_estimate(ours, theirs, "k3").sum(1)  # (B,) nats a response
         metrics["kl"] = kl.mean()
         for row, row_kl in zip(samples, kl.tolist()):
@@ -94,8 +120,16 @@ def evaluate(
 def whole_texts(source: list[str]) -> list[Example]:
     """The records of a file, or of a hub dataset [configuration [split]], with all but their first word to be predicted."""
     if len(source) > 3:
-        raise UserError(f"expected a file, or a hub dataset [configuration [split]], found {' '.join(source)}")
-    found = [e for e in load_examples(source[0], prompt_words=1, **dict(zip(("config", "split"), source[1:]))) if e.target]
+        raise UserError(
+            f"expected a file, or a hub dataset [configuration [split]], found {' '.join(source)}"
+        )
+    found = [
+        e
+        for e in load_examples(
+            source[0], prompt_words=1, **dict(zip(("config", "split"), source[1:]))
+        )
+        if e.target
+    ]
     if not found:
         raise UserError(f"{source[0]} has no text to predict")
     return found
@@ -108,9 +142,18 @@ def perplexity(name: str, examples: list[Example]) -> float:
     """
     model, tokenizer = HybridModel.load(name, "--perplexity")
     model.to(pick_device()).eval()
-    rows = [(encode_prompt(tokenizer, example), encode_target(tokenizer, example.target)[:-1]) for example in examples]
+    rows = [
+        (encode_prompt(tokenizer, example), encode_target(tokenizer, example.target)[:-1])
+        for example in examples
+    ]
     prompts, targets = zip(*[(prompt, target) for prompt, target in rows if target])
-    return math.exp(held_out_nll(model, make_batch(tokenizer, prompts, targets, min(1024, model.max_positions)), micro_batch_size=8))
+    return math.exp(
+        held_out_nll(
+            model,
+            make_batch(tokenizer, prompts, targets, min(1024, model.max_positions)),
+            micro_batch_size=8,
+        )
+    )
 
 
 # ------------------------------------------------------------------------------------------------ is it healthy?
@@ -125,25 +168,89 @@ def _ends(rows: list[dict], key: str) -> tuple[float, float] | None:
 
 # (key, is it sick, given the means of its first and last third?, what to suspect)
 RULES = [
-    ("ppo/sampler_gap", lambda first, last: last > 0.3, "sampled and scored log-probabilities differ: a bug, or very low precision"),
-    ("ppo/first_ratio_gap", lambda first, last: last > 1e-3, "the first ratio of an update is not 1: rollouts are off-policy, or dropout is on"),
-    ("ppo/kl_k1", lambda first, last: last < -1, "the KL is negative: the sampler does not draw from the scored distribution"),
-    ("ppo/kl", lambda first, last: last > 50, "the KL is above 50 nats a response: reward hacking; raise --kl-coef"),
-    ("ppo/entropy", lambda first, last: last < 0.2 * first, "the entropy collapsed to a fifth: the same answer to everything"),
-    ("ppo/clipfrac", lambda first, last: last > 0.3, "more than 0.3 of the tokens are clipped: lower --lr or --ppo-epochs"),
-    ("ppo/score_std", lambda first, last: last < 1e-6, "all responses score alike, so there is nothing to learn: does --reward fit the data?"),
-    ("ppo/var_explained", lambda first, last: last < -1, "the value head is worse than a constant: raise --vf-coef"),
-    ("ppo/response_length", lambda first, last: not 0.5 < last / first < 2, "the responses changed their length twofold: the reward likes length or silence"),
-    ("ppo/eos_rate", lambda first, last: last < 0.1, "hardly any response ends by itself: raise --max-new-tokens, or EOS is not trained"),
-    ("ppo/unscored", lambda first, last: last > 0.1, "more than a tenth of the responses got no score: look at the judge"),
+    (
+        "ppo/sampler_gap",
+        lambda first, last: last > 0.3,
+        "sampled and scored log-probabilities differ: a bug, or very low precision",
+    ),
+    (
+        "ppo/first_ratio_gap",
+        lambda first, last: last > 1e-3,
+        "the first ratio of an update is not 1: rollouts are off-policy, or dropout is on",
+    ),
+    (
+        "ppo/kl_k1",
+        lambda first, last: last < -1,
+        "the KL is negative: the sampler does not draw from the scored distribution",
+    ),
+    (
+        "ppo/kl",
+        lambda first, last: last > 50,
+        "the KL is above 50 nats a response: reward hacking; raise --kl-coef",
+    ),
+    (
+        "ppo/entropy",
+        lambda first, last: last < 0.2 * first,
+        "the entropy collapsed to a fifth: the same answer to everything",
+    ),
+    (
+        "ppo/clipfrac",
+        lambda first, last: last > 0.3,
+        "more than 0.3 of the tokens are clipped: lower --lr or --ppo-epochs",
+    ),
+    (
+        "ppo/score_std",
+        lambda first, last: last < 1e-6,
+        "all responses score alike, so there is nothing to learn: does --reward fit the data?",
+    ),
+    (
+        "ppo/var_explained",
+        lambda first, last: last < -1,
+        "the value head is worse than a constant: raise --vf-coef",
+    ),
+    (
+        "ppo/response_length",
+        lambda first, last: not 0.5 < last / first < 2,
+        "the responses changed their length twofold: the reward likes length or silence",
+    ),
+    (
+        "ppo/eos_rate",
+        lambda first, last: last < 0.1,
+        "hardly any response ends by itself: raise --max-new-tokens, or EOS is not trained",
+    ),
+    (
+        "ppo/unscored",
+        lambda first, last: last > 0.1,
+        "more than a tenth of the responses got no score: look at the judge",
+    ),
     ("sft/skipped_steps", lambda first, last: last > 0.01, "SFT updates were skipped: lower --lr"),
-    ("ppo/skipped_steps", lambda first, last: last > 0.01, "PPO updates were skipped: lower --lr, or scale the reward"),
+    (
+        "ppo/skipped_steps",
+        lambda first, last: last > 0.01,
+        "PPO updates were skipped: lower --lr, or scale the reward",
+    ),
     ("dpo/skipped_steps", lambda first, last: last > 0.01, "DPO updates were skipped: lower --lr"),
-    ("dpo/accuracy", lambda first, last: last < 0.5, "DPO prefers the rejected side: --lr too large, or chosen and rejected are mixed up"),
-    ("sft/loss", lambda first, last: last > 1.2 * first, "the SFT loss rises: --lr too large, or PPO undoes it; lower --ppo-ratio"),
+    (
+        "dpo/accuracy",
+        lambda first, last: last < 0.5,
+        "DPO prefers the rejected side: --lr too large, or chosen and rejected are mixed up",
+    ),
+    (
+        "sft/loss",
+        lambda first, last: last > 1.2 * first,
+        "the SFT loss rises: --lr too large, or PPO undoes it; lower --ppo-ratio",
+    ),
 ]
 FALLING = "every part of the reward falls: --lr too large, or --kl-coef too high"
-SHOWN = ("ppo/score", "ppo/kl", "ppo/entropy", "ppo/clipfrac", "ppo/var_explained", "ppo/response_length", "sft/loss")
+SHOWN = (
+    "ppo/score",
+    "ppo/kl",
+    "ppo/entropy",
+    "ppo/clipfrac",
+    "ppo/var_explained",
+    "ppo/response_length",
+    "sft/loss",
+)
 
 
 def _as_ppo(row: dict) -> dict:
@@ -151,7 +258,10 @@ def _as_ppo(row: dict) -> dict:
     prefix = row["phase"] + "/"
     if row["phase"] in ("sft", "dpo", "eval"):
         return row
-    return {"ppo/" + name.removeprefix(prefix) if name.startswith(prefix) else name: value for name, value in row.items()}
+    return {
+        "ppo/" + name.removeprefix(prefix) if name.startswith(prefix) else name: value
+        for name, value in row.items()
+    }
 
 
 def verdict(rows: list[dict]) -> str:
@@ -159,20 +269,35 @@ def verdict(rows: list[dict]) -> str:
     if not rows:
         return "verdict: nothing was recorded"
     rows = [_as_ppo(row) for row in rows]
-    suspicions = [f"{key} {ends[1]:.3g}: {text}" for key, sick, text in RULES if (ends := _ends(rows, key)) and sick(*ends)]
+    suspicions = [
+        f"{key} {ends[1]:.3g}: {text}"
+        for key, sick, text in RULES
+        if (ends := _ends(rows, key)) and sick(*ends)
+    ]
     # The leaves are raw; the total may be standardised (ema, whiten, mixture), and then it has no trend of its own.
     leaves = {key for row in rows for key in row if key.startswith("reward/")}
-    falls = [last < first - 0.05 * abs(first) - 1e-9 for first, last in filter(None, (_ends(rows, key) for key in sorted(leaves)))]
+    falls = [
+        last < first - 0.05 * abs(first) - 1e-9
+        for first, last in filter(None, (_ends(rows, key) for key in sorted(leaves)))
+    ]
     if falls and all(falls):
         suspicions.append(FALLING)
     evaluations = [row for row in rows if row["phase"] == "eval"]
     nll = [row["eval/nll"] for row in evaluations if "eval/nll" in row]
     if nll and nll[-1] > min(nll) + 0.5:
-        suspicions.append(f"eval/nll {nll[-1]:.3g}, {nll[-1] - min(nll):.2g} above its best: PPO forgets the language; raise --kl-coef, lower --ppo-ratio")
+        suspicions.append(
+            f"eval/nll {nll[-1]:.3g}, {nll[-1] - min(nll):.2g} above its best: PPO forgets the language; raise --kl-coef, lower --ppo-ratio"
+        )
     if evaluations and evaluations[-1].get("eval/distinct", 1.0) < 0.5:
-        suspicions.append(f"eval/distinct {evaluations[-1]['eval/distinct']:.3g}: more than half of the responses are repeats")
-    skipped = sum(value for row in rows for name, value in row.items() if name.endswith("/skipped_steps"))
-    trends = [f"{key} {ends[0]:.3g} -> {ends[1]:.3g}" for key in SHOWN if (ends := _ends(rows, key))]
+        suspicions.append(
+            f"eval/distinct {evaluations[-1]['eval/distinct']:.3g}: more than half of the responses are repeats"
+        )
+    skipped = sum(
+        value for row in rows for name, value in row.items() if name.endswith("/skipped_steps")
+    )
+    trends = [
+        f"{key} {ends[0]:.3g} -> {ends[1]:.3g}" for key in SHOWN if (ends := _ends(rows, key))
+    ]
     return f"verdict: {'suspect ' + '; '.join(suspicions) if suspicions else 'healthy'} ({', '.join([*trends, f'skipped updates {skipped:.0f}'])})"
 
 
@@ -192,14 +317,28 @@ def plot(rows: list[dict], path: Path) -> None:
     """Curves of a run as a PNG: reward and NLL with the PPO stretches shaded, KL, length, and the leaves of the reward, if it has several."""
     pyplot = load_pyplot("--plot")
     leaves = sorted({key for row in rows for key in row if key.startswith("reward/")})
-    panels = {"reward": ["ppo/score", "eval/reward"], "NLL": ["sft/loss", "eval/nll"], "KL, nats a response": ["ppo/kl", "eval/kl"]}
-    panels |= {"length, tokens": ["ppo/response_length", "eval/response_length"]} | ({"reward, by leaf": leaves} if len(leaves) > 1 else {})
-    figure, axes = pyplot.subplots(len(panels), 1, sharex=True, figsize=(8, 1.8 * len(panels)), layout="constrained")
+    panels = {
+        "reward": ["ppo/score", "eval/reward"],
+        "NLL": ["sft/loss", "eval/nll"],
+        "KL, nats a response": ["ppo/kl", "eval/kl"],
+    }
+    panels |= {"length, tokens": ["ppo/response_length", "eval/response_length"]} | (
+        {"reward, by leaf": leaves} if len(leaves) > 1 else {}
+    )
+    figure, axes = pyplot.subplots(
+        len(panels), 1, sharex=True, figsize=(8, 1.8 * len(panels)), layout="constrained"
+    )
     for axis, (title, keys) in zip(axes, panels.items()):
         for key in keys:
             points = [(row["step"], row[key]) for row in rows if key in row]
             if points:
-                axis.plot(*zip(*points), "o-" if key.startswith("eval/") else "-", markersize=3, linewidth=1, label=key)
+                axis.plot(
+                    *zip(*points),
+                    "o-" if key.startswith("eval/") else "-",
+                    markersize=3,
+                    linewidth=1,
+                    label=key,
+                )
         for row in rows:
             if row["phase"] not in ("sft", "eval") and axis in axes[:2]:
                 axis.axvspan(row["step"] - 1, row["step"], color="0.92", linewidth=0)
@@ -224,21 +363,36 @@ def main(argv: list[str] | None = None) -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # texts are cut at the model's context here, whatever their length
     if argv[:1] == ["compare"]:
-        from compare import main as compare_main  # here, since it measures with the functions of this file
+        from compare import (
+            main as compare_main,
+        )  # here, since it measures with the functions of this file
 
         return compare_main(argv[1:])
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("--health", metavar="OUT", help="print the verdict on a run folder")
-    parser.add_argument("--plot", metavar="OUT", help="draw the curves of a run folder to OUT/curves.png")
-    parser.add_argument("--perplexity", metavar="MODEL", help="print how well a folder or hub id predicts the text of --data, per token")
-    parser.add_argument("--data", nargs="+", metavar="SOURCE", help="a file, or hub dataset [configuration [split]], such as wikitext wikitext-2-raw-v1 test")
+    parser.add_argument(
+        "--plot", metavar="OUT", help="draw the curves of a run folder to OUT/curves.png"
+    )
+    parser.add_argument(
+        "--perplexity",
+        metavar="MODEL",
+        help="print how well a folder or hub id predicts the text of --data, per token",
+    )
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        metavar="SOURCE",
+        help="a file, or hub dataset [configuration [split]], such as wikitext wikitext-2-raw-v1 test",
+    )
     args = parser.parse_args(argv)
     if args.health is None and args.plot is None and args.perplexity is None:
         raise UserError("say --health OUT, --plot OUT or --perplexity MODEL --data SOURCE")
     if (args.perplexity is None) != (args.data is None):
         raise UserError("--perplexity MODEL and --data SOURCE [CONFIGURATION [SPLIT]] go together")
     if args.perplexity is not None:
-        print(f"perplexity {perplexity(args.perplexity, whole_texts(args.data)):.2f} a token on {' '.join(args.data)}")
+        print(
+            f"perplexity {perplexity(args.perplexity, whole_texts(args.data)):.2f} a token on {' '.join(args.data)}"
+        )
     if args.health is not None:
         print(verdict(rows_of(args.health)))
     if args.plot is not None:

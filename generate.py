@@ -16,7 +16,9 @@ import torch
 import parallel
 from hybrid import HybridModel
 
-KEEP_WHILE = 0.75  # finished rows leave the batch once no more than this share of it is still being written
+KEEP_WHILE = (
+    0.75  # finished rows leave the batch once no more than this share of it is still being written
+)
 
 
 @dataclass
@@ -46,37 +48,56 @@ def generate(
     model.eval()  # gradient checkpointing would switch the cache off; dropout is 0 either way
     width = max(len(ids) for ids in prompts)
     filler = eos_token_id  # what stands under a mask of 0 is never seen
-    input_ids = torch.tensor([[filler] * (width - len(ids)) + ids for ids in prompts], device=device)  # (B, P)
-    attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)  # (B, P)
+    input_ids = torch.tensor(
+        [[filler] * (width - len(ids)) + ids for ids in prompts], device=device
+    )  # (B, P)
+    attention_mask = torch.tensor(
+        [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device
+    )  # (B, P)
     # Positions count real tokens only (critical!): under left padding a plain 0..P-1 would shift learned positions such as GPT-2's.
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (B, P)
     cache = model.new_cache()
     tokens = torch.zeros(len(prompts), max_new_tokens, dtype=torch.long, device=device)  # (B, R)
     logprobs = torch.zeros(len(prompts), max_new_tokens, device=device)  # (B, R)
     lengths = torch.zeros(len(prompts), dtype=torch.long, device=device)  # (B,)
-    row = torch.arange(len(prompts), device=device)  # (b,) the prompts whose responses are still being written, and a few that ended
+    row = torch.arange(
+        len(prompts), device=device
+    )  # (b,) the prompts whose responses are still being written, and a few that ended
     alive = torch.ones_like(row, dtype=torch.bool)  # (b,)
     with model.autocast():  # around the loop, so that weights are converted to low precision once and not at every token
         for step in range(max_new_tokens):
-            hidden = model.hidden_states(input_ids, attention_mask, position_ids=position_ids, cache=cache)[:, -1]  # (b, H)
+            hidden = model.hidden_states(
+                input_ids, attention_mask, position_ids=position_ids, cache=cache
+            )[:, -1]  # (b, H)
             logp = torch.log_softmax(model.logits(hidden, temperature or 1.0), dim=-1)  # (b, V)
             token = logp.argmax(-1) if temperature == 0 else draw(logp.exp(), generator)  # (b,)
-            tokens[row, step], logprobs[row, step] = token, logp.gather(1, token[:, None]).squeeze(1)
+            tokens[row, step], logprobs[row, step] = (
+                token,
+                logp.gather(1, token[:, None]).squeeze(1),
+            )
             lengths[row] += alive
-            alive = alive & (token != eos_token_id)  # (b,) a row stops at its first EOS; what follows is thrown away
+            alive = alive & (
+                token != eos_token_id
+            )  # (b,) a row stops at its first EOS; what follows is thrown away
             n_alive = int(alive.sum())
             if n_alive == 0 or step + 1 == max_new_tokens:
                 break
-            attention_mask = torch.cat([attention_mask, torch.ones_like(attention_mask[:, :1])], dim=1)  # (b, P + step + 1)
+            attention_mask = torch.cat(
+                [attention_mask, torch.ones_like(attention_mask[:, :1])], dim=1
+            )  # (b, P + step + 1)
             if cache is None:  # no cache: read the whole row again
                 input_ids = torch.cat([input_ids, token[:, None]], dim=1)
                 position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
             else:
                 input_ids = token[:, None]  # (b, 1)
                 position_ids = position_ids[:, -1:] + 1  # (b, 1)
-            if n_alive <= KEEP_WHILE * len(row):  # the cache is copied, so not for every row that ends
+            if n_alive <= KEEP_WHILE * len(
+                row
+            ):  # the cache is copied, so not for every row that ends
                 kept = alive.nonzero().squeeze(1)  # (b',)
-                row, alive, input_ids, attention_mask, position_ids = (x[kept] for x in (row, alive, input_ids, attention_mask, position_ids))
+                row, alive, input_ids, attention_mask, position_ids = (
+                    x[kept] for x in (row, alive, input_ids, attention_mask, position_ids)
+                )
                 if cache is not None:
                     cache.batch_select_indices(kept)
     model.train(was_training)
@@ -99,4 +120,8 @@ def draw(probs: torch.Tensor, generator: torch.Generator | None = None) -> torch
     cumulative = probs.cumsum(-1)  # (b, V)
     uniform = torch.rand(len(probs), 1, device=probs.device, generator=generator)  # (b, 1)
     # right: the first index whose cumulative probability EXCEEDS the number, so that none of probability 0 is ever drawn
-    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(1).clamp(max=probs.shape[1] - 1)
+    return (
+        torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+        .squeeze(1)
+        .clamp(max=probs.shape[1] - 1)
+    )

@@ -15,7 +15,7 @@ import torch
 from data import Batch
 from engine import Backend
 from hybrid import HybridModel, masked_mean
-from ppo import Rollout, clipped_surrogate, kl_estimate, optimise
+from ppo import Rollout, clipped_surrogate, kl_estimate, update_epochs
 
 
 def group_advantages(scores: torch.Tensor, group_size: int) -> torch.Tensor:
@@ -43,7 +43,9 @@ def grpo_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """All (B, T) -> a scalar mean over tokens, detached scalar stats."""
     policy_loss, stats = clipped_surrogate(new_logprobs, old_logprobs, advantages, mask, cliprange)
-    kl = masked_mean(torch.where(mask, kl_estimate(new_logprobs, ref_logprobs, "k3"), 0), mask)  # scalar, nats a token; eq. 4
+    kl = masked_mean(
+        torch.where(mask, kl_estimate(new_logprobs, ref_logprobs, "k3"), 0), mask
+    )  # scalar, nats a token; eq. 4
     return policy_loss + kl_coef * kl, stats | {"kl_loss": kl.detach()}
 
 
@@ -72,10 +74,20 @@ def grpo_step(
     advantages = group_advantages(scores, group_size)[:, None] * rollout.response_mask  # (B, T)
 
     def loss_fn(part: Rollout):
-        new = model(part.input_ids, part.attention_mask, part.response_mask, temperature, entropy=False)
-        return grpo_loss(new.logprobs, part.logprobs, part.ref_logprobs, part.advantages, part.response_mask, cliprange, kl_coef)
+        new = model(
+            part.input_ids, part.attention_mask, part.response_mask, temperature, entropy=False
+        )
+        return grpo_loss(
+            new.logprobs,
+            part.logprobs,
+            part.ref_logprobs,
+            part.advantages,
+            part.response_mask,
+            cliprange,
+            kl_coef,
+        )
 
-    metrics = optimise(
+    metrics = update_epochs(
         model, replace(rollout, advantages=advantages), optimizer, loss_fn, epochs=ppo_epochs, minibatches=minibatches,
         micro_batch_size=micro_batch_size, target_kl=target_kl, max_grad_norm=max_grad_norm, backend=backend, generator=generator, demonstrations=demonstrations, sft_weight=sft_weight,
     )  # fmt: skip

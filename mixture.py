@@ -29,7 +29,12 @@ class RunningNorm:
     def __init__(self, decay: float = 0.99):
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be at least 0 and below 1, found {decay}")
-        self.decay, self.weight, self.mean, self.square = decay, 0.0, 0.0, 0.0  # running sums, not yet divided by weight
+        self.decay, self.weight, self.mean, self.square = (
+            decay,
+            0.0,
+            0.0,
+            0.0,
+        )  # running sums, not yet divided by weight
 
     def __call__(self, x: torch.Tensor, learn: bool = True) -> torch.Tensor:
         """x (B,) -> (B,). `learn=False` leaves the statistics as they are (a batch that comes before any is its own)."""
@@ -45,7 +50,11 @@ class RunningNorm:
             return x
         center = mean / weight
         variance = max(square / weight - center**2, 0.0)
-        return ((x.double() - center) / math.sqrt(variance) if variance > 1e-12 * (1 + center**2) else (x - center) * 0).float()
+        return (
+            (x.double() - center) / math.sqrt(variance)
+            if variance > 1e-12 * (1 + center**2)
+            else (x - center) * 0
+        ).float()
 
     def state_dict(self) -> dict[str, float]:
         return {"weight": self.weight, "mean": self.mean, "square": self.square}
@@ -65,7 +74,9 @@ class Mixture:
 
     def __init__(self, names: list[str], floor: float = 0.05, temperature: float = 0.1):
         if len(names) < 2 or not 0 <= floor < 1 / len(names) or not temperature > 0:
-            raise ValueError("a mixture needs at least two rewards, 0 <= floor < 1 / their number, and temperature > 0")
+            raise ValueError(
+                "a mixture needs at least two rewards, 0 <= floor < 1 / their number, and temperature > 0"
+            )
         self.names, self.floor, self.temperature = names, floor, temperature
         self.norms = [RunningNorm() for _ in names]
         self.logits = torch.zeros(len(names), dtype=torch.float64)  # (K,)
@@ -79,11 +90,18 @@ class Mixture:
     def __call__(self, rewards: list[torch.Tensor], learn: bool = True) -> torch.Tensor:
         """K tensors (B,) -> (B,)."""
         raw_means = torch.tensor([float(x.nanmean()) for x in rewards], dtype=torch.float64)  # (K,)
-        z = torch.stack([norm(x, learn and not self.fitted) for norm, x in zip(self.norms, rewards)])  # (K, B)
-        total = (self.weights()[:, None] * z.double()).sum(0).float()  # (B,) by the weights as they were
+        z = torch.stack(
+            [norm(x, learn and not self.fitted) for norm, x in zip(self.norms, rewards)]
+        )  # (K, B)
+        total = (
+            (self.weights()[:, None] * z.double()).sum(0).float()
+        )  # (B,) by the weights as they were
         if learn and not self.fitted and torch.isfinite(raw_means).all():
             # Progress in units of the reward's own spread, so that a large scale does not look like fast learning.
-            position = torch.tensor([self._position(n, float(m)) for n, m in zip(self.norms, raw_means)], dtype=torch.float64)
+            position = torch.tensor(
+                [self._position(n, float(m)) for n, m in zip(self.norms, raw_means)],
+                dtype=torch.float64,
+            )
             self.fast = self.FAST * self.fast + (1 - self.FAST) * position
             self.slow = self.SLOW * self.slow + (1 - self.SLOW) * position
             self.logits = (self.fast - self.slow).abs() / self.temperature
@@ -103,10 +121,14 @@ class Mixture:
         """
         for k, norm in enumerate(self.norms):
             norm(torch.cat([chosen[:, k], rejected[:, k]]))
-        difference = torch.stack([n(c, False) - n(r, False) for n, c, r in zip(self.norms, chosen.T, rejected.T)], dim=1).double()  # (n, K)
+        difference = torch.stack(
+            [n(c, False) - n(r, False) for n, c, r in zip(self.norms, chosen.T, rejected.T)], dim=1
+        ).double()  # (n, K)
         self.logits = torch.zeros(len(self.names), dtype=torch.float64, requires_grad=True)
         log_scale = torch.zeros((), dtype=torch.float64, requires_grad=True)
-        optimizer = torch.optim.LBFGS([self.logits, log_scale], max_iter=200, line_search_fn="strong_wolfe")
+        optimizer = torch.optim.LBFGS(
+            [self.logits, log_scale], max_iter=200, line_search_fn="strong_wolfe"
+        )
 
         def closure() -> torch.Tensor:
             optimizer.zero_grad()
@@ -122,11 +144,18 @@ class Mixture:
         return float(((difference @ self.weights()) > 0).double().mean())
 
     def state_dict(self) -> dict:
-        moving = {"logits": self.logits.tolist(), "fast": self.fast.tolist(), "slow": self.slow.tolist(), "fitted": self.fitted}
+        moving = {
+            "logits": self.logits.tolist(),
+            "fast": self.fast.tolist(),
+            "slow": self.slow.tolist(),
+            "fitted": self.fitted,
+        }
         return {**moving, "norms": [norm.state_dict() for norm in self.norms]}
 
     def load_state_dict(self, state: dict) -> None:
-        self.logits, self.fast, self.slow = (torch.tensor(state[k], dtype=torch.float64) for k in ("logits", "fast", "slow"))
+        self.logits, self.fast, self.slow = (
+            torch.tensor(state[k], dtype=torch.float64) for k in ("logits", "fast", "slow")
+        )
         self.fitted = state["fitted"]
         for norm, norm_state in zip(self.norms, state["norms"], strict=True):
             norm.load_state_dict(norm_state)

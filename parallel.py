@@ -3,7 +3,7 @@
     torchrun --nproc_per_node=2 train.py                       # data parallel on this machine: gloo on the CPU, nccl on GPUs
     torchrun --nproc_per_node=2 train.py --deepspeed zero.json # optimiser state (and gradients) split as well: ZeRO-1, ZeRO-2
 
-Work on rows is shared out in four places: sampling (`generate.py: sample`), scoring (`hybrid.py: score_rows`), rewards
+Work on rows is shared out in four places: sampling (`generate.py: sample`), scoring (`hybrid.py: forward_rows`), rewards
 (`rewards.py: Reward`) and gradients (`engine.py: accumulate`). What each finds is put together again at once, in the order of one process, so
 whitening, means, metrics, early stopping and learned statistics see the whole batch on every process, and no algorithm knows how many there are. Everything
 that is drawn from a seed is drawn alike, but for the responses: each process samples its own prompts. Rows go round like cards (`x[rank::world]`).
@@ -27,7 +27,9 @@ def start(device: torch.device) -> torch.device:
         torch.cuda.set_device(device)  # where nccl puts the objects it carries
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if rank() > 0:
-        sys.stdout = open(os.devnull, "w")  # one process speaks for all; errors, on stderr, each for itself
+        sys.stdout = open(
+            os.devnull, "w"
+        )  # one process speaks for all; errors, on stderr, each for itself
     return device
 
 

@@ -22,7 +22,7 @@ import torch
 from data import Batch, Example, batch_of, columns_of
 from dialogue import sample_episodes
 from engine import Backend, accumulate, apply_gradients
-from hybrid import HybridModel, masked_mean, score_rows
+from hybrid import HybridModel, forward_rows, masked_mean
 from references import ReferenceMixture, reference_logprobs
 from sft import sft_loss
 
@@ -48,7 +48,9 @@ def masked_whiten(x: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) 
     return torch.where(mask, white if shift_mean else white + mean, 0)
 
 
-def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, kind: str = "k1") -> torch.Tensor:
+def kl_estimate(
+    logprobs: torch.Tensor, ref_logprobs: torch.Tensor, kind: str = "k1"
+) -> torch.Tensor:
     """Per-token estimate of KL(pi || ref) from tokens drawn from pi; any shape. Schulman, "Approximating KL Divergence" (2020).
 
     With d = log pi - log ref:  k1 = d (unbiased, may be negative);  k2 = d^2 / 2 (biased, small variance);
@@ -65,7 +67,11 @@ def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, kind: str = 
 
 
 def compute_gae(
-    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float = 1.0, lam: float = 0.95
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    gamma: float = 1.0,
+    lam: float = 0.95,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Generalised advantage estimation (1506.02438, eq. 16, as the recursion that follows from it). All (B, T) float32 -> advantages, returns, 0 off the mask.
 
@@ -92,14 +98,20 @@ def compute_gae(
 
 
 def clipped_surrogate(
-    new_logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, cliprange: float = 0.2
+    new_logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    cliprange: float = 0.2,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The clipped surrogate of 1707.06347 (eq. 7), with its sign turned, as a mean over tokens. All (B, T) -> scalar, detached stats.
 
     A > 0: the gradient stops once ratio > 1 + cliprange; A < 0: once ratio < 1 - cliprange. Elsewhere it flows, so that a ratio
     that drifted the wrong way can always come back.
     """
-    log_ratio = torch.where(mask, new_logprobs - old_logprobs, 0).clamp(max=20)  # (B, T) beyond that exp would overflow
+    log_ratio = torch.where(mask, new_logprobs - old_logprobs, 0).clamp(
+        max=20
+    )  # (B, T) beyond that exp would overflow
     ratio = torch.exp(log_ratio)  # (B, T)  r_t(theta), eq. 6
     advantages = torch.where(mask, advantages, 0)  # (B, T)
     surrogate = -advantages * ratio  # (B, T)
@@ -131,7 +143,9 @@ def ppo_loss(
     The paper's value loss is not clipped; this clip and the factor 0.5 are those of Ziegler et al.'s code.
     """
     policy_loss, stats = clipped_surrogate(new_logprobs, old_logprobs, advantages, mask, cliprange)
-    values_clipped = old_values + (new_values - old_values).clamp(-cliprange_value, cliprange_value)  # (B, T)
+    values_clipped = old_values + (new_values - old_values).clamp(
+        -cliprange_value, cliprange_value
+    )  # (B, T)
     value_error = torch.where(mask, new_values - returns, 0) ** 2  # (B, T)
     value_error_clipped = torch.where(mask, values_clipped - returns, 0) ** 2  # (B, T)
     value_loss = 0.5 * masked_mean(torch.max(value_error, value_error_clipped), mask)  # scalar
@@ -179,16 +193,25 @@ class FixedKLController(AdaptiveKLController):
 class Rollout(Batch):
     """A Batch of sampled responses and what PPO knows about each token. All (B, T) float32, 0 off the response mask."""
 
-    logprobs: torch.Tensor  # under the policy that sampled them, recomputed by the same forward that trains
+    logprobs: (
+        torch.Tensor
+    )  # under the policy that sampled them, recomputed by the same forward that trains
     ref_logprobs: torch.Tensor  # under the reference
     values: torch.Tensor  # V(state just before the token)
     rewards: torch.Tensor  # -kl_coef * kl, plus the score on the last response token
     advantages: torch.Tensor  # whitened
-    returns: torch.Tensor  # what the value head is to predict: GAE advantages before whitening, plus values
+    returns: (
+        torch.Tensor
+    )  # what the value head is to predict: GAE advantages before whitening, plus values
 
 
 def place_rewards(
-    kl: torch.Tensor, mask: torch.Tensor, kl_coef: float, scores: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
+    kl: torch.Tensor,
+    mask: torch.Tensor,
+    kl_coef: float,
+    scores: torch.Tensor,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
 ) -> torch.Tensor:
     """Per-token reward: kl, mask (B, T) -> (B, T). Score n (of scores, rows, columns (n,)) stands at its row and column, the last token of
     the response that it is about, EOS included; each row sums to its scores - kl_coef * sum(kl)."""
@@ -229,28 +252,59 @@ def collect_rollout(
     """
     device = next(model.parameters()).device
     lengths = dict(max_length=max_length, max_new_tokens=max_new_tokens)
-    episodes = sample_episodes(model, tokenizer, examples, turns=turns, user=user, **lengths, temperature=temperature, generator=generator)
+    episodes = sample_episodes(
+        model,
+        tokenizer,
+        examples,
+        turns=turns,
+        user=user,
+        **lengths,
+        temperature=temperature,
+        generator=generator,
+    )
     # What is scored: (row, prompt, completion, column of the score), one for each row, or for each turn of each row
     if turn_rewards:
-        judged = [(i, *turn) for i, e in enumerate(episodes) for turn in zip(e.histories, e.responses, e.ends)]
+        judged = [
+            (i, *turn)
+            for i, e in enumerate(episodes)
+            for turn in zip(e.histories, e.responses, e.ends)
+        ]
     else:
         judged = [(i, e.example.prompt, e.text(), e.ends[-1]) for i, e in enumerate(episodes)]
     rows, prompts, completions, columns = zip(*judged)
-    raw_scores = reward(list(prompts), list(completions), **columns_of([examples[i] for i in rows])).to(device)  # (n,)
-    rows, columns = torch.tensor(rows, device=device), torch.tensor(columns, device=device)  # (n,) each
+    raw_scores = reward(
+        list(prompts), list(completions), **columns_of([examples[i] for i in rows])
+    ).to(device)  # (n,)
+    rows, columns = (
+        torch.tensor(rows, device=device),
+        torch.tensor(columns, device=device),
+    )  # (n,) each
     finite = torch.isfinite(raw_scores)  # (n,)
     scored = torch.ones(len(examples), dtype=torch.bool, device=device)  # (B,)
     scored[rows[~finite]] = False
-    cut = [(i, end) for i, e in enumerate(episodes) for end, ended in zip(e.ends, e.ended) if not ended]  # by the length limit
-    penalties = torch.tensor(cut, dtype=torch.long, device=device).view(-1, 2)  # (c, 2) rows and columns
+    cut = [
+        (i, end)
+        for i, e in enumerate(episodes)
+        for end, truncated in zip(e.ends, e.truncated)
+        if truncated
+    ]  # by the length limit
+    penalties = torch.tensor(cut, dtype=torch.long, device=device).view(
+        -1, 2
+    )  # (c, 2) rows and columns
     n_responses = sum(len(e.responses) for e in episodes)
 
-    batch = batch_of(tokenizer, [e.ids for e in episodes], [e.mine for e in episodes]).to(device)
+    batch = batch_of(tokenizer, [e.ids for e in episodes], [e.response_mask for e in episodes]).to(
+        device
+    )
     # Recomputed, not the sampler's: the ratio of the first update is then 1 because both come from the same forward (critical!)
-    policy = score_rows(model, batch, micro_batch_size, temperature)  # (B, T) each
-    ref_logprobs, named = reference_logprobs(reference, batch, examples, micro_batch_size, temperature)  # (B, T), {name: (B, T)}
+    policy = forward_rows(model, batch, micro_batch_size, temperature)  # (B, T) each
+    ref_logprobs, named = reference_logprobs(
+        reference, batch, examples, micro_batch_size, temperature
+    )  # (B, T), {name: (B, T)}
     sampled = torch.zeros_like(policy.logprobs)  # (B, T) what the sampler saw, for `sampler_gap`
-    sampled[batch.response_mask] = torch.tensor([x for e in episodes for x in e.logprobs], device=device)
+    sampled[batch.response_mask] = torch.tensor(
+        [x for e in episodes for x in e.logprobs], device=device
+    )
 
     mask = batch.response_mask & scored[:, None]  # (B, T)
     kl = kl_estimate(policy.logprobs, ref_logprobs, kl_estimator)  # (B, T)
@@ -261,7 +315,9 @@ def collect_rollout(
     )  # fmt: skip
     metrics = {
         "score": raw_scores.nanmean(),
-        "score_std": raw_scores[finite].double().std(unbiased=False) if finite.sum() > 1 else math.nan,  # one score has no spread
+        "score_std": raw_scores[finite].double().std(unbiased=False)
+        if finite.sum() > 1
+        else math.nan,  # one score has no spread
         "unscored": (~scored).float().mean(),
         "reward": rewards.sum(1)[scored].mean(),
         "kl": kl_estimate(policy.logprobs, ref_logprobs, "k3").sum(1)[scored].mean(),
@@ -272,13 +328,18 @@ def collect_rollout(
         "eos_rate": 1 - len(cut) / n_responses,
         "sampler_gap": (sampled - policy.logprobs).abs().max(),
     }
-    metrics |= {f"kl/{name}": kl_estimate(policy.logprobs, each, "k3").sum(1)[scored].mean() for name, each in named.items()}
+    metrics |= {
+        f"kl/{name}": kl_estimate(policy.logprobs, each, "k3").sum(1)[scored].mean()
+        for name, each in named.items()
+    }
     if turns > 1:
         metrics["turns"] = n_responses / len(episodes)
     if whiten_rewards:
         rewards = masked_whiten(rewards, mask, shift_mean=False)
     advantages, returns = compute_gae(rewards, policy.values, mask, gamma, lam)  # (B, T) each
-    metrics["var_explained"] = 1 - masked_variance(returns - policy.values, mask) / masked_variance(returns, mask).clamp(min=1e-8)
+    metrics["var_explained"] = 1 - masked_variance(returns - policy.values, mask) / masked_variance(
+        returns, mask
+    ).clamp(min=1e-8)
     rollout = Rollout(
         batch.input_ids,
         batch.attention_mask,
@@ -315,10 +376,12 @@ def ppo_step(
     demonstrations: Batch | None = None,
     sft_weight: float = 0.0,
 ) -> dict[str, float]:
-    """PPO's updates on one rollout: `optimise` with `ppo_loss`. -> metrics named `ppo/...`."""
+    """PPO's updates on one rollout: `update_epochs` with `ppo_loss`. -> metrics named `ppo/...`."""
 
     def loss_fn(part: Rollout):
-        new = model(part.input_ids, part.attention_mask, part.response_mask, temperature, entropy=False)
+        new = model(
+            part.input_ids, part.attention_mask, part.response_mask, temperature, entropy=False
+        )
         return ppo_loss(
             new.logprobs,
             part.logprobs,
@@ -332,14 +395,14 @@ def ppo_step(
             vf_coef,
         )
 
-    metrics = optimise(
+    metrics = update_epochs(
         model, rollout, optimizer, loss_fn, epochs=ppo_epochs, minibatches=minibatches, micro_batch_size=micro_batch_size,
         target_kl=target_kl, max_grad_norm=max_grad_norm, backend=backend, generator=generator, demonstrations=demonstrations, sft_weight=sft_weight,
     )  # fmt: skip
     return {f"ppo/{name}": value for name, value in metrics.items()}
 
 
-def optimise(
+def update_epochs(
     model: HybridModel,
     rollout: Rollout,
     optimizer: torch.optim.Optimizer,
@@ -373,26 +436,44 @@ def optimise(
         return (1 - sft_weight) * loss, stats
 
     def weighted_sft_loss(part: Batch):
-        loss = sft_loss(model(part.input_ids, part.attention_mask, part.response_mask, entropy=False).logprobs, part.response_mask)
+        loss = sft_loss(
+            model(part.input_ids, part.attention_mask, part.response_mask, entropy=False).logprobs,
+            part.response_mask,
+        )
         return sft_weight * loss, {"sft_loss": loss.detach()}
 
     usable = rollout.response_mask.any(1).nonzero().squeeze(1)  # (b,) rows with a score
-    if not len(usable):  # nothing to learn from: no judge answered, or every prompt is demonstrated instead
+    if not len(
+        usable
+    ):  # nothing to learn from: no judge answered, or every prompt is demonstrated instead
         return {"skipped_steps": 0.0}
     history: list[dict[str, float]] = []
     passes = 0
     for _ in range(epochs):
         order = usable[torch.randperm(len(usable), generator=generator).to(usable.device)]  # (b,)
         first_of_epoch = len(history)
-        for rows in torch.tensor_split(order, min(minibatches, len(usable))):  # no tiny last minibatch
-            stats = accumulate(backend, rollout, rows, micro_batch_size, loss_fn if demonstrations is None else weighted_loss)
+        for rows in torch.tensor_split(
+            order, min(minibatches, len(usable))
+        ):  # no tiny last minibatch
+            stats = accumulate(
+                backend,
+                rollout,
+                rows,
+                micro_batch_size,
+                loss_fn if demonstrations is None else weighted_loss,
+            )
             if demonstrations is not None:
                 every = torch.arange(len(demonstrations), device=usable.device)
-                stats |= accumulate(backend, demonstrations, every, micro_batch_size, weighted_sft_loss)
+                stats |= accumulate(
+                    backend, demonstrations, every, micro_batch_size, weighted_sft_loss
+                )
             history.append(stats | apply_gradients(backend, optimizer, max_grad_norm))
         passes += 1
         latest = history[first_of_epoch:]
-        if target_kl is not None and sum(stats["approxkl"] for stats in latest) / len(latest) > target_kl:
+        if (
+            target_kl is not None
+            and sum(stats["approxkl"] for stats in latest) / len(latest) > target_kl
+        ):
             break
     metrics = {"epochs": float(passes)}
     if "ratio_gap_max" in history[0]:

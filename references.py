@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from engine import UserError, number
-from hybrid import LOGIT_CHUNK, HybridModel, score_rows
+from hybrid import LOGIT_CHUNK, HybridModel, forward_rows
 
 
 class ReferenceMixture(nn.Module):
@@ -34,30 +34,52 @@ class ReferenceMixture(nn.Module):
         """Raises UserError for a column `reference` that names none of the models."""
         for name in (example.columns.get("reference") for example in examples):
             if name is not None and name not in self.names:
-                raise UserError(f"a record names the reference {name!r}; --ref-model knows {', '.join(self.names)}")
+                raise UserError(
+                    f"a record names the reference {name!r}; --ref-model knows {', '.join(self.names)}"
+                )
 
     @torch.no_grad()
-    def forward(self, input_ids, attention_mask, response_mask, temperature: float = 1.0) -> tuple[torch.Tensor, ...]:
+    def forward(
+        self, input_ids, attention_mask, response_mask, temperature: float = 1.0
+    ) -> tuple[torch.Tensor, ...]:
         """The inputs of HybridModel.forward, (B, T) each -> 1 + K tensors (B, T): under the mixture, then under each model."""
-        before = [model.states_before(input_ids, attention_mask, response_mask) for model in self.models]  # (N, H_i) each
+        before = [
+            model.states_before(input_ids, attention_mask, response_mask) for model in self.models
+        ]  # (N, H_i) each
         targets = input_ids[response_mask]  # (N,)
         columns = []
         for chunk in torch.arange(len(targets), device=targets.device).split(LOGIT_CHUNK):  # (n,)
-            logps = [torch.log_softmax(m.logits(h[chunk], temperature), dim=-1) for m, h in zip(self.models, before)]  # (n, V) each
-            mixture = torch.log_softmax(sum(w * logp for w, logp in zip(self.weights, logps)), dim=-1)  # (n, V)
-            columns.append(torch.stack([logp.gather(1, targets[chunk, None]).squeeze(1) for logp in (mixture, *logps)]))  # (1 + K, n)
+            logps = [
+                torch.log_softmax(m.logits(h[chunk], temperature), dim=-1)
+                for m, h in zip(self.models, before)
+            ]  # (n, V) each
+            mixture = torch.log_softmax(
+                sum(w * logp for w, logp in zip(self.weights, logps)), dim=-1
+            )  # (n, V)
+            columns.append(
+                torch.stack(
+                    [logp.gather(1, targets[chunk, None]).squeeze(1) for logp in (mixture, *logps)]
+                )
+            )  # (1 + K, n)
         scores = torch.cat(columns, dim=1)  # (1 + K, N)
-        return tuple(torch.zeros_like(response_mask, dtype=torch.float32).masked_scatter(response_mask, row) for row in scores)
+        return tuple(
+            torch.zeros_like(response_mask, dtype=torch.float32).masked_scatter(response_mask, row)
+            for row in scores
+        )
 
 
 def reference_logprobs(
-    reference: HybridModel | ReferenceMixture, batch, examples: list, micro_batch_size: int | None, temperature: float = 1.0
+    reference: HybridModel | ReferenceMixture,
+    batch,
+    examples: list,
+    micro_batch_size: int | None,
+    temperature: float = 1.0,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """What each row is held to, (B, T), and under each named reference, {name: (B, T)}. Raises UserError for a name that is not there."""
     if isinstance(reference, HybridModel):
-        return score_rows(reference, batch, micro_batch_size, temperature).logprobs, {}
+        return forward_rows(reference, batch, micro_batch_size, temperature).logprobs, {}
     reference.check_names(examples)
-    mixture, *each = score_rows(reference, batch, micro_batch_size, temperature)
+    mixture, *each = forward_rows(reference, batch, micro_batch_size, temperature)
     named = dict(zip(reference.names, each))
     for i, example in enumerate(examples):
         name = example.columns.get("reference")

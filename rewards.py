@@ -74,21 +74,32 @@ def _ngrams(tokens: list[str], max_order: int) -> Counter:
     return counts
 
 
-def _bleu_counts(hypothesis: str, references: list[str], max_order: int) -> tuple[list[int], list[int], int, int]:
+def _bleu_counts(
+    hypothesis: str, references: list[str], max_order: int
+) -> tuple[list[int], list[int], int, int]:
     """(matches per order, n-grams per order, hypothesis length, length of the closest reference) of one sentence."""
-    tokens, reference_tokens = tokenize_13a(hypothesis), [tokenize_13a(reference) for reference in references]
+    tokens, reference_tokens = (
+        tokenize_13a(hypothesis),
+        [tokenize_13a(reference) for reference in references],
+    )
     counts = [_ngrams(reference, max_order) for reference in reference_tokens]
-    most = counts[0] if len(counts) == 1 else functools.reduce(operator.or_, counts)  # an n-gram counts no oftener than in one reference
+    most = (
+        counts[0] if len(counts) == 1 else functools.reduce(operator.or_, counts)
+    )  # an n-gram counts no oftener than in one reference
     matches = [0] * max_order
     for ngram, count in _ngrams(tokens, max_order).items():
         if ngram in most:
             matches[len(ngram) - 1] += min(count, most[ngram])
     totals = [max(len(tokens) - n, 0) for n in range(max_order)]
-    closest = min((len(reference) for reference in reference_tokens), key=lambda n: (abs(n - len(tokens)), n))  # ties: the shorter
+    closest = min(
+        (len(reference) for reference in reference_tokens), key=lambda n: (abs(n - len(tokens)), n)
+    )  # ties: the shorter
     return matches, totals, len(tokens), closest
 
 
-def _bleu_score(matches: list[int], totals: list[int], length: int, reference_length: int, effective_order: bool) -> float:
+def _bleu_score(
+    matches: list[int], totals: list[int], length: int, reference_length: int, effective_order: bool
+) -> float:
     """Papineni et al. 2002, section 2.3: brevity penalty times the geometric mean of the n-gram precisions.
 
     An order without a match gets 1 / (2^k n-grams) instead of 0, k counting such orders ("exp" smoothing of mteval-v13a).
@@ -115,7 +126,9 @@ def bleu(hypothesis: str, references: list[str], max_order: int = 4) -> float:
     >>> round(bleu("the cat sat on the mat", ["the cat sat on a mat"]), 4)
     0.5373
     """
-    return _bleu_score(*_bleu_counts(hypothesis, _as_list(references), max_order), effective_order=True)
+    return _bleu_score(
+        *_bleu_counts(hypothesis, _as_list(references), max_order), effective_order=True
+    )
 
 
 def corpus_bleu(hypotheses: list[str], references: list[list[str]], max_order: int = 4) -> float:
@@ -123,9 +136,14 @@ def corpus_bleu(hypotheses: list[str], references: list[list[str]], max_order: i
 
     `references` holds one list of strings per hypothesis. Equals sacrebleu's `corpus_bleu(...) / 100` with its defaults.
     """
-    counts = [_bleu_counts(hyp, _as_list(refs), max_order) for hyp, refs in zip(hypotheses, references, strict=True)]
+    counts = [
+        _bleu_counts(hyp, _as_list(refs), max_order)
+        for hyp, refs in zip(hypotheses, references, strict=True)
+    ]
     matches, totals = ([sum(column) for column in zip(*(c[k] for c in counts))] for k in (0, 1))
-    return _bleu_score(matches, totals, sum(c[2] for c in counts), sum(c[3] for c in counts), effective_order=False)
+    return _bleu_score(
+        matches, totals, sum(c[2] for c in counts), sum(c[3] for c in counts), effective_order=False
+    )
 
 
 def _as_list(references: str | list[str]) -> list[str]:
@@ -135,7 +153,7 @@ def _as_list(references: str | list[str]) -> list[str]:
 # ------------------------------------------------------------------------------------------------ ROUGE
 
 
-class Score(NamedTuple):
+class Rouge(NamedTuple):
     """Each 0..1. f1 is the harmonic mean of precision (over the hypothesis) and recall (over the reference)."""
 
     precision: float
@@ -148,31 +166,39 @@ def tokenize_rouge(text: str) -> list[str]:
     return re.findall(r"[a-z0-9]+", text.lower())
 
 
-def _score(matches: int, hypothesis_size: int, reference_size: int) -> Score:
+def _score(matches: int, hypothesis_size: int, reference_size: int) -> Rouge:
     precision, recall = matches / max(hypothesis_size, 1), matches / max(reference_size, 1)
-    return Score(precision, recall, 2 * precision * recall / (precision + recall) if matches else 0.0)
+    return Rouge(
+        precision, recall, 2 * precision * recall / (precision + recall) if matches else 0.0
+    )
 
 
-def rouge_n(hypothesis: str, reference: str, n: int) -> Score:
+def rouge_n(hypothesis: str, reference: str, n: int) -> Rouge:
     """Overlap of n-grams (Lin 2004, section 2, which defines the recall); each n-gram counts at most as often as the other side has it.
 
     >>> rouge_n("testing one", "testing one two", 2)
-    Score(precision=1.0, recall=0.5, f1=0.6666666666666666)
+    Rouge(precision=1.0, recall=0.5, f1=0.6666666666666666)
     """
-    ours, theirs = ([*zip(*(tokens[i:] for i in range(n)))] for tokens in (tokenize_rouge(hypothesis), tokenize_rouge(reference)))
+    ours, theirs = (
+        [*zip(*(tokens[i:] for i in range(n)))]
+        for tokens in (tokenize_rouge(hypothesis), tokenize_rouge(reference))
+    )
     return _score((Counter(ours) & Counter(theirs)).total(), len(ours), len(theirs))
 
 
-def rouge_l(hypothesis: str, reference: str) -> Score:
+def rouge_l(hypothesis: str, reference: str) -> Rouge:
     """Longest common subsequence of the two token lists (Lin 2004, section 3.1)."""
     ours, theirs = tokenize_rouge(hypothesis), tokenize_rouge(reference)
     return _score(_lcs_length(ours, theirs), len(ours), len(theirs))
 
 
-def rouge_lsum(hypothesis: str, reference: str) -> Score:
+def rouge_lsum(hypothesis: str, reference: str) -> Rouge:
     """Summary-level ROUGE-L (Lin 2004, section 3.2): sentences are lines; a reference sentence is covered by the UNION of its
     common subsequences with all hypothesis sentences, and no token is counted more often than either side has it."""
-    ours, theirs = ([tokenize_rouge(line) for line in text.split("\n") if line] for text in (hypothesis, reference))
+    ours, theirs = (
+        [tokenize_rouge(line) for line in text.split("\n") if line]
+        for text in (hypothesis, reference)
+    )
     left, right = (Counter(token for line in lines for token in line) for lines in (ours, theirs))
     sizes = left.total(), right.total()
     hits = 0
@@ -230,7 +256,9 @@ def _lcs_positions(a: list[str], b: list[str]) -> set[int]:
 
 
 @torch.no_grad()
-def perplexity(model, tokenizer, texts: list[str], contexts: list[str] | None = None, batch_size: int = 16) -> list[float]:
+def perplexity(
+    model, tokenizer, texts: list[str], contexts: list[str] | None = None, batch_size: int = 16
+) -> list[float]:
     """exp(mean negative log-likelihood per token) of each text, given its context if there are contexts.
 
     `model` is a Hugging Face causal LM, used as it stands. Context and text are tokenised apart; without a context the text
@@ -241,21 +269,35 @@ def perplexity(model, tokenizer, texts: list[str], contexts: list[str] | None = 
     rows = []
     for text, context in zip(texts, contexts or [""] * len(texts), strict=True):
         ids = encode_target(tokenizer, text)[:-1][: limit - 1]  # without EOS
-        context_ids = encode_prompt(tokenizer, Example(context, ""))  # BOS, or EOS where there is none, for an empty context
+        context_ids = encode_prompt(
+            tokenizer, Example(context, "")
+        )  # BOS, or EOS where there is none, for an empty context
         rows.append((context_ids[-(limit - len(ids)) :], ids))
     result = []
     for begin in range(0, len(rows), batch_size):
         part = rows[begin : begin + batch_size]
         width = max(len(context) + len(ids) for context, ids in part)
-        input_ids = torch.tensor([c + t + [0] * (width - len(c) - len(t)) for c, t in part], device=device)  # (b, T)
+        input_ids = torch.tensor(
+            [c + t + [0] * (width - len(c) - len(t)) for c, t in part], device=device
+        )  # (b, T)
         column = torch.arange(width)[None]  # (1, T)
-        n_context, n_all = torch.tensor([[len(c), len(c) + len(t)] for c, t in part]).T[:, :, None]  # (b, 1) each
+        n_context, n_all = torch.tensor([[len(c), len(c) + len(t)] for c, t in part]).T[
+            :, :, None
+        ]  # (b, 1) each
         attention_mask = (column < n_all).to(device)  # (b, T)
-        scored = ((column >= n_context) & (column < n_all)).to(device)[:, 1:]  # (b, T-1) text tokens, by their own column
-        logits = model(input_ids=input_ids, attention_mask=attention_mask.long()).logits[:, :-1].float()  # (b, T-1, V)
-        logprobs = torch.log_softmax(logits, dim=-1).gather(2, input_ids[:, 1:, None]).squeeze(2)  # (b, T-1)
+        scored = ((column >= n_context) & (column < n_all)).to(device)[
+            :, 1:
+        ]  # (b, T-1) text tokens, by their own column
+        logits = (
+            model(input_ids=input_ids, attention_mask=attention_mask.long()).logits[:, :-1].float()
+        )  # (b, T-1, V)
+        logprobs = (
+            torch.log_softmax(logits, dim=-1).gather(2, input_ids[:, 1:, None]).squeeze(2)
+        )  # (b, T-1)
         for row, mask in zip(logprobs, scored):
-            result.append(math.exp(min(-float(row[mask].mean()), 700.0)) if mask.any() else math.inf)
+            result.append(
+                math.exp(min(-float(row[mask].mean()), 700.0)) if mask.any() else math.inf
+            )
     return result
 
 
@@ -294,9 +336,13 @@ def read_lexicon(path: str, default: float | None = None) -> dict[str, float]:
         if not word.strip() or (default is not None and word.startswith(";")):
             continue
         try:
-            lexicon[word.strip().lower()] = float(rest.split("\t")[0]) if rest or default is None else default
+            lexicon[word.strip().lower()] = (
+                float(rest.split("\t")[0]) if rest or default is None else default
+            )
         except ValueError:
-            raise UserError(f"{path}:{number}: expected 'word TAB valence', found {line[:40]!r}") from None
+            raise UserError(
+                f"{path}:{number}: expected 'word TAB valence', found {line[:40]!r}"
+            ) from None
     if not lexicon:
         raise UserError(f"lexicon {path} is empty")
     return lexicon
@@ -323,13 +369,20 @@ def chrf(hypothesis: str, references: list[str], char_order: int = 6, beta: int 
     Precision and recall are averaged over the orders that both sides have; beta 2 weighs recall twice. Equals sacrebleu's
     `sentence_chrf(...) / 100`.
     """
-    return max((_chrf_one("".join(hypothesis.split()), "".join(r.split()), char_order, beta) for r in _as_list(references)), default=0.0)
+    return max(
+        (
+            _chrf_one("".join(hypothesis.split()), "".join(r.split()), char_order, beta)
+            for r in _as_list(references)
+        ),
+        default=0.0,
+    )
 
 
 def _chrf_one(ours: str, theirs: str, char_order: int, beta: int) -> float:
     orders = min(char_order, len(ours), len(theirs))
     left, right = (
-        Counter([text[i : i + n] for n in range(1, orders + 1) for i in range(len(text) - n + 1)]) for text in (ours, theirs)
+        Counter([text[i : i + n] for n in range(1, orders + 1) for i in range(len(text) - n + 1)])
+        for text in (ours, theirs)
     )
     matches = [0] * orders
     for gram in left.keys() & right.keys():
@@ -355,7 +408,11 @@ def words_of(text: str) -> list[str]:
 
 def coverage(text: str, keywords: str | list[str]) -> float:
     """Share of the keywords' content words (all but stop words) that the text has; 0 when there are none; 0..1."""
-    wanted = {word for word in words_of(keywords if isinstance(keywords, str) else " ".join(keywords)) if word not in STOP_WORDS}
+    wanted = {
+        word
+        for word in words_of(keywords if isinstance(keywords, str) else " ".join(keywords))
+        if word not in STOP_WORDS
+    }
     return len(wanted & set(words_of(text))) / len(wanted) if wanted else 0.0
 
 
@@ -368,9 +425,15 @@ def inverse_document_frequency(documents: list[str]) -> Callable[[str], float]:
 def tfidf_cosine(a: str, b: str, idf: Callable[[str], float]) -> float:
     """Cosine of the TF-IDF vectors of two texts; 0..1, 0 when either has no word."""
     left, right = (Counter(words_of(text)) for text in (a, b))
-    vectors = [{word: count * idf(word) for word, count in counts.items()} for counts in (left, right)]
+    vectors = [
+        {word: count * idf(word) for word, count in counts.items()} for counts in (left, right)
+    ]
     dot = sum(value * vectors[1].get(word, 0.0) for word, value in vectors[0].items())
-    return dot / math.sqrt(math.prod(sum(v * v for v in vector.values()) for vector in vectors)) if dot else 0.0
+    return (
+        dot / math.sqrt(math.prod(sum(v * v for v in vector.values()) for vector in vectors))
+        if dot
+        else 0.0
+    )
 
 
 FORMAL_WORDS = """accordingly additionally although consequently demonstrate furthermore hence however indicate moreover nevertheless notwithstanding
@@ -381,7 +444,9 @@ whatever wow ya yeah yep""".split()
 
 def sentence_length_fit(text: str, target: float) -> float:
     """1 - |mean words per sentence - target| / target, not below 0. A sentence ends at . ! ? or a line break."""
-    lengths = [n for n in (len(words_of(sentence)) for sentence in re.split(r"[.!?\n]+", text)) if n]
+    lengths = [
+        n for n in (len(words_of(sentence)) for sentence in re.split(r"[.!?\n]+", text)) if n
+    ]
     return max(0.0, 1 - abs(sum(lengths) / len(lengths) - target) / target) if lengths else 0.0
 
 
@@ -394,7 +459,10 @@ def type_token_ratio(text: str) -> float:
 def formality(text: str) -> float:
     """Formal words / (formal + informal words) by the two lists above; 0.5 when the text has neither, 0 when it has no word."""
     words = words_of(text)
-    formal, informal = sum(w in FORMAL_WORDS for w in words), sum(w in INFORMAL_WORDS for w in words)
+    formal, informal = (
+        sum(w in FORMAL_WORDS for w in words),
+        sum(w in INFORMAL_WORDS for w in words),
+    )
     return formal / (formal + informal) if formal + informal else 0.5 * bool(words)
 
 
@@ -418,7 +486,11 @@ def lexicon_toxicity(text: str, lexicon: set[str] | dict = frozenset(TOXIC_WORDS
 
 def normalize_answer(text: str) -> str:
     """Lower case, no punctuation, no articles, single spaces: the comparison of SQuAD (Rajpurkar et al. 2016)."""
-    return " ".join(word for word in re.sub(r"[^\w\s]", "", text.lower()).split() if word not in ("a", "an", "the"))
+    return " ".join(
+        word
+        for word in re.sub(r"[^\w\s]", "", text.lower()).split()
+        if word not in ("a", "an", "the")
+    )
 
 
 def last_number(text: str) -> Decimal | None:
@@ -435,7 +507,10 @@ def _references(columns: dict, name: str) -> list[list[str]]:
     """One list of reference texts per completion: the column `references` if the data has one, else `target`."""
     targets = columns.get("target")
     if "references" in columns:  # a row without any falls back on its target
-        return [_as_list(value or (targets[i] if targets else "")) for i, value in enumerate(columns["references"])]
+        return [
+            _as_list(value or (targets[i] if targets else ""))
+            for i, value in enumerate(columns["references"])
+        ]
     if targets is not None:
         return [_as_list(value) for value in targets]
     raise UserError(f"reward '{name}' compares with a reference text, but the data has no target")
@@ -452,7 +527,8 @@ def _best(metric: Callable[[str, str], float], name: str) -> Callable:
 def _multi(metric: Callable[[str, list[str]], float], name: str) -> Callable:
     """A reward from a metric of (hypothesis, list of references)."""
     return lambda prompts, completions, **columns: [
-        metric(completion, references) for completion, references in zip(completions, _references(columns, name), strict=True)
+        metric(completion, references)
+        for completion, references in zip(completions, _references(columns, name), strict=True)
     ]
 
 
@@ -463,12 +539,16 @@ def _bleu_reward(context, max_order: int = 4):
 
 def _perplexity_reward(context, model: str | None = None):
     lm, tokenizer = frozen_lm(context, "perplexity", model)
-    return lambda prompts, completions, **columns: [1 / value for value in perplexity(lm, tokenizer, completions, prompts)]
+    return lambda prompts, completions, **columns: [
+        1 / value for value in perplexity(lm, tokenizer, completions, prompts)
+    ]
 
 
 def _each(measure: Callable[[str], float]) -> Callable:
     """A reward from a measure of the completion alone."""
-    return lambda prompts, completions, **columns: [measure(completion) for completion in completions]
+    return lambda prompts, completions, **columns: [
+        measure(completion) for completion in completions
+    ]
 
 
 def _sentiment_reward(context, lexicon: str | None = None):
@@ -508,8 +588,14 @@ def _coverage_reward(context):
     def reward(prompts, completions, **columns):
         keywords = columns.get("keywords", [None] * len(completions))
         if None in keywords:  # a row without any falls back on its reference
-            keywords = [k if k is not None else " ".join(r) for k, r in zip(keywords, _references(columns, "coverage"), strict=True)]
-        return [coverage(completion, wanted) for completion, wanted in zip(completions, keywords, strict=True)]
+            keywords = [
+                k if k is not None else " ".join(r)
+                for k, r in zip(keywords, _references(columns, "coverage"), strict=True)
+            ]
+        return [
+            coverage(completion, wanted)
+            for completion, wanted in zip(completions, keywords, strict=True)
+        ]
 
     return reward
 
@@ -517,25 +603,43 @@ def _coverage_reward(context):
 def _relevance_reward(context, corpus: str | None = None):
     if corpus is None:  # to the prompt; the data at hand say which words are common
         idf = inverse_document_frequency(context.get("documents", []))
-        return lambda prompts, completions, **columns: [tfidf_cosine(c, p, idf) for c, p in zip(completions, prompts, strict=True)]
+        return lambda prompts, completions, **columns: [
+            tfidf_cosine(c, p, idf) for c, p in zip(completions, prompts, strict=True)
+        ]
     lines = [line for line in _read_text(corpus, "relevance").split("\n") if line.strip()]
     idf, domain = inverse_document_frequency(lines), " ".join(lines)
     return _each(lambda text: tfidf_cosine(text, domain, idf))
 
 
 def _truthful_reward(context, metric: str = "rouge_1"):
-    similarity = {"rouge_1": lambda h, r: rouge_n(h, r, 1).f1, "rouge_l": lambda h, r: rouge_l(h, r).f1, "bleu": lambda h, r: bleu(h, [r])}.get(metric)
+    similarity = {
+        "rouge_1": lambda h, r: rouge_n(h, r, 1).f1,
+        "rouge_l": lambda h, r: rouge_l(h, r).f1,
+        "bleu": lambda h, r: bleu(h, [r]),
+    }.get(metric)
     if similarity is None:
         raise UserError(f"truthful(metric={metric!r}): known metrics are rouge_1, rouge_l, bleu")
 
     def reward(prompts, completions, **columns):
         sides = []
         for name in ("correct_answers", "incorrect_answers"):
-            answers = columns.get(name, columns.get(name.replace("_", " ").title()))  # TruthfulQA's file says "Correct Answers"
+            answers = columns.get(
+                name, columns.get(name.replace("_", " ").title())
+            )  # TruthfulQA's file says "Correct Answers"
             if answers is None:
-                raise UserError(f"reward 'truthful' needs the columns correct_answers and incorrect_answers; {name} is missing")
-            answers = [[a.strip() for a in x.split(";")] if isinstance(x, str) else x or [] for x in answers]
-            sides.append([max((similarity(c, a) for a in row), default=0.0) for c, row in zip(completions, answers, strict=True)])
+                raise UserError(
+                    f"reward 'truthful' needs the columns correct_answers and incorrect_answers; {name} is missing"
+                )
+            answers = [
+                [a.strip() for a in x.split(";")] if isinstance(x, str) else x or []
+                for x in answers
+            ]
+            sides.append(
+                [
+                    max((similarity(c, a) for a in row), default=0.0)
+                    for c, row in zip(completions, answers, strict=True)
+                ]
+            )
         return [right - wrong for right, wrong in zip(*sides)]
 
     return reward
@@ -561,27 +665,76 @@ def _above_0(reward: str, name: str, value: float) -> None:
 # name -> (make(context, **arguments) -> reward function, "range, needs: meaning")
 REWARDS: dict[str, tuple[Callable, str]] = {
     "bleu": (_bleu_reward, "0..1, target: sentence BLEU, equal to sacrebleu's"),
-    "chrf": (lambda context: _multi(chrf, "chrf"), "0..1, target: character n-gram F-score, equal to sacrebleu's"),
-    "rouge_1": (lambda context: _best(lambda h, r: rouge_n(h, r, 1).f1, "rouge_1"), "0..1, target: shared words, F1"),
-    "rouge_2": (lambda context: _best(lambda h, r: rouge_n(h, r, 2).f1, "rouge_2"), "0..1, target: shared word pairs, F1"),
-    "rouge_n": (lambda context, n=1: _above_0("rouge_n", "n", n) or _best(lambda h, r: rouge_n(h, r, n).f1, "rouge_n"), "0..1, target: shared n-grams, F1"),
-    "rouge_l": (lambda context: _best(lambda h, r: rouge_l(h, r).f1, "rouge_l"), "0..1, target: longest common subsequence, F1"),
-    "rouge_lsum": (lambda context: _best(lambda h, r: rouge_lsum(h, r).f1, "rouge_lsum"), "0..1, target: the same over the lines of a summary, F1"),
+    "chrf": (
+        lambda context: _multi(chrf, "chrf"),
+        "0..1, target: character n-gram F-score, equal to sacrebleu's",
+    ),
+    "rouge_1": (
+        lambda context: _best(lambda h, r: rouge_n(h, r, 1).f1, "rouge_1"),
+        "0..1, target: shared words, F1",
+    ),
+    "rouge_2": (
+        lambda context: _best(lambda h, r: rouge_n(h, r, 2).f1, "rouge_2"),
+        "0..1, target: shared word pairs, F1",
+    ),
+    "rouge_n": (
+        lambda context, n=1: (
+            _above_0("rouge_n", "n", n) or _best(lambda h, r: rouge_n(h, r, n).f1, "rouge_n")
+        ),
+        "0..1, target: shared n-grams, F1",
+    ),
+    "rouge_l": (
+        lambda context: _best(lambda h, r: rouge_l(h, r).f1, "rouge_l"),
+        "0..1, target: longest common subsequence, F1",
+    ),
+    "rouge_lsum": (
+        lambda context: _best(lambda h, r: rouge_lsum(h, r).f1, "rouge_lsum"),
+        "0..1, target: the same over the lines of a summary, F1",
+    ),
     "cosine": (lambda context: _best(cosine, "cosine"), "0..1, target: bag-of-words cosine"),
-    "coverage": (_coverage_reward, "0..1, keywords or target: share of their content words that appear"),
+    "coverage": (
+        _coverage_reward,
+        "0..1, keywords or target: share of their content words that appear",
+    ),
     "exact_match": (
-        lambda context: _best(lambda c, r: float(normalize_answer(c) == normalize_answer(r)), "exact_match"),
+        lambda context: _best(
+            lambda c, r: float(normalize_answer(c) == normalize_answer(r)), "exact_match"
+        ),
         "0 or 1, target: equal but for case, punctuation and articles",
     ),
-    "numeric": (lambda context: _best(_numeric, "numeric"), "0 or 1, target: the last numbers are equal (GSM8K)"),
-    "truthful": (_truthful_reward, "-1..1, correct_answers and incorrect_answers: nearer to which (TruthfulQA)"),
+    "numeric": (
+        lambda context: _best(_numeric, "numeric"),
+        "0 or 1, target: the last numbers are equal (GSM8K)",
+    ),
+    "truthful": (
+        _truthful_reward,
+        "-1..1, correct_answers and incorrect_answers: nearer to which (TruthfulQA)",
+    ),
     "relevance": (_relevance_reward, "0..1, prompt or corpus=file: TF-IDF cosine"),
-    "perplexity": (_perplexity_reward, "0..1, the starting model or model=: 1 / perplexity; 0 for empty text"),
-    "sentiment": (_sentiment_reward, "-1..1, nothing or lexicon=file: praise minus blame by a word list"),
-    "toxicity": (_toxicity_reward, "0..1, nothing or lexicon=file: listed words, MORE IS WORSE, so subtract it"),
-    "style": (_style_reward, "0..1, nothing: mean of sentence length, type-token ratio and formality, or aspect=one of them"),
-    "repetition": (_repetition_reward, "0..1, nothing: share of word n-grams that are different, 1 is no repetition"),
-    "length": (_length_reward, "0..1, nothing: 1 at `target` words, falling to 0 at none and at twice as many"),
+    "perplexity": (
+        _perplexity_reward,
+        "0..1, the starting model or model=: 1 / perplexity; 0 for empty text",
+    ),
+    "sentiment": (
+        _sentiment_reward,
+        "-1..1, nothing or lexicon=file: praise minus blame by a word list",
+    ),
+    "toxicity": (
+        _toxicity_reward,
+        "0..1, nothing or lexicon=file: listed words, MORE IS WORSE, so subtract it",
+    ),
+    "style": (
+        _style_reward,
+        "0..1, nothing: mean of sentence length, type-token ratio and formality, or aspect=one of them",
+    ),
+    "repetition": (
+        _repetition_reward,
+        "0..1, nothing: share of word n-grams that are different, 1 is no repetition",
+    ),
+    "length": (
+        _length_reward,
+        "0..1, nothing: 1 at `target` words, falling to 0 at none and at twice as many",
+    ),
     **JUDGES,
 }
 
@@ -590,17 +743,32 @@ REWARDS: dict[str, tuple[Callable, str]] = {
 
 def _bounds(low: float, high: float) -> tuple[float, float]:
     if not all(type(x) in (int, float) and math.isfinite(x) for x in (low, high)) or low > high:
-        raise ValueError(f"expected finite numbers, the lower first, found {low!r}" + (f" and {high!r}" if high is not low else ""))
+        raise ValueError(
+            f"expected finite numbers, the lower first, found {low!r}"
+            + (f" and {high!r}" if high is not low else "")
+        )
     return float(low), float(high)
 
 
 # name -> make(**literals) -> function of (x (B,), learn) -> (B,); only `ema` has a memory
 POST_PROCESSORS: dict[str, tuple[Callable, str]] = {
-    "clip": (lambda low, high: lambda x, learn, bounds=_bounds(low, high): x.clamp(*bounds), "clip(x, low, high): no less than low, no more than high"),
-    "scale": (lambda factor: lambda x, learn, factor=_bounds(factor, factor)[0]: x * factor, "scale(x, factor): times factor"),
+    "clip": (
+        lambda low, high: lambda x, learn, bounds=_bounds(low, high): x.clamp(*bounds),
+        "clip(x, low, high): no less than low, no more than high",
+    ),
+    "scale": (
+        lambda factor: lambda x, learn, factor=_bounds(factor, factor)[0]: x * factor,
+        "scale(x, factor): times factor",
+    ),
     "tanh": (lambda: lambda x, learn: torch.tanh(x), "tanh(x): squashed into -1..1"),
-    "whiten": (lambda: lambda x, learn: RunningNorm()(x), "whiten(x): minus the mean of the batch, over its standard deviation"),
-    "ema": (lambda decay=0.99: RunningNorm(decay), "ema(x, decay=0.99): the same by running statistics, which checkpoints keep"),
+    "whiten": (
+        lambda: lambda x, learn: RunningNorm()(x),
+        "whiten(x): minus the mean of the batch, over its standard deviation",
+    ),
+    "ema": (
+        lambda decay=0.99: RunningNorm(decay),
+        "ema(x, decay=0.99): the same by running statistics, which checkpoints keep",
+    ),
 }
 
 
@@ -610,7 +778,12 @@ class Reward:
     Calling it also moves its statistics (`ema`, `mixture`), but not inside `with reward.frozen():`, which is for measuring.
     """
 
-    def __init__(self, evaluate: Callable, leaves: dict[str, Callable], stateful: dict[str, RunningNorm | Mixture | SelfPlay]):
+    def __init__(
+        self,
+        evaluate: Callable,
+        leaves: dict[str, Callable],
+        stateful: dict[str, RunningNorm | Mixture | SelfPlay],
+    ):
         self._evaluate, self._leaves, self._stateful = evaluate, leaves, stateful
         self._learn = True
         self.parts: dict[str, torch.Tensor] = {}
@@ -622,30 +795,49 @@ class Reward:
         opponents = {}
         for name, thing in self._stateful.items():
             if isinstance(thing, SelfPlay):
-                opponents[name] = self._ask_leaves(prompts, thing.answers(prompts, self.reference, self._learn), columns)
+                opponents[name] = self._ask_leaves(
+                    prompts, thing.answers(prompts, self.reference, self._learn), columns
+                )
         self.parts = self._ask_leaves(prompts, completions, columns)
-        self.total = self._evaluate(self.parts | opponents, self._learn) + torch.zeros(len(completions))  # (B,) also for a mere number
+        self.total = self._evaluate(self.parts | opponents, self._learn) + torch.zeros(
+            len(completions)
+        )  # (B,) also for a mere number
         if torch.isinf(self.total).any():
             raise NonFiniteReward(f"the reward is too large for a float32: {self.total.tolist()}")
         return self.total
 
-    def _ask_leaves(self, prompts: list[str], completions: list[str], columns: dict[str, list]) -> dict[str, torch.Tensor]:
+    def _ask_leaves(
+        self, prompts: list[str], completions: list[str], columns: dict[str, list]
+    ) -> dict[str, torch.Tensor]:
         """The raw values (B,) of every leaf; each process asks for its share of the texts, and a text that fails fails for all."""
         problem, parts = None, {}
-        prompts, completions, columns = parallel.share(prompts), parallel.share(completions), {k: parallel.share(v) for k, v in columns.items()}
+        prompts, completions, columns = (
+            parallel.share(prompts),
+            parallel.share(completions),
+            {k: parallel.share(v) for k, v in columns.items()},
+        )
         try:
-            parts = {name: _call_leaf(name, f, prompts, completions, columns) for name, f in self._leaves.items() if completions}
+            parts = {
+                name: _call_leaf(name, f, prompts, completions, columns)
+                for name, f in self._leaves.items()
+                if completions
+            }
         except UserError as raised:
             problem = raised
         for each in parallel.everybody(problem):
             if each is not None:
                 raise each
-        return {name: torch.tensor(parallel.gather(parts[name].tolist() if completions else [])) for name in self._leaves}
+        return {
+            name: torch.tensor(parallel.gather(parts[name].tolist() if completions else []))
+            for name in self._leaves
+        }
 
     @property
     def opponent(self) -> SelfPlay | None:
         """That of `self_play`, if the expression has one."""
-        return next((thing for thing in self._stateful.values() if isinstance(thing, SelfPlay)), None)
+        return next(
+            (thing for thing in self._stateful.values() if isinstance(thing, SelfPlay)), None
+        )
 
     @contextmanager
     def frozen(self):
@@ -664,8 +856,18 @@ class Reward:
         """Of the last call: `reward/<leaf>`, the mean of its raw values, and `reward_weight/<name>` of a mixture."""
         means = {f"reward/{name}": float(values.nanmean()) for name, values in self.parts.items()}
         mixtures = [thing for thing in self._stateful.values() if isinstance(thing, Mixture)]
-        weights = {f"reward_weight/{n}": float(w) for m in mixtures for n, w in zip(m.names, m.weights())}
-        return means | weights | {"self_play/win_rate": play.win_rate for play in self._stateful.values() if isinstance(play, SelfPlay)}
+        weights = {
+            f"reward_weight/{n}": float(w) for m in mixtures for n, w in zip(m.names, m.weights())
+        }
+        return (
+            means
+            | weights
+            | {
+                "self_play/win_rate": play.win_rate
+                for play in self._stateful.values()
+                if isinstance(play, SelfPlay)
+            }
+        )
 
     def state_dict(self) -> dict[str, dict]:
         return {name: thing.state_dict() for name, thing in self._stateful.items()}
@@ -675,7 +877,9 @@ class Reward:
             thing.load_state_dict(state[name])
 
 
-def _call_leaf(name: str, function: Callable, prompts: list[str], completions: list[str], columns: dict) -> torch.Tensor:
+def _call_leaf(
+    name: str, function: Callable, prompts: list[str], completions: list[str], columns: dict
+) -> torch.Tensor:
     try:
         values = function(prompts=prompts, completions=completions, **_accepted(function, columns))
     except UserError:
@@ -683,17 +887,31 @@ def _call_leaf(name: str, function: Callable, prompts: list[str], completions: l
     except Exception as problem:  # the user's own code may raise anything; it is named, not hidden
         frame = traceback.extract_tb(problem.__traceback__)[-1]
         where = f"{Path(frame.filename).name}:{frame.lineno}"
-        raise UserError(f"reward '{name}' raised {type(problem).__name__}: {problem} ({where}); first completion: {completions[0][:80]!r}") from problem
+        raise UserError(
+            f"reward '{name}' raised {type(problem).__name__}: {problem} ({where}); first completion: {completions[0][:80]!r}"
+        ) from problem
     if isinstance(values, (torch.Tensor, np.ndarray)):
         values = values.tolist()
-    if getattr(function, "may_abstain", False):  # a judge that could not be reached: no score, which is not a score of 0
-        return torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float32)
+    if getattr(
+        function, "may_abstain", False
+    ):  # a judge that could not be reached: no score, which is not a score of 0
+        return torch.tensor(
+            [math.nan if value is None else value for value in values], dtype=torch.float32
+        )
     if not isinstance(values, (list, tuple)) or len(values) != len(completions):
-        found = f"{len(values)} values" if isinstance(values, (list, tuple)) else type(values).__name__
-        raise UserError(f"reward '{name}' must return a list of {len(completions)} floats, one per completion; it returned {found}")
+        found = (
+            f"{len(values)} values" if isinstance(values, (list, tuple)) else type(values).__name__
+        )
+        raise UserError(
+            f"reward '{name}' must return a list of {len(completions)} floats, one per completion; it returned {found}"
+        )
     for value, text in zip(values, completions):
-        if not isinstance(value, numbers.Real) or not abs(value) < 1e38:  # float32 ends at 3.4e38; a NaN is not below anything
-            raise NonFiniteReward(f"reward '{name}' gave {value!r}, not a finite number, for the completion {text[:80]!r}")
+        if (
+            not isinstance(value, numbers.Real) or not abs(value) < 1e38
+        ):  # float32 ends at 3.4e38; a NaN is not below anything
+            raise NonFiniteReward(
+                f"reward '{name}' gave {value!r}, not a finite number, for the completion {text[:80]!r}"
+            )
     return torch.tensor(values, dtype=torch.float32)
 
 
@@ -723,7 +941,9 @@ class _Parser:
 
     def __init__(self, expression: str, context: dict):
         self.expression, self.context = expression, context
-        self.functions: dict[str, tuple[str, str]] = {}  # placeholder -> (file, function): a path is no Python expression
+        self.functions: dict[
+            str, tuple[str, str]
+        ] = {}  # placeholder -> (file, function): a path is no Python expression
         self.leaves: dict[str, Callable] = {}
         self.sources: dict[str, str] = {}  # leaf -> file: two files may have functions of one name
         self.stateful: dict[str, RunningNorm | Mixture] = {}
@@ -735,22 +955,36 @@ class _Parser:
 
         source = _FILE_FUNCTION.sub(stand_in, self.expression.strip())
         try:
-            reward = Reward(self.build(ast.parse(source, mode="eval").body), self.leaves, self.stateful)
+            reward = Reward(
+                self.build(ast.parse(source, mode="eval").body), self.leaves, self.stateful
+            )
         except (SyntaxError, RecursionError, MemoryError, OverflowError) as problem:
-            raise UserError(f"--reward {self.expression[:200]!r} is not an expression: {getattr(problem, 'msg', problem)}; {_known()}") from None
-        if "mixture_pairs" in self.context and not any(isinstance(thing, Mixture) for thing in self.stateful.values()):
-            raise UserError(f"--mixture-data fits the weights of a mixture(...), and --reward {self.expression!r} has none")
+            raise UserError(
+                f"--reward {self.expression[:200]!r} is not an expression: {getattr(problem, 'msg', problem)}; {_known()}"
+            ) from None
+        if "mixture_pairs" in self.context and not any(
+            isinstance(thing, Mixture) for thing in self.stateful.values()
+        ):
+            raise UserError(
+                f"--mixture-data fits the weights of a mixture(...), and --reward {self.expression!r} has none"
+            )
         return reward
 
     def build(self, node: ast.expr) -> Callable:
         if isinstance(node, ast.BinOp) and type(node.op) in (ast.Add, ast.Sub, ast.Mult):
             left, right = self.build(node.left), self.build(node.right)
-            operation = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}[type(node.op)]
+            operation = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}[
+                type(node.op)
+            ]
             return lambda parts, learn: operation(left(parts, learn), right(parts, learn))
         if isinstance(node, ast.UnaryOp) and type(node.op) in (ast.USub, ast.UAdd):
             operand, sign = self.build(node.operand), -1 if isinstance(node.op, ast.USub) else 1
             return lambda parts, learn: sign * operand(parts, learn)
-        if isinstance(node, ast.Constant) and type(node.value) in (int, float) and math.isfinite(node.value):
+        if (
+            isinstance(node, ast.Constant)
+            and type(node.value) in (int, float)
+            and math.isfinite(node.value)
+        ):
             return lambda parts, learn: torch.tensor(float(node.value))
         if isinstance(node, ast.Name) and node.id in self.functions:
             file, function = self.functions[node.id]
@@ -764,17 +998,26 @@ class _Parser:
             if name in POST_PROCESSORS and node.args:
                 return self.post_processor(node)
             if name in ("min", "max") and len(node.args) > 1 and not node.keywords:
-                parts_of, best = [self.build(argument) for argument in node.args], {"min": torch.minimum, "max": torch.maximum}[name]
-                return lambda parts, learn: functools.reduce(best, [part(parts, learn) for part in parts_of])
+                parts_of, best = (
+                    [self.build(argument) for argument in node.args],
+                    {"min": torch.minimum, "max": torch.maximum}[name],
+                )
+                return lambda parts, learn: functools.reduce(
+                    best, [part(parts, learn) for part in parts_of]
+                )
             if name == "self_play" and node.args:
                 return self.self_play(node)
             if name == "mixture":
                 return self.mixture(node)
-        raise UserError(f"--reward {self.expression!r}: cannot read {self.text(node)!r}; {_known()}")
+        raise UserError(
+            f"--reward {self.expression!r}: cannot read {self.text(node)!r}; {_known()}"
+        )
 
     def leaf(self, name: str, function: Callable, source: str = "") -> Callable:
         if self.sources.setdefault(name, source) != source:
-            raise UserError(f"--reward {self.expression!r}: two different rewards are called {name!r}; rename one")
+            raise UserError(
+                f"--reward {self.expression!r}: two different rewards are called {name!r}; rename one"
+            )
         self.leaves[name] = function
         return lambda parts, learn: parts[name]
 
@@ -808,34 +1051,63 @@ class _Parser:
         self.remember(node, mixture)
         if "mixture_pairs" in self.context:
             pairs = self.context["mixture_pairs"]
-            if any(isinstance(thing, SelfPlay) for name, thing in self.stateful.items() if name not in stateful):
-                raise UserError(f"--reward {self.expression!r}: preference pairs know no opponent, so --mixture-data does not go with self_play")
+            if any(
+                isinstance(thing, SelfPlay)
+                for name, thing in self.stateful.items()
+                if name not in stateful
+            ):
+                raise UserError(
+                    f"--reward {self.expression!r}: preference pairs know no opponent, so --mixture-data does not go with self_play"
+                )
             # Both sides in one call, so that whatever standardises a component by its batch treats them alike.
             completions = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-            columns = {name: [pair.columns.get(name) for pair in pairs] * 2 for name in {n: 0 for pair in pairs for n in pair.columns}}
+            columns = {
+                name: [pair.columns.get(name) for pair in pairs] * 2
+                for name in {n: 0 for pair in pairs for n in pair.columns}
+            }
             prompts = [pair.prompt for pair in pairs] * 2
-            parts = {name: _call_leaf(name, f, prompts, completions, columns) for name, f in inside.items()}
-            scores = torch.stack([component(parts, False) + torch.zeros(len(completions)) for component in components], dim=1)  # (2n, K)
+            parts = {
+                name: _call_leaf(name, f, prompts, completions, columns)
+                for name, f in inside.items()
+            }
+            scores = torch.stack(
+                [
+                    component(parts, False) + torch.zeros(len(completions))
+                    for component in components
+                ],
+                dim=1,
+            )  # (2n, K)
             chosen, rejected = scores.chunk(2)  # (n, K) each
             answered = torch.isfinite(chosen).all(1) & torch.isfinite(rejected).all(1)  # (n,)
             if not answered.any():
-                raise UserError(f"--reward {self.expression!r}: no preference pair has a score from every part of the mixture")
+                raise UserError(
+                    f"--reward {self.expression!r}: no preference pair has a score from every part of the mixture"
+                )
             accuracy = mixture.fit(chosen[answered], rejected[answered])
             if parallel.rank() == 0:
-                print(f"the mixture agrees with {accuracy:.0%} of the {len(chosen)} preference pairs that it was fitted to")
-        return lambda parts, learn: mixture(torch.broadcast_tensors(*[component(parts, learn) for component in components]), learn)
+                print(
+                    f"the mixture agrees with {accuracy:.0%} of the {len(chosen)} preference pairs that it was fitted to"
+                )
+        return lambda parts, learn: mixture(
+            torch.broadcast_tensors(*[component(parts, learn) for component in components]), learn
+        )
 
     def call(self, node: ast.Name | ast.Call, make: Callable, *first, skip: int = 0):
         """make(*first, literals of the call after `skip` of them). Raises UserError for arguments that are no literals, or do not fit."""
         try:
             arguments = [self.literal(argument) for argument in getattr(node, "args", [])[skip:]]
-            keywords = {keyword.arg: self.literal(keyword.value) for keyword in getattr(node, "keywords", [])}
+            keywords = {
+                keyword.arg: self.literal(keyword.value)
+                for keyword in getattr(node, "keywords", [])
+            }
             inspect.signature(make).bind(*first, *arguments, **keywords)
             return make(*first, *arguments, **keywords)
         except UserError:
             raise
         except (ValueError, TypeError, AttributeError) as problem:
-            raise UserError(f"--reward {self.expression!r}: cannot read {self.text(node)!r}: {problem}") from None
+            raise UserError(
+                f"--reward {self.expression!r}: cannot read {self.text(node)!r}: {problem}"
+            ) from None
 
     def literal(self, node: ast.expr):
         value = ast.literal_eval(node)
@@ -856,21 +1128,29 @@ def load_function(file: str, name: str) -> Callable:
     """The callable `name` of a Python file; a class is instantiated without arguments."""
     path = Path(file).expanduser()
     if not path.is_file():
-        raise UserError(f"--reward {file}:{name}: there is no file {file} (write spaces around a minus sign)")
+        raise UserError(
+            f"--reward {file}:{name}: there is no file {file} (write spaces around a minus sign)"
+        )
     spec = importlib.util.spec_from_file_location(f"reward_file_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up there
     try:
         spec.loader.exec_module(module)
     except Exception as problem:  # the user's own file may raise anything while it is imported
-        raise UserError(f"--reward {file}:{name}: importing the file raised {type(problem).__name__}: {problem}") from problem
+        raise UserError(
+            f"--reward {file}:{name}: importing the file raised {type(problem).__name__}: {problem}"
+        ) from problem
     function = getattr(module, name, None)
     if not callable(function):
-        raise UserError(f"--reward {file}:{name}: the file has no function of that name; expected def {name}(prompts, completions, **columns) -> list[float]")
+        raise UserError(
+            f"--reward {file}:{name}: the file has no function of that name; expected def {name}(prompts, completions, **columns) -> list[float]"
+        )
     try:
         return function() if isinstance(function, type) else function
     except Exception as problem:  # the user's constructor may raise anything
-        raise UserError(f"--reward {file}:{name}: {name}() raised {type(problem).__name__}: {problem}") from problem
+        raise UserError(
+            f"--reward {file}:{name}: {name}() raised {type(problem).__name__}: {problem}"
+        ) from problem
 
 
 def _known() -> str:
@@ -879,39 +1159,81 @@ def _known() -> str:
 
 def list_rewards() -> str:
     """One line per name: what it gives, what it needs, what it means."""
-    lines = [f"{name:13} {doc}" for name, (_, doc) in REWARDS.items()] + ["", "post-processors, applied to any expression:"]
+    lines = [f"{name:13} {doc}" for name, (_, doc) in REWARDS.items()] + [
+        "",
+        "post-processors, applied to any expression:",
+    ]
     lines += [f"  {doc}" for _, doc in POST_PROCESSORS.values()]
-    lines += ["  min(a, b, ...), max(a, b, ...): the smaller, the larger: a floor that no other part can buy off"]
-    lines += ['  self_play(x, opponent="snapshot", every=50, shape="win"): the probability that x prefers our response to that of an earlier self']
-    lines += ["  mixture(a, b, ...): a weighted sum of the standardised a, b, ... with weights that are learned"]
-    return "\n".join([*lines, "", "your own: path/to/file.py:function, with def function(prompts, completions, **columns) -> list[float]"])
+    lines += [
+        "  min(a, b, ...), max(a, b, ...): the smaller, the larger: a floor that no other part can buy off"
+    ]
+    lines += [
+        '  self_play(x, opponent="snapshot", every=50, shape="win"): the probability that x prefers our response to that of an earlier self'
+    ]
+    lines += [
+        "  mixture(a, b, ...): a weighted sum of the standardised a, b, ... with weights that are learned"
+    ]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "your own: path/to/file.py:function, with def function(prompts, completions, **columns) -> list[float]",
+        ]
+    )
 
 
 @one_line_errors
 def main(argv: list[str]) -> None:
     """Score the texts of a file: one JSON line per record with the total and every leaf, then the means."""
     parser = Parser(main.__doc__)
-    parser.add_argument("expression", nargs="?", help="a reward expression, as for --reward of train.py")
-    parser.add_argument("file", nargs="?", help='records such as {"prompt": "Say hello.", "completion": "Hello!", "target": "Hello there!"}')
-    parser.add_argument("--list", action="store_true", help="print every reward, its range and what it needs")
+    parser.add_argument(
+        "expression", nargs="?", help="a reward expression, as for --reward of train.py"
+    )
+    parser.add_argument(
+        "file",
+        nargs="?",
+        help='records such as {"prompt": "Say hello.", "completion": "Hello!", "target": "Hello there!"}',
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="print every reward, its range and what it needs"
+    )
     is_flag = argv[:1] in (["-h"], ["--help"], ["--list"])
-    args = parser.parse_args(argv if is_flag else ["--", *argv])  # an expression may begin with a minus
+    args = parser.parse_args(
+        argv if is_flag else ["--", *argv]
+    )  # an expression may begin with a minus
     if args.list:
         return print(list_rewards())
     if args.file is None:
-        raise UserError('usage: python rewards.py --list | python rewards.py "EXPRESSION" FILE (with prompt, completion, target)')
+        raise UserError(
+            'usage: python rewards.py --list | python rewards.py "EXPRESSION" FILE (with prompt, completion, target)'
+        )
     records = list(read_records(args.file))
     if not records or not all(isinstance(r.get("completion"), str) for r in records):
-        raise UserError(f"{args.file}: every record needs a string 'completion'; prompt, target and other columns as the reward asks")
-    names = {name for record in records for name in record if record[name] is not None} - {"prompt", "completion", "prompts", "completions"}
+        raise UserError(
+            f"{args.file}: every record needs a string 'completion'; prompt, target and other columns as the reward asks"
+        )
+    names = {name for record in records for name in record if record[name] is not None} - {
+        "prompt",
+        "completion",
+        "prompts",
+        "completions",
+    }
     columns = {name: [record.get(name) for record in records] for name in names}
     prompts = [str(record.get("prompt") or "") for record in records]
     reward = build_reward(args.expression, documents=prompts)
     total = reward(prompts, [record["completion"] for record in records], **columns)  # (B,)
     scored = {"total": total, **reward.parts}
     for i in range(len(records)):
-        print(json.dumps({name: round(values[i].item(), 6) for name, values in scored.items()} | {"completion": records[i]["completion"][:80]}))
-    print("mean  " + "  ".join(f"{name} {values.nanmean().item():.4f}" for name, values in scored.items()))
+        print(
+            json.dumps(
+                {name: round(values[i].item(), 6) for name, values in scored.items()}
+                | {"completion": records[i]["completion"][:80]}
+            )
+        )
+    print(
+        "mean  "
+        + "  ".join(f"{name} {values.nanmean().item():.4f}" for name, values in scored.items())
+    )
 
 
 if __name__ == "__main__":

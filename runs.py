@@ -38,15 +38,24 @@ from hybrid import HybridModel
 
 def open_run_folder(out: Path, flags: dict, overwrite: bool) -> None:
     """Create the folder with its config.json. Raises UserError rather than write over anything without `overwrite`."""
-    files = [out / name for name in ("config.json", "metrics.jsonl", "samples.jsonl", "skipped.jsonl", "final")]
+    files = [
+        out / name
+        for name in ("config.json", "metrics.jsonl", "samples.jsonl", "skipped.jsonl", "final")
+    ]
     try:
         old = [path for path in [*files, *out.glob("checkpoint-*")] if path.exists()]
         if old and not overwrite:
-            raise UserError(f"--out {out} already holds a run ({old[0].name}); give another folder, --resume {out}, or --overwrite")
+            raise UserError(
+                f"--out {out} already holds a run ({old[0].name}); give another folder, --resume {out}, or --overwrite"
+            )
         out.mkdir(parents=True, exist_ok=True)
         for path in old:
             discard(path)
-        versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
+        versions = {
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
         write_config(out, {**flags, "versions": versions, "git_commit": git_commit()})
     except OSError as problem:
         raise UserError(f"--out {out} cannot be written: {problem.strerror or problem}") from None
@@ -63,8 +72,12 @@ def read_config(out: Path) -> dict:
     except (OSError, ValueError):
         config = None
     if not isinstance(config, dict) or "ppo_ratio" not in config:
-        raise UserError(f"--resume {out}: nothing to resume there; expected a run folder with a config.json")
-    config["ppo_ratio"] = tuple(config["ppo_ratio"]) if isinstance(config["ppo_ratio"], list) else config["ppo_ratio"]
+        raise UserError(
+            f"--resume {out}: nothing to resume there; expected a run folder with a config.json"
+        )
+    config["ppo_ratio"] = (
+        tuple(config["ppo_ratio"]) if isinstance(config["ppo_ratio"], list) else config["ppo_ratio"]
+    )
     return config
 
 
@@ -72,7 +85,9 @@ def git_commit() -> str | None:
     """The commit of this code, None where there is no git or no repository."""
     if shutil.which("git") is None:
         return None
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    done = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
     return done.stdout.strip() or None
 
 
@@ -112,7 +127,9 @@ def append_rows(path: Path, rows: list[dict]) -> None:
         with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
     except OSError as problem:
-        raise UserError(f"{path} cannot be written: {problem.strerror}; make room and go on with --resume {path.parent}") from None
+        raise UserError(
+            f"{path} cannot be written: {problem.strerror}; make room and go on with --resume {path.parent}"
+        ) from None
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -134,13 +151,24 @@ def forget_after(out: Path, step: int) -> None:
     for name in ("metrics.jsonl", "samples.jsonl", "skipped.jsonl"):
         kept = [row for row in read_rows(out / name) if row["step"] <= step]
         if (out / name).exists():
-            write_text(out / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+            write_text(
+                out / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+            )
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 
-def save_checkpoint(folder: Path, model, tokenizer, reference, counters: dict, states: dict, order: torch.Generator, keep: int) -> None:
+def save_checkpoint(
+    folder: Path,
+    model,
+    tokenizer,
+    reference,
+    counters: dict,
+    states: dict,
+    order: torch.Generator,
+    keep: int,
+) -> None:
     """The model as a plain Hugging Face folder, and `trainer_state.pt`: everything else that the next step depends on.
 
     `states` are state_dicts by name, `order` draws the order of PPO's minibatches; `keep` newest checkpoint-* remain. Raises UserError when the disk refuses.
@@ -151,7 +179,11 @@ def save_checkpoint(folder: Path, model, tokenizer, reference, counters: dict, s
         "stateful": states,
         "order": order.get_state(),
         # For rewards that users write. Responses are drawn from a seed that follows from the step.
-        "rng": {"python": random.getstate(), "numpy": _numpy_state(), "torch": torch.get_rng_state()},
+        "rng": {
+            "python": random.getstate(),
+            "numpy": _numpy_state(),
+            "torch": torch.get_rng_state(),
+        },
         "reference": reference and reference.state_dict(),
     }
     try:
@@ -161,7 +193,9 @@ def save_checkpoint(folder: Path, model, tokenizer, reference, counters: dict, s
         for path in [*unfinished.rglob("*"), unfinished]:
             _flush(path)
         replaced = folder.with_name(f".{folder.name}.old")
-        if folder.exists():  # only `final` is ever there already; for an instant it has no name, and recover() knows
+        if (
+            folder.exists()
+        ):  # only `final` is ever there already; for an instant it has no name, and recover() knows
             shutil.rmtree(replaced, ignore_errors=True)
             os.replace(folder, replaced)
         os.replace(unfinished, folder)
@@ -169,14 +203,28 @@ def save_checkpoint(folder: Path, model, tokenizer, reference, counters: dict, s
         shutil.rmtree(replaced, ignore_errors=True)
         for old in checkpoints(folder.parent)[:-keep]:
             discard(old)
-    except (OSError, RuntimeError, SafetensorError) as problem:  # torch and safetensors have errors of their own for a full disk
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as problem:  # torch and safetensors have errors of their own for a full disk
         shutil.rmtree(unfinished, ignore_errors=True)
         newest = newest_checkpoint(folder.parent)
-        rest = f"the newest complete checkpoint is {newest}; make room and go on with --resume {folder.parent}" if newest else "there is no older one"
+        rest = (
+            f"the newest complete checkpoint is {newest}; make room and go on with --resume {folder.parent}"
+            if newest
+            else "there is no older one"
+        )
         raise UserError(f"{folder} could not be written ({first_line(problem)}); {rest}") from None
 
 
-def load_checkpoint(folder: Path, model: HybridModel, reference: HybridModel | None, stateful: dict, order: torch.Generator):
+def load_checkpoint(
+    folder: Path,
+    model: HybridModel,
+    reference: HybridModel | None,
+    stateful: dict,
+    order: torch.Generator,
+):
     """The inverse: everything is put back in place, `stateful` things by their load_state_dict. -> counters, reference."""
     state = _read_state(folder)
     model.load_state_dict(HybridModel.load(str(folder), "checkpoint")[0].state_dict())
@@ -189,7 +237,10 @@ def load_checkpoint(folder: Path, model: HybridModel, reference: HybridModel | N
     torch.set_rng_state(state["rng"]["torch"])
     if state["reference"] is not None:
         shapes = {name: value.shape for name, value in state["reference"].items()}
-        if reference is None or {name: value.shape for name, value in reference.state_dict().items()} != shapes:
+        if (
+            reference is None
+            or {name: value.shape for name, value in reference.state_dict().items()} != shapes
+        ):
             reference = model.frozen_copy()  # it was taken from the policy; a --ref-model of another shape has been replaced since
         reference.load_state_dict(state["reference"])
     return state["counters"], reference
@@ -197,7 +248,10 @@ def load_checkpoint(folder: Path, model: HybridModel, reference: HybridModel | N
 
 def checkpoints(out: Path) -> list[Path]:
     """The folders checkpoint-<number>, oldest first; folders of other names are somebody else's."""
-    return sorted((path for path in out.glob("checkpoint-*") if path.name[11:].isdecimal()), key=lambda path: int(path.name[11:]))
+    return sorted(
+        (path for path in out.glob("checkpoint-*") if path.name[11:].isdecimal()),
+        key=lambda path: int(path.name[11:]),
+    )
 
 
 def recover(out: Path) -> None:
@@ -220,10 +274,14 @@ def newest_checkpoint(out: Path) -> Path | None:
 
 def _read_state(folder: Path) -> dict:
     try:
-        return torch.load(folder / "trainer_state.pt", weights_only=True, map_location="cpu", mmap=True)
+        return torch.load(
+            folder / "trainer_state.pt", weights_only=True, map_location="cpu", mmap=True
+        )
     except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as problem:
         reason = first_line(problem)
-        raise UserError(f"{folder}/trainer_state.pt is damaged ({reason}); move {folder} away to resume from an older checkpoint") from None
+        raise UserError(
+            f"{folder}/trainer_state.pt is damaged ({reason}); move {folder} away to resume from an older checkpoint"
+        ) from None
 
 
 def _numpy_state() -> tuple:
@@ -245,7 +303,9 @@ class Stop:
 def graceful_stop():
     """Let the first SIGINT or SIGTERM wait until the step is done and saved; a second one acts at once."""
     stop = Stop()
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+    if (
+        threading.current_thread() is not threading.main_thread()
+    ):  # only the main thread may set handlers
         yield stop
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -278,7 +338,9 @@ class MetricLog:
     def __init__(self, out: Path, mirror: str, config: dict):
         self.path, self._send = out / "metrics.jsonl", lambda step, metrics: None
         if mirror == "wandb":
-            run = require("wandb").init(project="hybridtrainer", dir=str(out), config=config)  # WANDB_MODE=offline works
+            run = require("wandb").init(
+                project="hybridtrainer", dir=str(out), config=config
+            )  # WANDB_MODE=offline works
             self._send = lambda step, metrics: run.log(metrics, step=step)
         if mirror == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
@@ -302,4 +364,6 @@ def require(package: str):
     try:
         return importlib.import_module(package)
     except ImportError:
-        raise UserError(f"--log {package} needs the package {package}: pip install {package}") from None
+        raise UserError(
+            f"--log {package} needs the package {package}: pip install {package}"
+        ) from None

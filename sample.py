@@ -20,12 +20,30 @@ from hybrid import HybridModel
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("model", help="a checkpoint folder of ours, any Hugging Face folder, or a hub id")
-    parser.add_argument("prompt", nargs="?", help="text to continue; without it, lines are read from the keyboard")
-    parser.add_argument("-n", "--num-samples", type=number(int, 1), default=3, help="completions per prompt")
-    parser.add_argument("--temperature", type=number(float, 0), default=1.0, help="divides the logits; 0 takes the most likely token")
-    parser.add_argument("--max-new-tokens", type=number(int, 1), default=64, help="length limit of a completion")
-    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="the same seed gives the same completions")
+    parser.add_argument(
+        "model", help="a checkpoint folder of ours, any Hugging Face folder, or a hub id"
+    )
+    parser.add_argument(
+        "prompt", nargs="?", help="text to continue; without it, lines are read from the keyboard"
+    )
+    parser.add_argument(
+        "-n", "--num-samples", type=number(int, 1), default=3, help="completions per prompt"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=number(float, 0),
+        default=1.0,
+        help="divides the logits; 0 takes the most likely token",
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=number(int, 1), default=64, help="length limit of a completion"
+    )
+    parser.add_argument(
+        "--seed",
+        type=number(int, 0, 2**63 - 1),
+        default=0,
+        help="the same seed gives the same completions",
+    )
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args(argv)
     transformers.utils.logging.disable_progress_bar()
@@ -37,14 +55,20 @@ def main(argv: list[str] | None = None) -> None:
     sys.stdin.reconfigure(errors="replace")
     if args.prompt is None and sys.stdin.isatty():
         print("one prompt a line, Ctrl-D ends")
-    for prompt in [args.prompt] if args.prompt is not None else (line.rstrip("\n") for line in sys.stdin):
-        ids = encode_prompt(tokenizer, Example(prompt, ""))[-(model.max_positions - max_new_tokens) :]
+    for prompt in (
+        [args.prompt] if args.prompt is not None else (line.rstrip("\n") for line in sys.stdin)
+    ):
+        ids = encode_prompt(tokenizer, Example(prompt, ""))[
+            -(model.max_positions - max_new_tokens) :
+        ]
         generation = generate(
             model,
             [ids] * args.num_samples,
             max_new_tokens=max_new_tokens,
             eos_token_id=tokenizer.eos_token_id,
-            temperature=max(args.temperature, 1e-3) if args.temperature else 0,  # below that, rounding decides anyway
+            temperature=max(args.temperature, 1e-3)
+            if args.temperature
+            else 0,  # below that, rounding decides anyway
             generator=generator,
         )
         for response in generation.responses:

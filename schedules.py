@@ -6,7 +6,7 @@
     buffer    like gate, but hard prompts are collected, and an SFT cycle runs whenever they fill a batch (ReLIFT 2506.07527)
     mix       every cycle is a rollout, and every update has both losses: ratio * RL + (1 - ratio) * SFT (PPO-ptx 2203.02155; CHORD 2508.11408)
 
-`turn(step)` is asked before a cycle, `look(examples, scores)` hears how a rollout went and returns the examples to demonstrate in the same cycle, after the
+`phase(step)` is asked before a cycle, `look(examples, scores)` hears how a rollout went and returns the examples to demonstrate in the same cycle, after the
 RL update, which must stay on-policy. A schedule of your own is a subclass of Ratio and a line in SCHEDULES.
 
     python train.py --schedule gate --threshold 0.2
@@ -19,7 +19,9 @@ import torch
 from data import Example
 
 
-def is_ppo_step(step: int, ppo_ratio: float | tuple[float, float], steps: int | None = None) -> bool:
+def is_ppo_step(
+    step: int, ppo_ratio: float | tuple[float, float], steps: int | None = None
+) -> bool:
     """Is cycle `step` (from 0) a PPO cycle? Error diffusion: of the first k cycles, floor(k * ppo_ratio) are PPO, for every k.
 
     A pair (start, end) is a ramp over `steps` cycles, the curriculum: the k * ratio above becomes the area under the ramp.
@@ -40,14 +42,32 @@ def is_ppo_step(step: int, ppo_ratio: float | tuple[float, float], steps: int | 
 class Ratio:
     """SFT for `sft_warmup` cycles, then RL in a share of them. The others differ from it in a method or two."""
 
-    def __init__(self, examples: list[Example], *, ppo_ratio: float | tuple[float, float], steps: int, sft_warmup: int, threshold: float, batch_size: int):
-        self.examples, self.ppo_ratio, self.steps, self.sft_warmup = examples, ppo_ratio, steps, sft_warmup
+    def __init__(
+        self,
+        examples: list[Example],
+        *,
+        ppo_ratio: float | tuple[float, float],
+        steps: int,
+        sft_warmup: int,
+        threshold: float,
+        batch_size: int,
+    ):
+        self.examples, self.ppo_ratio, self.steps, self.sft_warmup = (
+            examples,
+            ppo_ratio,
+            steps,
+            sft_warmup,
+        )
         self.threshold, self.batch_size = threshold, batch_size
 
-    def turn(self, step: int) -> str:
+    def phase(self, step: int) -> str:
         """Whose turn it is: `sft` or `rl`."""
         since = step - self.sft_warmup
-        return "rl" if since >= 0 and is_ppo_step(since, self.ppo_ratio, self.steps - self.sft_warmup) else "sft"
+        return (
+            "rl"
+            if since >= 0 and is_ppo_step(since, self.ppo_ratio, self.steps - self.sft_warmup)
+            else "sft"
+        )
 
     def demonstrations(self) -> list[Example] | None:
         """What an SFT cycle is to learn from; None: whatever comes next."""
@@ -64,8 +84,14 @@ class Ratio:
         """The examples (each once) whose responses all score below the threshold, and that have a target to be shown."""
         best: dict[int, float] = {}
         for example, score in zip(examples, scores.tolist()):
-            best[id(example)] = max(best.get(id(example), -math.inf), math.inf if math.isnan(score) else score)
-        chosen = {id(example): example for example in examples if example.target and best[id(example)] < self.threshold}
+            best[id(example)] = max(
+                best.get(id(example), -math.inf), math.inf if math.isnan(score) else score
+            )
+        chosen = {
+            id(example): example
+            for example in examples
+            if example.target and best[id(example)] < self.threshold
+        }
         return list(chosen.values())
 
     def metrics(self) -> dict[str, float]:
@@ -81,7 +107,7 @@ class Ratio:
 class _AlwaysRollout(Ratio):
     """After the warm-up every cycle is a rollout, whatever --ppo-ratio says."""
 
-    def turn(self, step: int) -> str:
+    def phase(self, step: int) -> str:
         return "sft" if step < self.sft_warmup else "rl"
 
 
@@ -106,7 +132,7 @@ class Buffer(Gate):
         super().__init__(examples, **options)
         self.buffer: list[Example] = []
 
-    def turn(self, step: int) -> str:
+    def phase(self, step: int) -> str:
         return "sft" if step < self.sft_warmup or len(self.buffer) >= self.batch_size else "rl"
 
     def demonstrations(self) -> list[Example] | None:
@@ -137,7 +163,10 @@ class Mix(_AlwaysRollout):
         if not isinstance(self.ppo_ratio, tuple):
             return 1 - self.ppo_ratio
         start, end = self.ppo_ratio
-        return 1 - (start + (end - start) * (step - self.sft_warmup) / max(1, self.steps - 1 - self.sft_warmup))
+        return 1 - (
+            start
+            + (end - start) * (step - self.sft_warmup) / max(1, self.steps - 1 - self.sft_warmup)
+        )
 
 
 SCHEDULES = {"ratio": Ratio, "gate": Gate, "buffer": Buffer, "mix": Mix}

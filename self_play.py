@@ -26,14 +26,34 @@ from hybrid import HybridModel
 class SelfPlay:
     """The opponent of one `self_play(...)`. `context`: policy (HybridModel), tokenizer, sampling (max_length, max_new_tokens, temperature), examples."""
 
-    def __init__(self, context: dict, opponent: str = "snapshot", every: int = 50, shape: str = "win"):
-        if opponent not in ("snapshot", "reference") or shape not in ("win", "sigmoid", "margin") or not isinstance(every, int) or every < 1:
-            raise ValueError('opponent is "snapshot" or "reference", shape "win", "sigmoid" or "margin", and every a whole number above 0')
+    def __init__(
+        self, context: dict, opponent: str = "snapshot", every: int = 50, shape: str = "win"
+    ):
+        if (
+            opponent not in ("snapshot", "reference")
+            or shape not in ("win", "sigmoid", "margin")
+            or not isinstance(every, int)
+            or every < 1
+        ):
+            raise ValueError(
+                'opponent is "snapshot" or "reference", shape "win", "sigmoid" or "margin", and every a whole number above 0'
+            )
         if "policy" not in context:
             raise ValueError("there is no policy to play against; it works in train.py only")
-        self.policy, self.tokenizer, self.sampling = context["policy"], context["tokenizer"], context["sampling"]
-        self.examples = {example.prompt: example for example in context["examples"]}  # a dialogue's prompt is more than its text
-        self.kind, self.every, self.shape, self.seed = opponent, every, shape, context.get("seed", 0)
+        self.policy, self.tokenizer, self.sampling = (
+            context["policy"],
+            context["tokenizer"],
+            context["sampling"],
+        )
+        self.examples = {
+            example.prompt: example for example in context["examples"]
+        }  # a dialogue's prompt is more than its text
+        self.kind, self.every, self.shape, self.seed = (
+            opponent,
+            every,
+            shape,
+            context.get("seed", 0),
+        )
         self.snapshot: HybridModel | None = None
         self.rounds = 0  # of training
         self.win_rate = float("nan")
@@ -44,13 +64,27 @@ class SelfPlay:
             if self.kind == "snapshot" and self.rounds % self.every == 0:
                 self.snapshot = self.policy.frozen_copy()
             self.rounds += 1
-        model = (reference if self.kind == "reference" else self.snapshot) or self.policy  # before there is one, it is the policy itself
+        model = (
+            reference if self.kind == "reference" else self.snapshot
+        ) or self.policy  # before there is one, it is the policy itself
         room = self.sampling["max_length"] - self.sampling["max_new_tokens"]
-        ids = [encode_prompt(self.tokenizer, self.examples.get(prompt, Example(prompt, "")))[-room:] for prompt in prompts]
-        options = dict(max_new_tokens=self.sampling["max_new_tokens"], temperature=self.sampling["temperature"], eos_token_id=self.tokenizer.eos_token_id)
-        seed = ((self.seed * 2**20 + (self.rounds if learn else 2**20 - 1)) * 2**10 + parallel.rank()) ^ 2**62  # a bit that the policy's own seeds lack
+        ids = [
+            encode_prompt(self.tokenizer, self.examples.get(prompt, Example(prompt, "")))[-room:]
+            for prompt in prompts
+        ]
+        options = dict(
+            max_new_tokens=self.sampling["max_new_tokens"],
+            temperature=self.sampling["temperature"],
+            eos_token_id=self.tokenizer.eos_token_id,
+        )
+        seed = (
+            (self.seed * 2**20 + (self.rounds if learn else 2**20 - 1)) * 2**10 + parallel.rank()
+        ) ^ 2**62  # a bit that the policy's own seeds lack
         generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
-        return [decode(self.tokenizer, response) for response in sample(model, ids, generator=generator, **options).responses]
+        return [
+            decode(self.tokenizer, response)
+            for response in sample(model, ids, generator=generator, **options).responses
+        ]
 
     def __call__(self, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
         """Scores of both, (B,), NaN where there is none -> shaped reward (B,), NaN likewise."""

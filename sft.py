@@ -11,7 +11,7 @@ import torch
 
 from data import Batch
 from engine import Backend, accumulate, apply_gradients
-from hybrid import HybridModel, masked_mean, score_rows
+from hybrid import HybridModel, forward_rows, masked_mean
 
 
 def sft_loss(logprobs: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
@@ -43,7 +43,10 @@ def sft_step(
     def loss_fn(part: Batch):
         scores = model(part.input_ids, part.attention_mask, part.response_mask)
         loss = sft_loss(scores.logprobs, part.response_mask)  # scalar
-        return loss, {"loss": loss.detach(), "entropy": masked_mean(scores.entropy, part.response_mask)}
+        return loss, {
+            "loss": loss.detach(),
+            "entropy": masked_mean(scores.entropy, part.response_mask),
+        }
 
     rows = torch.arange(len(batch), device=batch.input_ids.device)  # (B,)
     backend = backend or Backend(model)
@@ -57,4 +60,6 @@ def sft_step(
 def held_out_nll(model: HybridModel, batch: Batch, micro_batch_size: int) -> float:
     """The SFT loss over the whole batch, without learning from it: nats per response token."""
     batch = batch.to(next(model.parameters()).device)
-    return float(sft_loss(score_rows(model, batch, micro_batch_size).logprobs, batch.response_mask))
+    return float(
+        sft_loss(forward_rows(model, batch, micro_batch_size).logprobs, batch.response_mask)
+    )

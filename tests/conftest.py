@@ -22,11 +22,23 @@ FAST = "--limit 60 --steps 6 --batch-size 4 --max-new-tokens 6 --eval-size 4 --e
 
 # model_type -> what its config needs to be tiny; the vocabulary is 61 and the width 32 everywhere
 SMALL = dict(
-    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
 )
 ARCHITECTURES = {
     "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=64),
-    "gpt_neo": dict(hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=16, max_position_embeddings=64),
+    "gpt_neo": dict(
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        window_size=16,
+        max_position_embeddings=64,
+    ),
     "llama": SMALL,
     "gemma2": dict(SMALL, head_dim=8, final_logit_softcapping=5.0, sliding_window=64),
     "granite": dict(SMALL, logits_scaling=7.0, embedding_multiplier=3.0, residual_multiplier=0.5),
@@ -34,8 +46,21 @@ ARCHITECTURES = {
     "qwen2": SMALL,
     "mistral": SMALL,
     "phi": dict(SMALL, num_key_value_heads=4),
-    "gpt_neox": dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64),
-    "opt": dict(hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64, word_embed_proj_dim=16),
+    "gpt_neox": dict(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    ),
+    "opt": dict(
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        word_embed_proj_dim=16,
+    ),
     "bloom": dict(hidden_size=32, n_layer=2, n_head=4),
     "falcon": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=False),
     "gptj": dict(n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4),
@@ -82,7 +107,14 @@ def tiny_folder(tiny, tmp_path_factory) -> Path:
     """A Hugging Face folder with a random GPT-2 and the tokenizer of the built-in task: what a user's `--model` may be."""
     folder = tmp_path_factory.mktemp("tiny-gpt2")
     config = AutoConfig.for_model(
-        "gpt2", vocab_size=len(tiny[1]), bos_token_id=0, eos_token_id=0, n_embd=32, n_layer=2, n_head=2, n_positions=64
+        "gpt2",
+        vocab_size=len(tiny[1]),
+        bos_token_id=0,
+        eos_token_id=0,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        n_positions=64,
     )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)

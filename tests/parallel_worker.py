@@ -41,24 +41,54 @@ def sft_weights(make_backend=Backend, steps: int = 3) -> dict:
     model = new_model()
     optimizer, backend = adamw(model), make_backend(model)
     for seed in range(steps):  # seven rows: one process has four, the other three
-        stats = sft_step(model, make_batch(None, *ragged_batch(seed, rows=7), max_length=32), optimizer, micro_batch_size=2, backend=backend)
-    return {"weights": {k: v.clone() for k, v in model.state_dict().items()}, "stats": stats, "head_state": len(optimizer.state[model.value_head.weight])}
+        stats = sft_step(
+            model,
+            make_batch(None, *ragged_batch(seed, rows=7), max_length=32),
+            optimizer,
+            micro_batch_size=2,
+            backend=backend,
+        )
+    return {
+        "weights": {k: v.clone() for k, v in model.state_dict().items()},
+        "stats": stats,
+        "head_state": len(optimizer.state[model.value_head.weight]),
+    }
 
 
 def ppo_weights(rollout, make_backend=Backend, minibatches: int = 2) -> dict:
     """Two epochs of plain SGD without clipping: the weights are the sum of the gradients."""
     model = new_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-    options = dict(ppo_epochs=2, minibatches=minibatches, micro_batch_size=2, max_grad_norm=1e9, generator=torch.Generator().manual_seed(5))
+    options = dict(
+        ppo_epochs=2,
+        minibatches=minibatches,
+        micro_batch_size=2,
+        max_grad_norm=1e9,
+        generator=torch.Generator().manual_seed(5),
+    )
     metrics = ppo.ppo_step(model, rollout, optimizer, backend=make_backend(model), **options)
     return {"weights": {k: v.clone() for k, v in model.state_dict().items()}, "metrics": metrics}
 
 
 def collect(model, reward, rows: int = 7):
-    dialogue.encode_prompt, dialogue.decode = lambda tokenizer, example: example.columns["ids"], lambda tokenizer, ids: " ".join(map(str, ids))
+    dialogue.encode_prompt, dialogue.decode = (
+        lambda tokenizer, example: example.columns["ids"],
+        lambda tokenizer, ids: " ".join(map(str, ids)),
+    )
     examples = [Example("", "", {"ids": ids}) for ids in ragged_batch(1, rows=rows)[0]]
     generator = torch.Generator().manual_seed(100 + parallel.rank())
-    return ppo.collect_rollout(model, model.frozen_copy(), Ids, examples, reward, kl_coef=0.1, max_length=40, max_new_tokens=12, micro_batch_size=2, generator=generator)
+    return ppo.collect_rollout(
+        model,
+        model.frozen_copy(),
+        Ids,
+        examples,
+        reward,
+        kl_coef=0.1,
+        max_length=40,
+        max_new_tokens=12,
+        micro_batch_size=2,
+        generator=generator,
+    )
 
 
 def main(folder: Path) -> None:
@@ -73,9 +103,16 @@ def main(folder: Path) -> None:
     parallel.everybody(None)  # the file is there
     reward = build_reward(f"ema({folder}/reward.py:count)")
     rollout, metrics = collect(new_model(), reward)
-    report |= {"rollout": rollout, "rollout_metrics": metrics, "reward_state": reward.state_dict(), "ppo": ppo_weights(rollout)}
+    report |= {
+        "rollout": rollout,
+        "rollout_metrics": metrics,
+        "reward_state": reward.state_dict(),
+        "ppo": ppo_weights(rollout),
+    }
     scarce = ppo.Rollout(**vars(rollout))
-    scarce.response_mask = scarce.response_mask & (torch.arange(7) < 3)[:, None]  # three rows in three minibatches: one process has none
+    scarce.response_mask = (
+        scarce.response_mask & (torch.arange(7) < 3)[:, None]
+    )  # three rows in three minibatches: one process has none
     report["scarce"] = ppo_weights(scarce, minibatches=3)
 
     try:
@@ -89,8 +126,16 @@ def main(folder: Path) -> None:
     logits = model.logits
     push = torch.zeros(61).index_fill(0, torch.tensor([EOS]), -100.0 if rank else 100.0)
     model.logits = lambda hidden, temperature=1.0: logits(hidden, temperature) + push
-    report["uneven"] = [len(r) for r in sample(model, [[5, 6]] * 6, max_new_tokens=30, eos_token_id=EOS).responses]
-    report["ranks_alone"] = sample(new_model(), [[5, 6, 7]] * 2, max_new_tokens=12, eos_token_id=EOS, generator=torch.Generator().manual_seed(100 + rank)).responses
+    report["uneven"] = [
+        len(r) for r in sample(model, [[5, 6]] * 6, max_new_tokens=30, eos_token_id=EOS).responses
+    ]
+    report["ranks_alone"] = sample(
+        new_model(),
+        [[5, 6, 7]] * 2,
+        max_new_tokens=12,
+        eos_token_id=EOS,
+        generator=torch.Generator().manual_seed(100 + rank),
+    ).responses
     torch.save(report, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 

@@ -12,27 +12,46 @@ from torch.utils.flop_counter import FlopCounterMode
 import bench
 import bench_worker
 import cost
-from engine import UserError
 from hybrid import HybridModel
 from train import main
 
 SMALL = "--layers 2 --width 64 --vocab 256 --batch 4 --prompt-len 6 --response-len 5 --rounds 1 --device cpu".split()
 
 
-@pytest.mark.parametrize("flags", ["sft", "rollout --ragged --against generate", "ppo --ragged --amp bf16 --micro-batch-size 2"])
+@pytest.mark.parametrize(
+    "flags",
+    ["sft", "rollout --ragged --against generate", "ppo --ragged --amp bf16 --micro-batch-size 2"],
+)
 def test_every_workload_runs_and_reports(capsys, flags):
     rows = bench.main([*flags.split(), *SMALL, "--json"])
-    assert json.loads(capsys.readouterr().out) == rows and len(rows) == (2 if "against" in flags else 1)
+    assert json.loads(capsys.readouterr().out) == rows and len(rows) == (
+        2 if "against" in flags else 1
+    )
     for row in rows:
-        assert row["seconds"] > 0 and row["episodes_per_second"] == pytest.approx(4 / row["seconds"]) and row["peak_mib"] >= 0
-    assert rows[0]["candidate"] == "this project" and 0 < rows[0]["flop_utilisation"] < 1 and rows[0]["tokens_per_second"] > 0
+        assert (
+            row["seconds"] > 0
+            and row["episodes_per_second"] == pytest.approx(4 / row["seconds"])
+            and row["peak_mib"] >= 0
+        )
+    assert (
+        rows[0]["candidate"] == "this project"
+        and 0 < rows[0]["flop_utilisation"] < 1
+        and rows[0]["tokens_per_second"] > 0
+    )
     bench.print_steps(rows)
     assert ("this project is" in capsys.readouterr().out) == ("against" in flags)
 
 
 def test_a_peer_that_is_not_there_or_measures_something_else_is_one_line(capsys):
-    for flags, message in ((["sft", "--against", "trl"], "trl is measured by ppo"), (["ppo", "--against", "trl", "--peer-python", sys.executable], "died")):
-        if "died" in message and subprocess.run([sys.executable, "-c", "import trl"], capture_output=True).returncode == 0:
+    for flags, message in (
+        (["sft", "--against", "trl"], "trl is measured by ppo"),
+        (["ppo", "--against", "trl", "--peer-python", sys.executable], "died"),
+    ):
+        if (
+            "died" in message
+            and subprocess.run([sys.executable, "-c", "import trl"], capture_output=True).returncode
+            == 0
+        ):
             continue
         with pytest.raises(SystemExit):
             bench.main([*flags, *SMALL])
@@ -40,23 +59,53 @@ def test_a_peer_that_is_not_there_or_measures_something_else_is_one_line(capsys)
 
 
 def test_flops_are_those_that_torch_counts():
-    load = dict(model=None, layers=3, width=128, vocab=300, prompt_len=16, response_len=16, ragged=False, device="cpu")
+    load = dict(
+        model=None,
+        layers=3,
+        width=128,
+        vocab=300,
+        prompt_len=16,
+        response_len=16,
+        ragged=False,
+        device="cpu",
+    )
     model = HybridModel(bench_worker.build_lm(load))
-    model.lm.config._attn_implementation = "eager"  # torch counts its matrix products; fused attention on the CPU it does not see
+    model.lm.config._attn_implementation = (
+        "eager"  # torch counts its matrix products; fused attention on the CPU it does not see
+    )
     ids = torch.randint(1, 300, (2, 33))
     mask, response = torch.ones_like(ids).bool(), (torch.arange(33) > 16).expand(2, -1)
     with FlopCounterMode(display=False) as counter:
         model(ids, mask, response)
     ours = bench.step_flops("sft", 3, 128, 300, [17, 17], [16, 16]) / 3
-    attention = 2 * 3 * (4 * 128) * (32 * 33) / 2  # half of the square: what lies above the diagonal is counted by torch, but need not be computed
+    attention = (
+        2 * 3 * (4 * 128) * (32 * 33) / 2
+    )  # half of the square: what lies above the diagonal is counted by torch, but need not be computed
     assert counter.get_total_flops() == pytest.approx(ours + attention * 31 / 33, rel=0.01)
 
 
 def test_ragged_workloads_have_the_lengths_that_they_promise():
     load = dict(prompt_len=64, batch=500, vocab=100, ragged=True)
     lengths = [len(p) for p in bench_worker.make_prompts(load, 0)]
-    assert min(lengths) == 8 and max(lengths) == 64 and bench_worker.make_prompts(load, 0) == bench_worker.make_prompts(load, 0) != bench_worker.make_prompts(load, 1)
-    lm = bench_worker.build_lm(dict(model=None, layers=1, width=64, vocab=1000, prompt_len=8, response_len=8, ragged=True, device="cpu"))
+    assert (
+        min(lengths) == 8
+        and max(lengths) == 64
+        and bench_worker.make_prompts(load, 0)
+        == bench_worker.make_prompts(load, 0)
+        != bench_worker.make_prompts(load, 1)
+    )
+    lm = bench_worker.build_lm(
+        dict(
+            model=None,
+            layers=1,
+            width=64,
+            vocab=1000,
+            prompt_len=8,
+            response_len=8,
+            ragged=True,
+            device="cpu",
+        )
+    )
     with torch.no_grad():
         p_eos = torch.softmax(lm(torch.randint(1, 1000, (8, 32))).logits, -1)[..., 0].mean()
     assert float(p_eos) == pytest.approx(1 / 30, rel=0.1)
@@ -65,19 +114,37 @@ def test_ragged_workloads_have_the_lengths_that_they_promise():
 # ---- what fits
 
 
-def test_a_dry_run_prints_the_estimate_writes_nothing_and_never_loads_the_weights(tmp_path, tiny_folder, capsys, monkeypatch):
+def test_a_dry_run_prints_the_estimate_writes_nothing_and_never_loads_the_weights(
+    tmp_path, tiny_folder, capsys, monkeypatch
+):
     (tiny_folder / "model.safetensors").rename(tmp_path / "away")
     try:
-        main(["--model", str(tiny_folder), "--dry-run", "--out", str(tmp_path / "out"), "--batch-size", "16"])
+        main(
+            [
+                "--model",
+                str(tiny_folder),
+                "--dry-run",
+                "--out",
+                str(tmp_path / "out"),
+                "--batch-size",
+                "16",
+            ]
+        )
     finally:
         (tmp_path / "away").rename(tiny_folder / "model.safetensors")
     printed = capsys.readouterr().out
-    assert "8 devices, 2 rows at a time on each" in printed and "ZeRO-2" in printed and not (tmp_path / "out").exists()
+    assert (
+        "8 devices, 2 rows at a time on each" in printed
+        and "ZeRO-2" in printed
+        and not (tmp_path / "out").exists()
+    )
     caches = []
     for micro in ("1", "64"):
         main(["--dry-run", "--batch-size", "64", "--micro-batch-size", micro])
         caches.append(capsys.readouterr().out.split("cache ")[1].split(",")[0])
-    assert caches[0] == caches[1], "all prompts of a device are sampled together, whatever the micro-batch"
+    assert caches[0] == caches[1], (
+        "all prompts of a device are sampled together, whatever the micro-batch"
+    )
     main(["--dry-run", "--ppo-ratio", "0"])
     printed = capsys.readouterr().out
     assert "reference 0," in printed and "sampled" not in printed
@@ -85,17 +152,34 @@ def test_a_dry_run_prints_the_estimate_writes_nothing_and_never_loads_the_weight
 
 def test_sizes_are_read_from_the_config_alone(shared):
     sizes = cost.sizes_of(str(SHARED / "stories260K"))
-    assert (sizes.layers, sizes.width, sizes.kv_width, sizes.vocab) == (5, 64, 32, 512) and 250_000 < sizes.parameters < 300_000
+    assert (sizes.layers, sizes.width, sizes.kv_width, sizes.vocab) == (
+        5,
+        64,
+        32,
+        512,
+    ) and 250_000 < sizes.parameters < 300_000
 
 
 def test_the_estimate_follows_its_formula():
     sizes = cost.Sizes(parameters=1000.0, layers=2, width=10, kv_width=5, vocab=100)
     held = cost.memory(sizes, rows=3, sampled=6, length=20, response=4)
-    expected = {"weights": 4000, "reference": 4000, "gradients": 4000, "Adam": 8000, "buckets": 0, "bf16 copies": 0}
+    expected = {
+        "weights": 4000,
+        "reference": 4000,
+        "gradients": 4000,
+        "Adam": 8000,
+        "buckets": 0,
+        "bf16 copies": 0,
+    }
     expected |= {"activations": 85 * 2 * 10 * 60, "logits": 12 * 100 * 12, "cache": 8 * 2 * 5 * 120}
     assert held == {**expected, "peak": 20000 + 102000 + 14400}
-    assert cost.memory(sizes, rows=3, sampled=3, length=20, response=4, devices=4, zero=2)["Adam"] == 3000
-    assert cost.memory(sizes, rows=3, sampled=0, length=20, response=4, references=0)["reference"] == 0
+    assert (
+        cost.memory(sizes, rows=3, sampled=3, length=20, response=4, devices=4, zero=2)["Adam"]
+        == 3000
+    )
+    assert (
+        cost.memory(sizes, rows=3, sampled=0, length=20, response=4, references=0)["reference"] == 0
+    )
 
 
 def test_the_activations_are_those_that_autograd_keeps():
@@ -103,7 +187,9 @@ def test_the_activations_are_those_that_autograd_keeps():
     from conftest import build_lm
 
     layers, width, tokens = 4, 256, 4 * 64
-    shape = dict(hidden_size=width, intermediate_size=688, num_hidden_layers=layers, num_key_value_heads=4)
+    shape = dict(
+        hidden_size=width, intermediate_size=688, num_hidden_layers=layers, num_key_value_heads=4
+    )
     model = HybridModel(build_lm("llama", **shape)).train()
     weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 

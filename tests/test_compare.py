@@ -17,7 +17,10 @@ from evaluate import main
 
 
 def test_intervals_are_students():
-    assert compare.interval([1.0, 3.0]) == (2.0, pytest.approx(12.71))  # s = sqrt 2, sqrt n = sqrt 2
+    assert compare.interval([1.0, 3.0]) == (
+        2.0,
+        pytest.approx(12.71),
+    )  # s = sqrt 2, sqrt n = sqrt 2
     mean, half = compare.interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert mean == 3 and half == pytest.approx(2.776 * math.sqrt(2.5) / math.sqrt(5))
     assert math.isnan(compare.interval([7.0])[1])
@@ -25,7 +28,10 @@ def test_intervals_are_students():
 
 def test_the_arms_differ_in_their_schedule_alone():
     arms = compare.arms(100)
-    assert {flag for flags in arms.values() for flag in flags if flag.startswith("--")} == {"--ppo-ratio", "--sft-warmup"}
+    assert {flag for flags in arms.values() for flag in flags if flag.startswith("--")} == {
+        "--ppo-ratio",
+        "--sft-warmup",
+    }
     assert arms["SFT, then PPO"] == ["--ppo-ratio", "1", "--sft-warmup", "50"]
 
 
@@ -38,16 +44,32 @@ def test_a_summary_counts_what_was_sampled():
     ]
     summary = compare.summarise(rows, batch_size=4)
     assert (summary["seconds"], summary["sampled tokens"], summary["PPO steps"]) == (2, 28, 1)
-    assert summary["curve"] == [(0, 6.0, 0.0), (2, 2.0, 1.0)] and summary["before"]["eval/nll"] == 6 and summary["eval/nll"] == 2
-    assert compare.utility(summary, "reward-nll") == -1 and compare.utility(summary, "eval/reward") == 1
-    with pytest.raises(UserError, match="fluent is no metric of these runs; they have reward-nll, eval/nll, eval/reward"):
+    assert (
+        summary["curve"] == [(0, 6.0, 0.0), (2, 2.0, 1.0)]
+        and summary["before"]["eval/nll"] == 6
+        and summary["eval/nll"] == 2
+    )
+    assert (
+        compare.utility(summary, "reward-nll") == -1
+        and compare.utility(summary, "eval/reward") == 1
+    )
+    with pytest.raises(
+        UserError,
+        match="fluent is no metric of these runs; they have reward-nll, eval/nll, eval/reward",
+    ):
         compare.utility(summary, "fluent")
 
 
 def test_the_table_shows_the_leaves_where_there_are_several():
     run = {"eval/nll": 1.0, "eval/reward": 2.0, "eval/reward/a": 3.0}
     assert compare.columns_in([run]) == ["eval/nll", "eval/reward"]
-    assert compare.columns_in([run | {"eval/reward/b": 4.0}, {"eval/kl": 0.0}]) == ["eval/nll", "eval/reward", "eval/reward/a", "eval/reward/b", "eval/kl"]
+    assert compare.columns_in([run | {"eval/reward/b": 4.0}, {"eval/kl": 0.0}]) == [
+        "eval/nll",
+        "eval/reward",
+        "eval/reward/a",
+        "eval/reward/b",
+        "eval/kl",
+    ]
 
 
 def test_the_nll_at_equal_reward_is_read_off_the_mean_curves():
@@ -59,7 +81,9 @@ def test_the_nll_at_equal_reward_is_read_off_the_mean_curves():
         "PPO": runs([(2.0, 0.0), (3.0, 1.0)]),  # half of the way
         "SFT, then PPO": runs([(2.0, 0.0), (1.0, 0.4)]),
     }
-    assert compare.at_equal_reward(results).endswith("(0.50): hybrid: 1.60; PPO: 2.50; SFT, then PPO: never there.")
+    assert compare.at_equal_reward(results).endswith(
+        "(0.50): hybrid: 1.60; PPO: 2.50; SFT, then PPO: never there."
+    )
 
 
 @pytest.fixture
@@ -82,30 +106,57 @@ SMALL = "--limit 40 --batch-size 4 --max-new-tokens 4 --eval-size 4 --device cpu
 
 def test_a_small_comparison_from_one_command(tmp_path, trained, capsys):
     pytest.importorskip("matplotlib", reason="matplotlib is an optional package")
-    command = ["compare", *"--out c --seeds 2 --steps 4 --lrs 1e-3 --kl-coefs 0.05 0.1 --jobs 1 --".split(), *SMALL]
+    command = [
+        "compare",
+        *"--out c --seeds 2 --steps 4 --lrs 1e-3 --kl-coefs 0.05 0.1 --jobs 1 --".split(),
+        *SMALL,
+    ]
     main(command)
     report = json.loads((tmp_path / "c" / "compare.json").read_text())
-    assert set(report["runs"]) == {"SFT", "PPO", "SFT, then PPO", "hybrid"} and all(len(runs) == 2 for runs in report["runs"].values())
+    assert set(report["runs"]) == {"SFT", "PPO", "SFT, then PPO", "hybrid"} and all(
+        len(runs) == 2 for runs in report["runs"].values()
+    )
     assert len(report["tuning"]) == 7, "SFT has no KL price to tune"
-    best = max((r for r in report["tuning"] if r["arm"] == "PPO"), key=lambda r: r["eval/reward"] - r["eval/nll"])
+    best = max(
+        (r for r in report["tuning"] if r["arm"] == "PPO"),
+        key=lambda r: r["eval/reward"] - r["eval/nll"],
+    )
     assert report["chosen"]["PPO"] == {"lr": best["lr"], "kl_coef": best["kl_coef"]}
-    tokens, steps = ({arm: runs[0][name] for arm, runs in report["runs"].items()} for name in ("sampled tokens", "PPO steps"))
-    assert tokens["SFT"] == 0 < tokens["hybrid"] < tokens["PPO"] and steps == {"SFT": 0, "PPO": 4, "SFT, then PPO": 2, "hybrid": 1}
+    tokens, steps = (
+        {arm: runs[0][name] for arm, runs in report["runs"].items()}
+        for name in ("sampled tokens", "PPO steps")
+    )
+    assert tokens["SFT"] == 0 < tokens["hybrid"] < tokens["PPO"] and steps == {
+        "SFT": 0,
+        "PPO": 4,
+        "SFT, then PPO": 2,
+        "hybrid": 1,
+    }
     for run in report["runs"]["PPO"]:
         assert len(run["curve"]) == 5
     table = (tmp_path / "c" / "compare.md").read_text()
-    assert "| before training |" in table and "| hybrid |" in table and (tmp_path / "c" / "pareto.png").stat().st_size > 10_000
+    assert (
+        "| before training |" in table
+        and "| hybrid |" in table
+        and (tmp_path / "c" / "pareto.png").stat().st_size > 10_000
+    )
 
     # Interrupted: one run is lost, another was cut. The same command repeats these two, and no other.
-    lost, cut = (tmp_path / "c" / name for name in ("sft-seed1-lr0.001-kl0.05", "sft-seed2-lr0.001-kl0.05"))
+    lost, cut = (
+        tmp_path / "c" / name for name in ("sft-seed1-lr0.001-kl0.05", "sft-seed2-lr0.001-kl0.05")
+    )
     shutil.rmtree(lost)
     shutil.rmtree(cut / "final")
     trained.clear()
     main(command)
     assert trained == [str(path.relative_to(tmp_path)) for path in (lost, cut)]
     again = json.loads((tmp_path / "c" / "compare.json").read_text())
-    assert [{**run, "seconds": 0} for run in again["runs"]["SFT"]] == [{**run, "seconds": 0} for run in report["runs"]["SFT"]]
-    metrics = tmp_path / "c" / cut.name / "metrics.jsonl"  # a model without its last evaluation is no complete run either
+    assert [{**run, "seconds": 0} for run in again["runs"]["SFT"]] == [
+        {**run, "seconds": 0} for run in report["runs"]["SFT"]
+    ]
+    metrics = (
+        tmp_path / "c" / cut.name / "metrics.jsonl"
+    )  # a model without its last evaluation is no complete run either
     metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:-1]))
     trained.clear()
     main(command)
@@ -122,8 +173,14 @@ def test_the_tax_is_the_perplexity_elsewhere(tmp_path, trained, tiny_folder):
     main([*flags, "--model", str(tiny_folder), "--max-length", "40", *SMALL])
     runs = json.loads((tmp_path / "c" / "compare.json").read_text())["runs"]
     # The same by Hugging Face's own loss: the records one by one, all but the first word.
-    for folder, said in ((tiny_folder, runs["hybrid"][0]["before"]), (next((tmp_path / "c").glob("hybrid-*")) / "final", runs["hybrid"][0])):
-        lm, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    for folder, said in (
+        (tiny_folder, runs["hybrid"][0]["before"]),
+        (next((tmp_path / "c").glob("hybrid-*")) / "final", runs["hybrid"][0]),
+    ):
+        lm, tokenizer = (
+            AutoModelForCausalLM.from_pretrained(folder),
+            AutoTokenizer.from_pretrained(folder),
+        )
         total = count = 0
         for line in (tmp_path / "text.txt").read_text().splitlines():
             prompt, target = (tokenizer(part).input_ids for part in (line[:3], line[3:]))
@@ -149,6 +206,8 @@ def test_what_cannot_be_compared_is_one_line_before_any_run(tmp_path, monkeypatc
     assert "found a b c d" in refused("compare --out d --tax a b c d")
     (tmp_path / "d").mkdir()
     assert "--out d already exists" in refused("compare --out d")
-    assert "--temperature: expected a number" in refused("compare --out e --seeds 1 --steps 2 --lrs 1e-3 --kl-coefs 0.1 --jobs 1 -- --temperature 0")
+    assert "--temperature: expected a number" in refused(
+        "compare --out e --seeds 1 --steps 2 --lrs 1e-3 --kl-coefs 0.1 --jobs 1 -- --temperature 0"
+    )
     assert "--steps is not for train.py here" in refused("compare --out d2 -- --steps 9")
     assert "go together" in refused("--perplexity gpt2")

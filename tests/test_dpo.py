@@ -18,21 +18,32 @@ from train import main
 
 def test_dpo_loss_is_the_formula():
     """-log sigmoid(beta * ((pi_w - ref_w) - (pi_l - ref_l))), in plain doubles, and its two limits."""
-    numbers = [(-3.0, -4.0, -3.5, -3.0), (-10.0, -1.0, -2.0, -9.0), (-1.0, -1.0, -1.0, -1.0), (-700.0, -1.0, -1.0, -700.0)]
+    numbers = [
+        (-3.0, -4.0, -3.5, -3.0),
+        (-10.0, -1.0, -2.0, -9.0),
+        (-1.0, -1.0, -1.0, -1.0),
+        (-700.0, -1.0, -1.0, -700.0),
+    ]
     for beta, smoothing in ((0.1, 0.0), (0.5, 0.1)):
         losses, chosen, rejected = dpo_loss(*torch.tensor(numbers).double().T, beta, smoothing)
         for i, (pc, pr, rc, rr) in enumerate(numbers):
             margin = beta * ((pc - rc) - (pr - rr))
-            expected = (1 - smoothing) * math.log1p(math.exp(-margin)) + smoothing * (math.log1p(math.exp(-abs(margin))) + max(margin, 0))
+            expected = (1 - smoothing) * math.log1p(math.exp(-margin)) + smoothing * (
+                math.log1p(math.exp(-abs(margin))) + max(margin, 0)
+            )
             assert losses[i].item() == pytest.approx(expected, rel=1e-9)
-            assert chosen[i].item() == pytest.approx(beta * (pc - rc)) and rejected[i].item() == pytest.approx(beta * (pr - rr))
+            assert chosen[i].item() == pytest.approx(beta * (pc - rc)) and rejected[
+                i
+            ].item() == pytest.approx(beta * (pr - rr))
 
 
 def test_dpo_gradient_is_that_of_the_paper():
     """Section 4: -beta * sigmoid(r_l - r_w) * (grad log pi(w) - grad log pi(l))."""
     policy = torch.tensor([[-3.0, -5.0], [-2.0, -1.0]], dtype=torch.float64, requires_grad=True)
     reference = torch.tensor([[-4.0, -4.0], [-2.0, -2.5]], dtype=torch.float64)
-    losses, chosen, rejected = dpo_loss(policy[:, 0], policy[:, 1], reference[:, 0], reference[:, 1], beta=0.3)
+    losses, chosen, rejected = dpo_loss(
+        policy[:, 0], policy[:, 1], reference[:, 0], reference[:, 1], beta=0.3
+    )
     losses.sum().backward()
     expected = -0.3 * torch.sigmoid(rejected - chosen)
     torch.testing.assert_close(policy.grad, torch.stack([expected, -expected], dim=1))
@@ -44,9 +55,17 @@ def test_dpo_loss_equals_trls_where_it_is_installed():
     if not hasattr(trl.DPOTrainer, "dpo_loss"):
         pytest.skip("this TRL keeps its loss inside compute_loss")
     trainer = trl.DPOTrainer.__new__(trl.DPOTrainer)
-    vars(trainer).update(beta=0.2, label_smoothing=0.1, loss_type="sigmoid", reference_free=False, accelerator=type("A", (), {"device": "cpu"}))
+    vars(trainer).update(
+        beta=0.2,
+        label_smoothing=0.1,
+        loss_type="sigmoid",
+        reference_free=False,
+        accelerator=type("A", (), {"device": "cpu"}),
+    )
     logps = torch.randn(4, 50)
-    for ours, theirs in zip(dpo_loss(*logps, beta=0.2, label_smoothing=0.1), trainer.dpo_loss(*logps)):
+    for ours, theirs in zip(
+        dpo_loss(*logps, beta=0.2, label_smoothing=0.1), trainer.dpo_loss(*logps)
+    ):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -54,9 +73,14 @@ def pair_batch(model, rows: int = 5) -> PairBatch:
     prompts, chosen = ragged_batch(0, rows)
     _, rejected = ragged_batch(1, rows)
     batch = make_batch(None, prompts * 2, chosen + rejected, max_length=32)
-    noise = torch.randn(batch.input_ids.shape, generator=torch.Generator().manual_seed(2)) * batch.response_mask
+    noise = (
+        torch.randn(batch.input_ids.shape, generator=torch.Generator().manual_seed(2))
+        * batch.response_mask
+    )
     with torch.no_grad():
-        reference = model(batch.input_ids, batch.attention_mask, batch.response_mask).logprobs + 0.3 * noise
+        reference = (
+            model(batch.input_ids, batch.attention_mask, batch.response_mask).logprobs + 0.3 * noise
+        )
     return PairBatch(**vars(batch), ref_logprobs=reference)
 
 
@@ -73,10 +97,19 @@ def test_dpo_step_pairs_the_right_rows_whatever_the_micro_batches():
     model.zero_grad()
     for micro in (None, 1, 2):
         twin = copy.deepcopy(model)
-        metrics = dpo_step(twin, batch, torch.optim.SGD(twin.parameters(), lr=1.0), beta=0.2, micro_batch_size=micro, max_grad_norm=1e9)
+        metrics = dpo_step(
+            twin,
+            batch,
+            torch.optim.SGD(twin.parameters(), lr=1.0),
+            beta=0.2,
+            micro_batch_size=micro,
+            max_grad_norm=1e9,
+        )
         assert metrics["dpo/loss"] == pytest.approx(loss.item(), rel=1e-5)
         assert metrics["dpo/accuracy"] == pytest.approx((margin > 0).float().mean().item())
-        assert metrics["dpo/margin"] == pytest.approx(metrics["dpo/chosen_reward"] - metrics["dpo/rejected_reward"], abs=1e-6)
+        assert metrics["dpo/margin"] == pytest.approx(
+            metrics["dpo/chosen_reward"] - metrics["dpo/rejected_reward"], abs=1e-6
+        )
         for before, after, gradient in zip(model.lm.parameters(), twin.lm.parameters(), expected):
             torch.testing.assert_close(before - after, gradient, atol=1e-6, rtol=1e-4)
 
@@ -84,25 +117,39 @@ def test_dpo_step_pairs_the_right_rows_whatever_the_micro_batches():
 def test_preferences_are_encoded_like_demonstrations(tiny):
     lm, tokenizer = tiny
     model = HybridModel(lm)
-    batch = preference_batch(tokenizer, model, [Pair("the plot was", " warm .", " dull and flat .")], max_length=64)
+    batch = preference_batch(
+        tokenizer, model, [Pair("the plot was", " warm .", " dull and flat .")], max_length=64
+    )
     rows = [ids[mask].tolist() for ids, mask in zip(batch.input_ids, batch.attention_mask)]
-    assert rows[0] == tokenizer("the plot was").input_ids + tokenizer(" warm .").input_ids + [tokenizer.eos_token_id]
+    assert rows[0] == tokenizer("the plot was").input_ids + tokenizer(" warm .").input_ids + [
+        tokenizer.eos_token_id
+    ]
     assert rows[1][-1] == tokenizer.eos_token_id and len(batch) == 1
     metrics = dpo_step(model, batch, torch.optim.SGD(model.parameters(), lr=0.0))
-    assert metrics["dpo/loss"] == pytest.approx(math.log(2), abs=1e-5), "policy and reference are equal"
+    assert metrics["dpo/loss"] == pytest.approx(math.log(2), abs=1e-5), (
+        "policy and reference are equal"
+    )
 
 
 def test_built_in_pairs_differ_in_their_judgement_alone():
     for pair in review_pairs(make_reviews(200)):
-        assert is_fluent_review(pair.prompt + pair.chosen) and is_fluent_review(pair.prompt + pair.rejected)
-        assert not set(pair.chosen.split()) & set(BLAME) and not set(pair.rejected.split()) & set(PRAISE)
+        assert is_fluent_review(pair.prompt + pair.chosen) and is_fluent_review(
+            pair.prompt + pair.rejected
+        )
+        assert not set(pair.chosen.split()) & set(BLAME) and not set(pair.rejected.split()) & set(
+            PRAISE
+        )
 
 
 def test_dpo_learns_the_preference_in_a_whole_run(tmp_path):
     flags = "--algorithm dpo --limit 300 --steps 40 --sft-warmup 10 --batch-size 16 --eval-size 16 --max-new-tokens 12 --device cpu --save-every 0 --eval-every 0"
     main([*flags.split(), "--out", str(tmp_path / "run")])
     rows = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row["phase"] == "dpo"]
-    assert len(rows) == 15 and rows[0]["dpo/loss"] == pytest.approx(math.log(2), abs=1e-4) and rows[-1]["dpo/accuracy"] > 0.9
+    assert (
+        len(rows) == 15
+        and rows[0]["dpo/loss"] == pytest.approx(math.log(2), abs=1e-4)
+        and rows[-1]["dpo/accuracy"] > 0.9
+    )
 
 
 # ---- GRPO
@@ -131,7 +178,9 @@ def test_grpo_loss_is_the_papers_objective_token_by_token():
                 total += -min(ratio * a, clipped * a) + 0.04 * (math.exp(d) - d - 1)
     loss, stats = grpo_loss(new, old, ref, advantages, mask)
     assert loss.item() == pytest.approx(total / mask.sum().item(), rel=1e-5)
-    assert stats["kl_loss"].item() == pytest.approx(kl_estimate(new, ref, "k3")[mask].mean().item(), rel=1e-5)
+    assert stats["kl_loss"].item() == pytest.approx(
+        kl_estimate(new, ref, "k3")[mask].mean().item(), rel=1e-5
+    )
 
 
 def test_grpo_raises_the_better_sibling_and_leaves_the_value_head_alone():
@@ -143,8 +192,20 @@ def test_grpo_raises_the_better_sibling_and_leaves_the_value_head_alone():
     last = batch.response_mask.long().cumsum(1).argmax(1)
     rewards = torch.zeros_like(logprobs).scatter(1, last[:, None], scores[:, None])
     zero = torch.zeros_like(logprobs)
-    rollout = Rollout(batch.input_ids, batch.attention_mask, batch.response_mask, logprobs, logprobs, zero, rewards, zero, zero)
-    metrics = grpo_step(model, rollout, torch.optim.SGD(model.parameters(), lr=0.01), group_size=2, kl_coef=0.0)
+    rollout = Rollout(
+        batch.input_ids,
+        batch.attention_mask,
+        batch.response_mask,
+        logprobs,
+        logprobs,
+        zero,
+        rewards,
+        zero,
+        zero,
+    )
+    metrics = grpo_step(
+        model, rollout, torch.optim.SGD(model.parameters(), lr=0.01), group_size=2, kl_coef=0.0
+    )
     with torch.no_grad():
         after = model(batch.input_ids, batch.attention_mask, batch.response_mask).logprobs
     change = (after - logprobs).sum(1)
@@ -154,15 +215,35 @@ def test_grpo_raises_the_better_sibling_and_leaves_the_value_head_alone():
 
 def test_grpo_runs_in_groups_and_learns(tmp_path):
     flags = "--algorithm grpo --group-size 4 --limit 200 --steps 24 --sft-warmup 6 --batch-size 16 --eval-size 16 --max-new-tokens 8 --device cpu --save-every 0"
-    main([*flags.split(), "--reward", "length(target=3)", "--ppo-ratio", "1", "--out", str(tmp_path / "run")])
+    main(
+        [
+            *flags.split(),
+            "--reward",
+            "length(target=3)",
+            "--ppo-ratio",
+            "1",
+            "--out",
+            str(tmp_path / "run"),
+        ]
+    )
     rows = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row["phase"] == "grpo"]
     assert len(rows) == 18 and rows[0]["ppo/kl"] == 0 and rows[0]["grpo/first_ratio_gap"] < 1e-5
-    assert sum(r["ppo/score"] for r in rows[-5:]) > sum(r["ppo/score"] for r in rows[:5]) and "ppo/grad_norm" not in rows[0]
+    assert (
+        sum(r["ppo/score"] for r in rows[-5:]) > sum(r["ppo/score"] for r in rows[:5])
+        and "ppo/grad_norm" not in rows[0]
+    )
 
 
 def test_a_pair_has_one_prompt_also_when_it_has_to_be_cut(tiny):
     lm, tokenizer = tiny
-    pair = Pair("the plot was and the music was and the cast was", " warm .", " dull and flat and boring and messy and weak .")
+    pair = Pair(
+        "the plot was and the music was and the cast was",
+        " warm .",
+        " dull and flat and boring and messy and weak .",
+    )
     batch = preference_batch(tokenizer, HybridModel(lm), [pair], max_length=18)
-    prompts = [ids[real & ~mine].tolist() for ids, real, mine in zip(batch.input_ids, batch.attention_mask, batch.response_mask)]
+    prompts = [
+        ids[real & ~mine].tolist()
+        for ids, real, mine in zip(batch.input_ids, batch.attention_mask, batch.response_mask)
+    ]
     assert prompts[0] == prompts[1] and 0 < len(prompts[0]) < len(tokenizer(pair.prompt).input_ids)

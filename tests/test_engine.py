@@ -9,7 +9,18 @@ from conftest import build_lm, ragged_batch
 from torch.optim import lr_scheduler as torch_schedules
 
 from data import make_batch
-from engine import OPTIMIZERS, SCHEDULERS, Backend, MuonWithAdamW, UserError, apply_gradients, check_amp, compile_lm, learning_rate_factor, make_scaler
+from engine import (
+    OPTIMIZERS,
+    SCHEDULERS,
+    Backend,
+    MuonWithAdamW,
+    UserError,
+    apply_gradients,
+    check_amp,
+    compile_lm,
+    learning_rate_factor,
+    make_scaler,
+)
 from generate import generate
 from hybrid import HybridModel
 from sft import sft_step
@@ -42,14 +53,24 @@ def test_muon_takes_the_matrices_and_adamw_the_rest():
     model = HybridModel(build_lm("llama"))
     names = {id(p): name for name, p in model.named_parameters()}
     optimizer = OPTIMIZERS["muon"](model, 1e-3)
-    muon, adamw = ({names[id(p)] for g in part.param_groups for p in g["params"]} for part in optimizer.parts)
+    muon, adamw = (
+        {names[id(p)] for g in part.param_groups for p in g["params"]} for part in optimizer.parts
+    )
     assert muon | adamw == set(names.values()) and not muon & adamw
-    assert all("_proj" in name for name in muon) and {"value_head.weight", "lm.lm_head.weight", "lm.model.embed_tokens.weight"} <= adamw
+    assert (
+        all("_proj" in name for name in muon)
+        and {"value_head.weight", "lm.lm_head.weight", "lm.model.embed_tokens.weight"} <= adamw
+    )
 
     twin = copy.deepcopy(model)
     parameters = dict(twin.named_parameters())
     pair = [
-        torch.optim.Muon([p for n, p in parameters.items() if n in muon], lr=1e-3, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(
+            [p for n, p in parameters.items() if n in muon],
+            lr=1e-3,
+            weight_decay=0.0,
+            adjust_lr_fn="match_rms_adamw",
+        ),
         torch.optim.AdamW([p for n, p in parameters.items() if n in adamw], lr=1e-3, **ADAM),
     ]
 
@@ -97,7 +118,9 @@ def test_schedules_equal_torchs_own():
             schedule.step()
         return values
 
-    linear = theirs(lambda o: torch_schedules.LinearLR(o, start_factor=1.0, end_factor=0.0, total_iters=40))
+    linear = theirs(
+        lambda o: torch_schedules.LinearLR(o, start_factor=1.0, end_factor=0.0, total_iters=40)
+    )
     cosine = theirs(lambda o: torch_schedules.CosineAnnealingLR(o, T_max=40))
     constant = theirs(lambda o: torch_schedules.ConstantLR(o, factor=1.0))
     for name, expected in (("linear", linear), ("cosine", cosine), ("constant", constant)):
@@ -107,9 +130,16 @@ def test_schedules_equal_torchs_own():
 def test_schedules_in_closed_form():
     for name in SCHEDULERS:
         assert rates(name)[:10] == pytest.approx([(i + 1) / 10 for i in range(10)]), "warm-up"
-        assert learning_rate_factor(name, 50, 0)(0) == 1 and learning_rate_factor(name, 5, 10)(4) == 0.5
-    assert rates("linear")[30] == 0.5 and rates("cosine")[20] == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
-    assert rates("wsd")[10:42] == [1.0] * 32 and rates("wsd")[42:] == pytest.approx([1 - i / 8 for i in range(8)])
+        assert (
+            learning_rate_factor(name, 50, 0)(0) == 1
+            and learning_rate_factor(name, 5, 10)(4) == 0.5
+        )
+    assert rates("linear")[30] == 0.5 and rates("cosine")[20] == pytest.approx(
+        0.5 * (1 + math.cos(math.pi / 4))
+    )
+    assert rates("wsd")[10:42] == [1.0] * 32 and rates("wsd")[42:] == pytest.approx(
+        [1 - i / 8 for i in range(8)]
+    )
 
 
 # ---- precision
@@ -123,14 +153,26 @@ def test_mixed_precision_computes_low_and_keeps_everything_in_float32(model, amp
     head = model.lm.get_output_embeddings()
     handle = head.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     scores = model(batch.input_ids, batch.attention_mask, batch.response_mask)
-    assert seen == [dtype] and all(x.dtype == torch.float32 for x in scores) and {p.dtype for p in model.parameters()} == {torch.float32}
+    assert (
+        seen == [dtype]
+        and all(x.dtype == torch.float32 for x in scores)
+        and {p.dtype for p in model.parameters()} == {torch.float32}
+    )
     mask = batch.response_mask
     assert not torch.equal(scores.logprobs, exact.logprobs)
     assert (scores.logprobs - exact.logprobs)[mask].abs().median() < 0.2
     again = model(batch.input_ids, batch.attention_mask, batch.response_mask)
-    assert torch.equal(again.logprobs, scores.logprobs), "the ratio of the first update is exactly 1 in low precision too"
+    assert torch.equal(again.logprobs, scores.logprobs), (
+        "the ratio of the first update is exactly 1 in low precision too"
+    )
     handle.remove()
-    generation = generate(model, [[5, 6]], max_new_tokens=4, eos_token_id=2, generator=torch.Generator().manual_seed(0))
+    generation = generate(
+        model,
+        [[5, 6]],
+        max_new_tokens=4,
+        eos_token_id=2,
+        generator=torch.Generator().manual_seed(0),
+    )
     assert len(generation.responses[0]) >= 1
 
 
@@ -140,7 +182,9 @@ def test_float16_scales_the_loss_unscales_before_the_clip_and_skips_overflow():
     twin = copy.deepcopy(model)
     scaler = make_scaler("fp16", device)
     assert make_scaler("bf16", device) is make_scaler("no", device) is None
-    scaled = sft_step(model, batch, torch.optim.SGD(model.parameters(), lr=0.1), backend=Backend(model, scaler))
+    scaled = sft_step(
+        model, batch, torch.optim.SGD(model.parameters(), lr=0.1), backend=Backend(model, scaler)
+    )
     plain = sft_step(twin, batch, torch.optim.SGD(twin.parameters(), lr=0.1))
     assert scaled == pytest.approx(plain, rel=1e-4), "the norm is that of the true gradient"
     for x, y in zip(model.parameters(), twin.parameters()):
@@ -150,21 +194,29 @@ def test_float16_scales_the_loss_unscales_before_the_clip_and_skips_overflow():
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, math.inf)
     scaler.scale(torch.ones(1))  # a step has begun
-    assert apply_gradients(Backend(model, scaler), optimizer, 1.0) == {"skipped_steps": 1.0} and scaler.get_scale() == scale / 2
+    assert (
+        apply_gradients(Backend(model, scaler), optimizer, 1.0) == {"skipped_steps": 1.0}
+        and scaler.get_scale() == scale / 2
+    )
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
 
 def test_a_precision_that_the_device_lacks_is_one_line(monkeypatch):
     check_amp("bf16", torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    with pytest.raises(UserError, match="--amp bf16 cannot be used on cuda .this GPU has no bfloat16 arithmetic.; try --amp no"):
+    with pytest.raises(
+        UserError,
+        match="--amp bf16 cannot be used on cuda .this GPU has no bfloat16 arithmetic.; try --amp no",
+    ):
         check_amp("bf16", torch.device("cuda"))
 
     def refuse(*args, **kwargs):
         raise RuntimeError("fp16 is not implemented for this device")
 
     monkeypatch.setattr(torch, "autocast", refuse)
-    with pytest.raises(UserError, match="--amp fp16 cannot be used on cpu .fp16 is not implemented"):
+    with pytest.raises(
+        UserError, match="--amp fp16 cannot be used on cpu .fp16 is not implemented"
+    ):
         check_amp("fp16", torch.device("cpu"))
 
 
@@ -175,7 +227,9 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient():
     batch = make_batch(None, *ragged_batch(), max_length=32)
     calls = {"plain": 0, "checkpointed": 0}
     for name, each in (("plain", model), ("checkpointed", twin)):
-        each.lm.model.layers[0].mlp.register_forward_pre_hook(lambda *a, name=name: calls.update({name: calls[name] + 1}))
+        each.lm.model.layers[0].mlp.register_forward_pre_hook(
+            lambda *a, name=name: calls.update({name: calls[name] + 1})
+        )
         each(batch.input_ids, batch.attention_mask, batch.response_mask).logprobs.sum().backward()
     assert calls == {"plain": 1, "checkpointed": 2}
     for x, y in zip(model.parameters(), twin.parameters()):
@@ -192,8 +246,15 @@ def test_compiling_changes_no_score_and_its_absence_is_one_line(monkeypatch):
     plain.logprobs.sum().backward()
     gradient = model.lm.transformer.wte.weight.grad.clone()
     with monkeypatch.context() as broken:
-        broken.setattr(torch, "compile", lambda *a, **k: lambda x: (_ for _ in ()).throw(RuntimeError("no C++ compiler")))
-        with pytest.raises(UserError, match="--compile: torch.compile does not work on this machine .no C.. compiler.; leave it out"):
+        broken.setattr(
+            torch,
+            "compile",
+            lambda *a, **k: lambda x: (_ for _ in ()).throw(RuntimeError("no C++ compiler")),
+        )
+        with pytest.raises(
+            UserError,
+            match="--compile: torch.compile does not work on this machine .no C.. compiler.; leave it out",
+        ):
             compile_lm(model)
     try:
         compile_lm(model)

@@ -28,39 +28,76 @@ def test_sampler_equals_scorer(architecture, temperature):
     model = HybridModel(build_lm(architecture))
     prompts, _ = ragged_batch()
     generation = generate(
-        model, prompts, max_new_tokens=12, eos_token_id=EOS, temperature=temperature, generator=torch.Generator().manual_seed(0)
+        model,
+        prompts,
+        max_new_tokens=12,
+        eos_token_id=EOS,
+        temperature=temperature,
+        generator=torch.Generator().manual_seed(0),
     )
-    for seen, scored in zip(generation.logprobs, rescored(model, prompts, generation.responses, temperature), strict=True):
+    for seen, scored in zip(
+        generation.logprobs,
+        rescored(model, prompts, generation.responses, temperature),
+        strict=True,
+    ):
         torch.testing.assert_close(torch.tensor(seen), torch.tensor(scored), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "gemma3_text", "bloom"])
-def test_rows_that_ended_leave_the_batch_and_the_rest_goes_on_unharmed(architecture, cached, monkeypatch):
+def test_rows_that_ended_leave_the_batch_and_the_rest_goes_on_unharmed(
+    architecture, cached, monkeypatch
+):
     """With EOS likely, the batch shrinks several times; what is sampled afterwards must still be what the scorer scores."""
     model = HybridModel(build_lm(architecture))
     model._cache_name = model._cache_name if cached else None
     logits, sizes = model.logits, []
     eos = torch.zeros(61).index_fill(0, torch.tensor([EOS]), 3.5)
-    monkeypatch.setattr(model, "logits", lambda hidden, temperature: logits(hidden, temperature) + eos)
+    monkeypatch.setattr(
+        model, "logits", lambda hidden, temperature: logits(hidden, temperature) + eos
+    )
     read = model.hidden_states
-    monkeypatch.setattr(model, "hidden_states", lambda ids, *args, **kwargs: sizes.append(len(ids)) or read(ids, *args, **kwargs))
+    monkeypatch.setattr(
+        model,
+        "hidden_states",
+        lambda ids, *args, **kwargs: sizes.append(len(ids)) or read(ids, *args, **kwargs),
+    )
     prompts = ragged_batch(rows=32)[0]
-    generation = generate(model, prompts, max_new_tokens=20, eos_token_id=EOS, generator=torch.Generator().manual_seed(0))
+    generation = generate(
+        model,
+        prompts,
+        max_new_tokens=20,
+        eos_token_id=EOS,
+        generator=torch.Generator().manual_seed(0),
+    )
     assert len(set(sizes)) > 3 and sizes[0] == 32 and sizes == sorted(sizes, reverse=True)
     assert len({len(response) for response in generation.responses}) > 3
-    for seen, scored in zip(generation.logprobs, rescored(model, prompts, generation.responses, 1.0), strict=True):
+    for seen, scored in zip(
+        generation.logprobs, rescored(model, prompts, generation.responses, 1.0), strict=True
+    ):
         torch.testing.assert_close(torch.tensor(seen), torch.tensor(scored), atol=1e-4, rtol=0)
 
 
 def test_a_hostile_generation_config_changes_nothing(model):
     def sample():
         return generate(
-            model, [[5, 6, 7]] * 64, max_new_tokens=8, eos_token_id=EOS, generator=torch.Generator().manual_seed(0)
+            model,
+            [[5, 6, 7]] * 64,
+            max_new_tokens=8,
+            eos_token_id=EOS,
+            generator=torch.Generator().manual_seed(0),
         ).responses
 
     kind = sample()
-    settings = dict(do_sample=True, top_k=1, top_p=0.1, temperature=0.1, repetition_penalty=2.0, min_length=5, no_repeat_ngram_size=2)
+    settings = dict(
+        do_sample=True,
+        top_k=1,
+        top_p=0.1,
+        temperature=0.1,
+        repetition_penalty=2.0,
+        min_length=5,
+        no_repeat_ngram_size=2,
+    )
     for name, value in settings.items():
         setattr(model.lm.generation_config, name, value)
     assert sample() == kind
@@ -73,7 +110,12 @@ def test_greedy_equals_hugging_face_one_prompt_at_a_time(model):
     ours = generate(model, prompts, max_new_tokens=10, eos_token_id=EOS, temperature=0).responses
     for prompt, response in zip(prompts, ours):
         theirs = model.lm.generate(
-            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)).long(), do_sample=False, max_new_tokens=10, eos_token_id=EOS, pad_token_id=0
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt)).long(),
+            do_sample=False,
+            max_new_tokens=10,
+            eos_token_id=EOS,
+            pad_token_id=0,
         )
         assert response == theirs[0, len(prompt) :].tolist()
 
@@ -112,7 +154,12 @@ def test_frequencies_are_the_probabilities(temperature):
     probabilities = (probabilities / probabilities.sum()).tolist()
     n = 20_000
     generation = generate(
-        Rigged([0.2, 0.5, 0.3]), [[1]] * n, max_new_tokens=1, eos_token_id=9, temperature=temperature, generator=torch.Generator().manual_seed(0)
+        Rigged([0.2, 0.5, 0.3]),
+        [[1]] * n,
+        max_new_tokens=1,
+        eos_token_id=9,
+        temperature=temperature,
+        generator=torch.Generator().manual_seed(0),
     )
     counts = Counter(response[0] for response in generation.responses)
     for token, p in enumerate(probabilities):
@@ -121,9 +168,15 @@ def test_frequencies_are_the_probabilities(temperature):
 
 def test_rows_stop_at_their_first_eos_and_the_limit_cuts_the_rest():
     generation = generate(
-        Rigged([0.5, 0.25, 0.25]), [[1]] * 200, max_new_tokens=5, eos_token_id=0, generator=torch.Generator().manual_seed(0)
+        Rigged([0.5, 0.25, 0.25]),
+        [[1]] * 200,
+        max_new_tokens=5,
+        eos_token_id=0,
+        generator=torch.Generator().manual_seed(0),
     )
-    assert any(response == [0] for response in generation.responses), "an immediate EOS is a response"
+    assert any(response == [0] for response in generation.responses), (
+        "an immediate EOS is a response"
+    )
     for response, logprobs in zip(generation.responses, generation.logprobs):
         assert len(response) == len(logprobs) <= 5 and 0 not in response[:-1]
         assert response[-1] == 0 or len(response) == 5
@@ -132,12 +185,18 @@ def test_rows_stop_at_their_first_eos_and_the_limit_cuts_the_rest():
 def test_training_mode_and_global_random_state_are_left_alone(model):
     model.train()
     state = torch.get_rng_state()
-    generate(model, [[5]], max_new_tokens=3, eos_token_id=EOS, generator=torch.Generator().manual_seed(0))
+    generate(
+        model, [[5]], max_new_tokens=3, eos_token_id=EOS, generator=torch.Generator().manual_seed(0)
+    )
     assert model.training and torch.equal(state, torch.get_rng_state())
 
 
 def test_a_draw_is_the_first_index_whose_cumulative_probability_exceeds_the_number(monkeypatch):
     probs = torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]]).repeat(5, 1)
-    uniform = torch.tensor([[0.0], [0.2499], [0.25], [0.75], [1.0]])  # 1.0: what rounding could make of the largest number below it
+    uniform = torch.tensor(
+        [[0.0], [0.2499], [0.25], [0.75], [1.0]]
+    )  # 1.0: what rounding could make of the largest number below it
     monkeypatch.setattr(torch, "rand", lambda *shape, **options: uniform)
-    assert draw(probs).tolist() == [1, 1, 3, 4, 5], "5 only for a number that torch.rand does not draw"
+    assert draw(probs).tolist() == [1, 1, 3, 4, 5], (
+        "5 only for a number that torch.rand does not draw"
+    )

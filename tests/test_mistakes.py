@@ -42,7 +42,9 @@ def place(tmp_path_factory, tiny_folder):
     tokenizer.eos_token = None
     tokenizer.save_pretrained(model("no_eos"))
     AutoConfig.for_model("vit").save_pretrained(model("vision"))
-    config = AutoConfig.for_model("t5", vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    config = AutoConfig.for_model(
+        "t5", vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2
+    )
     config.save_pretrained(model("encoder_decoder"))
     build_lm("gpt2", n_positions=8, vocab_size=len(tokenizer)).save_pretrained(model("short"))
     half = json.loads((root / "good" / "config.json").read_text())
@@ -52,7 +54,11 @@ def place(tmp_path_factory, tiny_folder):
     def data(name, content):
         (root / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
-    for name, config in (("zero3", {"stage": 3}), ("zero", {"stage": 2}), ("zero_fp16", {"stage": 1})):
+    for name, config in (
+        ("zero3", {"stage": 3}),
+        ("zero", {"stage": 2}),
+        ("zero_fp16", {"stage": 1}),
+    ):
         more = {"fp16": {"enabled": True}} if name == "zero_fp16" else {}
         data(f"{name}.json", json.dumps({"zero_optimization": config, **more}))
     data("zero0.json", "{}")
@@ -80,8 +86,14 @@ def place(tmp_path_factory, tiny_folder):
     data("prefs.jsonl", '{"prompt": "p", "chosen": "a b", "rejected": "c"}\n')
     data("pairs.jsonl", '{"prompt": "p", "chosen": "a b"}\n')
     data("same.jsonl", '{"prompt": "p", "chosen": "a", "rejected": "a"}\n')
-    data("r.py", "def boom(**k): raise RuntimeError('no')\ndef short(completions, **k): return [1.0]\ndef nan(completions, **k): return [float('nan')] * len(completions)\n")
-    data("r2.py", "def text(completions, **k): return ['x'] * len(completions)\ndef none(completions, **k): return None\nnumber = 3\n")
+    data(
+        "r.py",
+        "def boom(**k): raise RuntimeError('no')\ndef short(completions, **k): return [1.0]\ndef nan(completions, **k): return [float('nan')] * len(completions)\n",
+    )
+    data(
+        "r2.py",
+        "def text(completions, **k): return ['x'] * len(completions)\ndef none(completions, **k): return None\nnumber = 3\n",
+    )
     data("syntax.py", "def f(:\n")
     data("file", "x")
     (root / "used").mkdir()
@@ -151,7 +163,10 @@ MISTAKES = [
     ("--deepspeed {root}/zero0.json", "or 2, found stage None"),
     ("--deepspeed {root}/zero_fp16.json", "fp16 is said by train.py's flags"),
     ("--deepspeed {root}/zero.json", "start with torchrun --nproc_per_node=2"),
-    ("--deepspeed {root}/zero.json --optimizer muon", "goes with --optimizer adamw, adam or sgd only"),
+    (
+        "--deepspeed {root}/zero.json --optimizer muon",
+        "goes with --optimizer adamw, adam or sgd only",
+    ),
     ("--deepspeed {root}/zero.json --amp fp16", "goes with --amp bf16 or no"),
     ("--deepspeed {root}/zero_odd.json", "or 2, found stage None"),
     ("--algorithm dpo --kl-coef 0.3", "--kl-coef belongs to ppo and grpo and does nothing here"),
@@ -166,8 +181,14 @@ MISTAKES = [
     ("--turn-rewards", "are for dialogues"),
     ("--turns 2 --user-model {root}/good --reward self_play(bleu)", "it needs --turn-rewards"),
     ("--ref-model a={root}/good:1.2.3", "expected a number above 0"),
-    ("--ref-model a={root}/good --ref-model a={root}/good --model {root}/good --max-length 40", "a name of its own"),
-    ("--ref-model a={root}/good --ref-model b={root}/good --ref-refresh 2", "not a mixture of several"),
+    (
+        "--ref-model a={root}/good --ref-model a={root}/good --model {root}/good --max-length 40",
+        "a name of its own",
+    ),
+    (
+        "--ref-model a={root}/good --ref-model b={root}/good --ref-refresh 2",
+        "not a mixture of several",
+    ),
     ("--dry-run --model {root}/no_config", "has no config that can be read"),
     ("--max-new-tokens 0", "--max-new-tokens"),
     ("--max-length 1", "--max-length: expected a whole number at least 2"),
@@ -214,10 +235,22 @@ MISTAKES = [
     ("--reward classifier('no/such')", "reward model no/such cannot be loaded"),
     ("--reward sentiment(lexicon='no.txt')", "no.txt cannot be read"),
     ("--reward bleu --mixture-data {root}/prefs.jsonl", "and --reward 'bleu' has none"),
-    ("--reward mixture(self_play(length),length) --mixture-data {root}/prefs.jsonl", "does not go with self_play"),
-    ("--turns 2 --user-model {root}/good --max-new-tokens 64 --max-length 200", "no room for a dialogue"),
-    ("--reward mixture(bleu,length) --mixture-data {root}/pairs.jsonl", "pairs.jsonl:1: field 'rejected' must be a string"),
-    ("--reward mixture(bleu,length) --mixture-data {root}/same.jsonl", "holds no pair of different responses"),
+    (
+        "--reward mixture(self_play(length),length) --mixture-data {root}/prefs.jsonl",
+        "does not go with self_play",
+    ),
+    (
+        "--turns 2 --user-model {root}/good --max-new-tokens 64 --max-length 200",
+        "no room for a dialogue",
+    ),
+    (
+        "--reward mixture(bleu,length) --mixture-data {root}/pairs.jsonl",
+        "pairs.jsonl:1: field 'rejected' must be a string",
+    ),
+    (
+        "--reward mixture(bleu,length) --mixture-data {root}/same.jsonl",
+        "holds no pair of different responses",
+    ),
     # run folders, devices, choices
     ("--out {root}/file", "cannot be written"),
     ("--out {root}/file/below", "cannot be written"),
@@ -241,8 +274,12 @@ def test_the_table_is_long_enough():
     assert len(MISTAKES) >= 60 and len({flags for flags, _ in MISTAKES}) == len(MISTAKES)
 
 
-@pytest.mark.parametrize("flags, message", MISTAKES, ids=[flags.replace("/", ":") for flags, _ in MISTAKES])
-def test_a_mistake_is_one_line_and_stops_before_training(place, tmp_path, capsys, monkeypatch, flags, message):
+@pytest.mark.parametrize(
+    "flags, message", MISTAKES, ids=[flags.replace("/", ":") for flags, _ in MISTAKES]
+)
+def test_a_mistake_is_one_line_and_stops_before_training(
+    place, tmp_path, capsys, monkeypatch, flags, message
+):
     monkeypatch.setattr(train, "sft_step", lambda *a, **k: pytest.fail("training began"))
     monkeypatch.chdir(tmp_path)
     words = flags.format(root=place).split(" ")
@@ -254,7 +291,9 @@ def test_a_mistake_is_one_line_and_stops_before_training(place, tmp_path, capsys
     lines = [line for line in error.splitlines() if not line.startswith("note: ")]
     assert caught.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), error
     assert message.format() in lines[0], lines[0]
-    assert not (tmp_path / "run").exists() and before == sorted(str(path) for path in place.rglob("*")), "nothing is written"
+    assert not (tmp_path / "run").exists() and before == sorted(
+        str(path) for path in place.rglob("*")
+    ), "nothing is written"
 
 
 def test_half_weights_are_no_mistake(place, tmp_path):
@@ -262,4 +301,6 @@ def test_half_weights_are_no_mistake(place, tmp_path):
     lm = AutoModelForCausalLM.from_pretrained(place / "good", dtype=torch.float16)
     shutil.copytree(place / "good", tmp_path / "half")
     lm.save_pretrained(tmp_path / "half")
-    main(f"--model {tmp_path}/half --limit 20 --steps 2 --batch-size 2 --max-new-tokens 4 --eval-size 2 --device cpu --out {tmp_path}/run".split())
+    main(
+        f"--model {tmp_path}/half --limit 20 --steps 2 --batch-size 2 --max-new-tokens 4 --eval-size 2 --device cpu --out {tmp_path}/run".split()
+    )

@@ -17,7 +17,12 @@ from sft import sft_loss
 def full_logits_scores(lm, batch, temperature=1.0):
     """The definition: the LM's own (B, T, V) logits, shifted by one, masked."""
     lm.eval()
-    logits = lm(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long()).logits.double()[:, :-1] / temperature
+    logits = (
+        lm(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long()).logits.double()[
+            :, :-1
+        ]
+        / temperature
+    )
     logp = torch.log_softmax(logits, -1)
     mask = batch.response_mask[:, 1:]
     logprobs, entropy = torch.zeros(2, *batch.input_ids.shape, dtype=torch.float64)
@@ -31,7 +36,9 @@ def full_logits_scores(lm, batch, temperature=1.0):
 def test_forward_equals_the_full_logits_path(architecture):
     lm = build_lm(architecture)
     batch = make_batch(None, *ragged_batch(), max_length=32)
-    scores = HybridModel(lm)(batch.input_ids, batch.attention_mask, batch.response_mask, temperature=0.7)
+    scores = HybridModel(lm)(
+        batch.input_ids, batch.attention_mask, batch.response_mask, temperature=0.7
+    )
     logprobs, entropy = full_logits_scores(lm, batch, temperature=0.7)
     assert logprobs.std() > 0.5, "the oracle must be able to tell tokens apart"
     torch.testing.assert_close(scores.logprobs.double(), logprobs, atol=2e-4, rtol=1e-4)
@@ -45,9 +52,23 @@ def test_forward_equals_the_full_logits_path(architecture):
 def test_short_rows_share_a_row_of_the_lm_where_the_architecture_can_tell_them_apart(architecture):
     model = HybridModel(build_lm(architecture))
     could_pack = model.can_pack
-    assert could_pack == (architecture not in ("bloom", "mamba", "opt")) or architecture == "falcon"  # whose answer depends on transformers
-    lengths = [(3, 20), (2, 2), (1, 4), (5, 3), (9, 8), (1, 1)]  # as rows 6 x 23; without padding 59
-    batch = make_batch(None, [list(range(3, 3 + p)) for p, _ in lengths], [list(range(30, 30 + r)) for _, r in lengths], max_length=32)
+    assert (
+        could_pack == (architecture not in ("bloom", "mamba", "opt")) or architecture == "falcon"
+    )  # whose answer depends on transformers
+    lengths = [
+        (3, 20),
+        (2, 2),
+        (1, 4),
+        (5, 3),
+        (9, 8),
+        (1, 1),
+    ]  # as rows 6 x 23; without padding 59
+    batch = make_batch(
+        None,
+        [list(range(3, 3 + p)) for p, _ in lengths],
+        [list(range(30, 30 + r)) for _, r in lengths],
+        max_length=32,
+    )
     with torch.no_grad():
         logprobs, _ = full_logits_scores(model.lm, batch)
     read, shapes, gradients = model.lm.base_model.forward, [], []
@@ -70,14 +91,21 @@ def test_short_rows_share_a_row_of_the_lm_where_the_architecture_can_tell_them_a
 def test_packing_loses_nothing_overlaps_nowhere_and_fills_well():
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):
-        lengths = torch.randint(1, 100, (int(torch.randint(1, 60, (1,), generator=generator)),), generator=generator).tolist()
+        lengths = torch.randint(
+            1, 100, (int(torch.randint(1, 60, (1,), generator=generator)),), generator=generator
+        ).tolist()
         bins, begins, width = hybrid.pack(lengths)
         taken = [(b, begin + i) for b, begin, n in zip(bins, begins, lengths) for i in range(n)]
-        assert len(set(taken)) == sum(lengths) and max(column for _, column in taken) < width <= max(1.5 * max(lengths), max(lengths))
+        assert len(set(taken)) == sum(lengths) and max(
+            column for _, column in taken
+        ) < width <= max(1.5 * max(lengths), max(lengths))
         assert len(lengths) < 30 or sum(lengths) > 0.85 * (max(bins) + 1) * width
 
 
-@pytest.mark.parametrize("architecture, scale, cap", [("gemma2", 1, 5), ("granite", 1 / 7, None), ("cohere", 0.0625, None), ("gpt2", 1, None)])
+@pytest.mark.parametrize(
+    "architecture, scale, cap",
+    [("gemma2", 1, 5), ("granite", 1 / 7, None), ("cohere", 0.0625, None), ("gpt2", 1, None)],
+)
 def test_logit_transform_is_found(architecture, scale, cap):
     found_scale, found_cap = hybrid.find_logit_transform(build_lm(architecture))
     assert found_scale == pytest.approx(scale, rel=1e-4) and found_cap == cap
@@ -103,8 +131,14 @@ def test_unknown_logit_transform_is_refused():
     "claim, break_it",
     [
         ("is not causal", lambda inputs, logits, training: logits + logits.mean(1, keepdim=True)),
-        ("scores differently in training mode", lambda inputs, logits, training: logits * (1 + 0.1 * training)),
-        ("does not ignore padding on the left", lambda inputs, logits, training: logits * logits.shape[1]),
+        (
+            "scores differently in training mode",
+            lambda inputs, logits, training: logits * (1 + 0.1 * training),
+        ),
+        (
+            "does not ignore padding on the left",
+            lambda inputs, logits, training: logits * logits.shape[1],
+        ),
     ],
 )
 def test_an_architecture_that_breaks_an_assumption_is_refused(claim, break_it):
@@ -113,7 +147,9 @@ def test_an_architecture_that_breaks_an_assumption_is_refused(claim, break_it):
     original = lm.forward
 
     def forward(input_ids, attention_mask=None, position_ids=None):
-        output = original(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
+        output = original(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids
+        )
         output.logits = break_it(input_ids, output.logits, lm.training)
         return output
 
@@ -127,9 +163,14 @@ def test_sft_loss_and_gradient_equal_hugging_face(model):
     batch = make_batch(None, *ragged_batch(), max_length=32)
     oracle = copy.deepcopy(model.lm)
     labels = batch.input_ids.masked_fill(~batch.response_mask, -100)
-    hf_loss = oracle(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), labels=labels).loss
+    hf_loss = oracle(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), labels=labels
+    ).loss
     hf_loss.backward()
-    loss = sft_loss(model(batch.input_ids, batch.attention_mask, batch.response_mask).logprobs, batch.response_mask)
+    loss = sft_loss(
+        model(batch.input_ids, batch.attention_mask, batch.response_mask).logprobs,
+        batch.response_mask,
+    )
     loss.backward()
     torch.testing.assert_close(loss, hf_loss, atol=1e-5, rtol=1e-5)
     for ours, theirs in zip(model.lm.parameters(), oracle.parameters(), strict=True):
@@ -156,7 +197,8 @@ def test_what_the_padding_is_made_of_does_not_matter(model, filler):
     batch = make_batch(None, *ragged_batch(), max_length=32)
     other = batch.input_ids.masked_fill(~batch.attention_mask, filler)
     for x, y in zip(
-        model(batch.input_ids, batch.attention_mask, batch.response_mask), model(other, batch.attention_mask, batch.response_mask)
+        model(batch.input_ids, batch.attention_mask, batch.response_mask),
+        model(other, batch.attention_mask, batch.response_mask),
     ):
         torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-6)
 
@@ -173,7 +215,9 @@ def test_values_belong_to_the_state_just_before_the_token(model):
 def test_chunks_change_memory_and_nothing_else(model, monkeypatch):
     batch = make_batch(None, *ragged_batch(), max_length=32)
     seen = []
-    model.lm.get_output_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    model.lm.get_output_embeddings().register_forward_hook(
+        lambda module, inputs, output: seen.append(len(inputs[0]))
+    )
 
     def gradients(chunk):
         monkeypatch.setattr(hybrid, "LOGIT_CHUNK", chunk)
@@ -202,7 +246,9 @@ def test_no_tensor_of_all_logits_is_kept():
             model(batch.input_ids, batch.attention_mask, batch.response_mask)
     finally:
         hybrid.LOGIT_CHUNK = old
-    assert max(x.numel() for x in kept) <= 5000 * 64, "one tensor of 960 x 5000 logits would be 4.8 M"
+    assert max(x.numel() for x in kept) <= 5000 * 64, (
+        "one tensor of 960 x 5000 logits would be 4.8 M"
+    )
 
 
 def test_a_response_in_column_0_is_refused(model):
@@ -221,7 +267,9 @@ def test_dropout_is_zero_in_training_too(architecture):
     }[architecture]
     model = HybridModel(build_lm(architecture, **rates)).train()
     batch = make_batch(None, *ragged_batch(), max_length=32)
-    first, second = (model(batch.input_ids, batch.attention_mask, batch.response_mask).logprobs for _ in range(2))
+    first, second = (
+        model(batch.input_ids, batch.attention_mask, batch.response_mask).logprobs for _ in range(2)
+    )
     assert torch.equal(first, second)
     assert model.training, "train() mode, since gradient checkpointing needs it"
 
@@ -252,7 +300,9 @@ def test_saved_folder_is_a_plain_hugging_face_folder(tiny, tmp_path):
     assert torch.equal(lm.eval()(ids).logits, model.lm.eval()(ids).logits)
     assert AutoTokenizer.from_pretrained(tmp_path)("the plot was").input_ids == ids[0].tolist()
     again, _ = HybridModel.load(str(tmp_path))
-    assert all(torch.equal(x, y) for x, y in zip(model.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(x, y) for x, y in zip(model.parameters(), again.parameters(), strict=True)
+    )
 
 
 def test_weights_are_loaded_as_float32_even_if_saved_in_half(tiny, tmp_path):

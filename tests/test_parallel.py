@@ -23,19 +23,27 @@ FLAGS = """--limit 120 --steps 8 --batch-size 7 --max-new-tokens 8 --eval-size 6
 
 def start(*command, expect: int = 0, **environment) -> str:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
-    done = subprocess.run([str(c) for c in command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [str(c) for c in command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
+    )
     assert (done.returncode == 0) == (expect == 0), done.stderr[-3000:]
     return done.stdout + done.stderr
 
 
 def rows(out: Path, phase: str) -> list[dict]:
-    return [row for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if row["phase"] == phase]
+    return [
+        row
+        for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+        if row["phase"] == phase
+    ]
 
 
 def close(a: dict, b: dict, atol: float) -> None:
     assert a.keys() == b.keys()
     for name in a:
-        torch.testing.assert_close(a[name], b[name], atol=atol, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            a[name], b[name], atol=atol, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +59,9 @@ def test_sft_weights_are_those_of_one_process(two):
     for each in two:
         close(each["sft"]["weights"], alone["weights"], atol=1e-5)
         assert each["sft"]["stats"] == pytest.approx(alone["stats"], rel=1e-4)
-        assert each["sft"]["head_state"] == alone["head_state"] == 0, "an SFT step does not even touch the value head's moments"
+        assert each["sft"]["head_state"] == alone["head_state"] == 0, (
+            "an SFT step does not even touch the value head's moments"
+        )
 
 
 def test_ppo_gradients_are_those_of_one_process_on_the_same_rollout(two):
@@ -60,7 +70,10 @@ def test_ppo_gradients_are_those_of_one_process_on_the_same_rollout(two):
             rollout = worker.ppo.Rollout(**vars(two[0]["rollout"]))
             rollout.response_mask = rollout.response_mask & (torch.arange(7) < 3)[:, None]
         alone = worker.ppo_weights(rollout, minibatches=minibatches)
-        moved = max(float((alone["weights"][k] - v).abs().max()) for k, v in worker.new_model().state_dict().items())
+        moved = max(
+            float((alone["weights"][k] - v).abs().max())
+            for k, v in worker.new_model().state_dict().items()
+        )
         assert moved > 1e-3
         for each in two:
             close(each[name]["weights"], alone["weights"], atol=1e-6)
@@ -71,10 +84,15 @@ def test_every_process_knows_the_whole_rollout_and_whitens_all_of_it(two):
     first, second = (each["rollout"] for each in two)
     for name in vars(first):
         assert torch.equal(getattr(first, name), getattr(second, name)), name
-    assert two[0]["rollout_metrics"] == two[1]["rollout_metrics"] and two[0]["reward_state"] == two[1]["reward_state"]
+    assert (
+        two[0]["rollout_metrics"] == two[1]["rollout_metrics"]
+        and two[0]["reward_state"] == two[1]["reward_state"]
+    )
     assert len(first) == 7 and two[0]["gathered"] == two[1]["gathered"] == list("abcdefg")
     advantages = first.advantages[first.response_mask]
-    assert abs(float(advantages.mean())) < 1e-5 and float(advantages.std(unbiased=False)) == pytest.approx(1, abs=1e-3)
+    assert abs(float(advantages.mean())) < 1e-5 and float(
+        advantages.std(unbiased=False)
+    ) == pytest.approx(1, abs=1e-3)
     mine = first.advantages[::2][first.response_mask[::2]]
     assert abs(float(mine.mean())) > 1e-3, "the halves alone are not white"
     with torch.no_grad():  # what was scored elsewhere is what is scored here
@@ -83,7 +101,10 @@ def test_every_process_knows_the_whole_rollout_and_whitens_all_of_it(two):
 
 
 def test_the_processes_sample_differently_and_at_their_own_pace(two):
-    assert two[0]["ranks_alone"] == two[1]["ranks_alone"] and two[0]["ranks_alone"][0] != two[0]["ranks_alone"][1]
+    assert (
+        two[0]["ranks_alone"] == two[1]["ranks_alone"]
+        and two[0]["ranks_alone"][0] != two[0]["ranks_alone"][1]
+    )
     assert two[0]["uneven"] == two[1]["uneven"] == [1, 30] * 3
 
 
@@ -95,7 +116,9 @@ def test_a_reward_that_fails_on_one_process_fails_on_all(two):
 def whole_run(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("ddp") / "out"
     printed = start(*TORCHRUN, "train.py", *FLAGS, "--out", out)
-    assert printed.count("verdict:") == 1 and printed.count("before:") == 1, "one process speaks for all"
+    assert printed.count("verdict:") == 1 and printed.count("before:") == 1, (
+        "one process speaks for all"
+    )
     return out
 
 
@@ -104,7 +127,10 @@ def test_a_run_of_two_processes_leaves_one_folder_and_resumes_bit_by_bit(whole_r
     assert sorted(steps) == list(range(1, 9)) and {path.name for path in whole_run.iterdir()} == {
         "config.json", "metrics.jsonl", "samples.jsonl", "checkpoint-000004", "final",
     }  # fmt: skip
-    assert all(row["ppo/first_ratio_gap"] < 1e-5 and row["ppo/sampler_gap"] < 1e-4 for row in rows(whole_run, "ppo"))
+    assert all(
+        row["ppo/first_ratio_gap"] < 1e-5 and row["ppo/sampler_gap"] < 1e-4
+        for row in rows(whole_run, "ppo")
+    )
     resumed = copy_until(whole_run, tmp_path / "again", 4)
     start(*TORCHRUN, "train.py", "--resume", resumed)
     for file in ("model.safetensors", "value_head.safetensors"):
@@ -128,8 +154,22 @@ def copy_until(out: Path, to: Path, step: int) -> Path:
 
 def test_sigterm_to_the_launcher_ends_all_processes_after_the_step_and_the_run_can_go_on(tmp_path):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [*TORCHRUN, "train.py", *FLAGS, "--steps", "100000", "--eval-every", "0", "--save-every", "0", "--out", str(tmp_path / "out")]
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [
+        *TORCHRUN,
+        "train.py",
+        *FLAGS,
+        "--steps",
+        "100000",
+        "--eval-every",
+        "0",
+        "--save-every",
+        "0",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     deadline = time.time() + 90
     while not ((tmp_path / "out" / "metrics.jsonl").exists() and rows(tmp_path / "out", "ppo")):
         assert time.time() < deadline and process.poll() is None, process.stdout.read()
@@ -138,12 +178,24 @@ def test_sigterm_to_the_launcher_ends_all_processes_after_the_step_and_the_run_c
     process.communicate(timeout=60)
     [saved] = [path.name for path in (tmp_path / "out").glob("checkpoint-*")]
     assert int(saved[11:]) >= 1
-    start(sys.executable, "train.py", "--resume", tmp_path / "out", "--steps", str(int(saved[11:]) + 1))
+    start(
+        sys.executable,
+        "train.py",
+        "--resume",
+        tmp_path / "out",
+        "--steps",
+        str(int(saved[11:]) + 1),
+    )
 
 
 def test_an_error_on_two_processes_is_a_line_of_each(tmp_path):
-    printed = start(*TORCHRUN, "train.py", *FLAGS, "--batch-size", "1", "--out", tmp_path / "out", expect=1)
-    assert "--batch-size 1 counts all 2 processes together" in printed and not (tmp_path / "out").exists()
+    printed = start(
+        *TORCHRUN, "train.py", *FLAGS, "--batch-size", "1", "--out", tmp_path / "out", expect=1
+    )
+    assert (
+        "--batch-size 1 counts all 2 processes together" in printed
+        and not (tmp_path / "out").exists()
+    )
 
 
 # ---- DeepSpeed
@@ -160,13 +212,27 @@ def test_zero_equals_ddp_and_its_checkpoints_are_plain(whole_run, zero_json, tmp
     flags = ["--deepspeed", zero_json]
     start(*TORCHRUN, "train.py", *FLAGS, *flags, "--out", tmp_path / "zero", DS_ACCELERATOR="cpu")
     for file in ("model.safetensors", "value_head.safetensors"):
-        close(load_file(tmp_path / "zero" / "final" / file), load_file(whole_run / "final" / file), atol=1e-4)
-    ours, theirs = (torch.load(out / "final" / "trainer_state.pt", weights_only=True)["stateful"]["optimizer"] for out in (tmp_path / "zero", whole_run))
-    assert ours["state"].keys() == theirs["state"].keys() and ours["param_groups"][0]["params"] == theirs["param_groups"][0]["params"]
+        close(
+            load_file(tmp_path / "zero" / "final" / file),
+            load_file(whole_run / "final" / file),
+            atol=1e-4,
+        )
+    ours, theirs = (
+        torch.load(out / "final" / "trainer_state.pt", weights_only=True)["stateful"]["optimizer"]
+        for out in (tmp_path / "zero", whole_run)
+    )
+    assert (
+        ours["state"].keys() == theirs["state"].keys()
+        and ours["param_groups"][0]["params"] == theirs["param_groups"][0]["params"]
+    )
     for number, entry in theirs["state"].items():
         close(ours["state"][number], entry, atol=1e-4)
     # DDP goes on from ZeRO's checkpoint, ZeRO from DDP's, and both arrive where the whole run did
     for source, more in ((tmp_path / "zero", []), (whole_run, flags)):
         resumed = copy_until(source, tmp_path / f"resumed{len(more)}", 4)
         start(*TORCHRUN, "train.py", "--resume", resumed, *more, DS_ACCELERATOR="cpu")
-        close(load_file(resumed / "final" / "model.safetensors"), load_file(whole_run / "final" / "model.safetensors"), atol=1e-4)
+        close(
+            load_file(resumed / "final" / "model.safetensors"),
+            load_file(whole_run / "final" / "model.safetensors"),
+            atol=1e-4,
+        )

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from ppo import AdaptiveKLController, FixedKLController, compute_gae, kl_estimate, masked_whiten, place_rewards, ppo_loss
+from ppo import (
+    AdaptiveKLController,
+    FixedKLController,
+    compute_gae,
+    kl_estimate,
+    masked_whiten,
+    place_rewards,
+    ppo_loss,
+)
 
 
 def random_mask(rows=6, columns=12, seed=0):
@@ -14,7 +22,10 @@ def random_mask(rows=6, columns=12, seed=0):
     mask = torch.zeros(rows, columns, dtype=torch.bool)
     generator = torch.Generator().manual_seed(seed)
     for i in range(rows):
-        start, length = (int(torch.randint(low, high, (1,), generator=generator)) for low, high in ((1, 5), (1, 7)))
+        start, length = (
+            int(torch.randint(low, high, (1,), generator=generator))
+            for low, high in ((1, 5), (1, 7))
+        )
         mask[i, start : start + length] = True
     mask[-2, 1:9] = torch.tensor([1, 1, 0, 0, 1, 0, 1, 1]).bool()
     mask[-1, 1:9] = torch.tensor([1, 0, 0, 0, 0, 0, 0, 1]).bool()
@@ -29,7 +40,9 @@ def test_whitening_equals_numpy_on_the_masked_elements(shift_mean):
     mask = random_mask()
     x = torch.randn(mask.shape, generator=torch.Generator().manual_seed(1)) * 5 + 3
     values = x[mask].double().numpy()
-    expected = (values - values.mean()) / np.sqrt(values.var()) + (0 if shift_mean else values.mean())  # numpy's var is the biased one
+    expected = (values - values.mean()) / np.sqrt(values.var()) + (
+        0 if shift_mean else values.mean()
+    )  # numpy's var is the biased one
     white = masked_whiten(x, mask, shift_mean)
     np.testing.assert_allclose(white[mask].numpy(), expected, atol=1e-5)
     assert (white[~mask] == 0).all()
@@ -54,10 +67,16 @@ def test_kl_estimators_by_enumeration():
     p = torch.softmax(torch.tensor([0.1, 1.5, -0.7, 0.4], dtype=torch.float64), 0)
     q = torch.softmax(torch.tensor([1.0, 0.2, 0.3, -1.0], dtype=torch.float64), 0)
     true_kl = float((p * (p / q).log()).sum())
-    expected = {kind: float((p * kl_estimate(p.log(), q.log(), kind)).sum()) for kind in ("k1", "k2", "k3")}
-    assert expected["k1"] == pytest.approx(true_kl, abs=1e-12) and expected["k3"] == pytest.approx(true_kl, abs=1e-12)
+    expected = {
+        kind: float((p * kl_estimate(p.log(), q.log(), kind)).sum()) for kind in ("k1", "k2", "k3")
+    }
+    assert expected["k1"] == pytest.approx(true_kl, abs=1e-12) and expected["k3"] == pytest.approx(
+        true_kl, abs=1e-12
+    )
     assert expected["k2"] == pytest.approx(float((p * (p / q).log() ** 2).sum() / 2), abs=1e-12)
-    assert (kl_estimate(p.log(), q.log(), "k3") >= 0).all() and (kl_estimate(p.log(), q.log(), "k1") < 0).any()
+    assert (kl_estimate(p.log(), q.log(), "k3") >= 0).all() and (
+        kl_estimate(p.log(), q.log(), "k1") < 0
+    ).any()
     with pytest.raises(ValueError, match="k1, k2, k3"):
         kl_estimate(p, q, "k4")
 
@@ -70,10 +89,15 @@ def gae_by_definition(rewards, values, mask, gamma, lam):
     advantages = torch.zeros_like(rewards)
     for i in range(len(rewards)):
         columns = mask[i].nonzero().flatten().tolist()
-        r, v = [float(rewards[i, c]) for c in columns], [float(values[i, c]) for c in columns] + [0.0]
+        r, v = (
+            [float(rewards[i, c]) for c in columns],
+            [float(values[i, c]) for c in columns] + [0.0],
+        )
         delta = [r[t] + gamma * v[t + 1] - v[t] for t in range(len(r))]
         for t, column in enumerate(columns):
-            advantages[i, column] = sum((gamma * lam) ** k * delta[t + k] for k in range(len(r) - t))
+            advantages[i, column] = sum(
+                (gamma * lam) ** k * delta[t + k] for k in range(len(r) - t)
+            )
     return advantages
 
 
@@ -81,7 +105,9 @@ def gae_by_definition(rewards, values, mask, gamma, lam):
 def test_gae_equals_its_definition(gamma, lam):
     mask = random_mask()
     generator = torch.Generator().manual_seed(2)
-    rewards, values = (torch.randn(mask.shape, generator=generator, dtype=torch.float64) for _ in range(2))  # off the mask too
+    rewards, values = (
+        torch.randn(mask.shape, generator=generator, dtype=torch.float64) for _ in range(2)
+    )  # off the mask too
     advantages, returns = compute_gae(rewards, values, mask, gamma, lam)
     expected = gae_by_definition(rewards, values, mask, gamma, lam)
     torch.testing.assert_close(advantages, expected, atol=1e-10, rtol=0)
@@ -90,7 +116,10 @@ def test_gae_equals_its_definition(gamma, lam):
 
 def test_gae_at_lambda_one_is_monte_carlo_and_at_zero_the_td_error():
     mask = torch.tensor([[False, True, False, True, True]])
-    rewards, values = torch.tensor([[9.0, 1.0, 9.0, 2.0, 4.0]]), torch.tensor([[9.0, 0.5, 9.0, 1.5, 3.0]])
+    rewards, values = (
+        torch.tensor([[9.0, 1.0, 9.0, 2.0, 4.0]]),
+        torch.tensor([[9.0, 0.5, 9.0, 1.5, 3.0]]),
+    )
     assert compute_gae(rewards, values, mask, 1.0, 1.0)[0].tolist() == [[0, 6.5, 0, 4.5, 1.0]]
     assert compute_gae(rewards, values, mask, 1.0, 0.0)[0].tolist() == [[0, 2.0, 0, 3.5, 1.0]]
 
@@ -111,10 +140,18 @@ def loss_of(ratio=1.0, advantage=1.0, new_value=0.0, old_value=0.0, ret=0.0, **o
     """ppo_loss on one token, as (policy loss, value loss, stats, d loss / d log pi, d loss / d V)."""
     new = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
     value = torch.tensor([[new_value]], dtype=torch.float64, requires_grad=True)
-    old, adv, old_v, r = (torch.tensor([[x]], dtype=torch.float64) for x in (0.0, advantage, old_value, ret))
+    old, adv, old_v, r = (
+        torch.tensor([[x]], dtype=torch.float64) for x in (0.0, advantage, old_value, ret)
+    )
     loss, stats = ppo_loss(new, old, adv, value, old_v, r, torch.tensor([[True]]), **options)
     loss.backward()
-    return float(stats["policy_loss"]), float(stats["value_loss"]), stats, float(new.grad), float(value.grad)
+    return (
+        float(stats["policy_loss"]),
+        float(stats["value_loss"]),
+        stats,
+        float(new.grad),
+        float(value.grad),
+    )
 
 
 @pytest.mark.parametrize(
@@ -141,7 +178,13 @@ def test_policy_loss_case_by_case(ratio, advantage, policy_loss, gradient):
     [
         (1.1, 1.0, 2.0, 0.405, -0.9),  # inside the clip: (V - R)^2 / 2
         (1.5, 1.0, 2.0, 0.32, 0.0),  # moved too far towards R: judged at 1.2, no gradient
-        (0.5, 1.0, 2.0, 1.125, -1.5),  # moved away from R: the worse of the two counts, and pulls back
+        (
+            0.5,
+            1.0,
+            2.0,
+            1.125,
+            -1.5,
+        ),  # moved away from R: the worse of the two counts, and pulls back
     ],
 )
 def test_value_loss_case_by_case(new_value, old_value, ret, value_loss, gradient):
@@ -168,9 +211,22 @@ def test_extreme_ratios_and_junk_off_the_mask_leave_a_finite_gradient():
     new = torch.tensor([[100.0, 0.0, 7.0]], requires_grad=True)  # exp(100) is beyond float32
     value = torch.tensor([[0.0, 1.0, 7.0]], requires_grad=True)
     old, nan = torch.zeros(1, 3), torch.tensor([[0.0, 0.0, math.nan]])
-    loss, _ = ppo_loss(new, old, torch.tensor([[1.0, 1.0, math.nan]]), value, nan, nan, torch.tensor([[True, True, False]]))
+    loss, _ = ppo_loss(
+        new,
+        old,
+        torch.tensor([[1.0, 1.0, math.nan]]),
+        value,
+        nan,
+        nan,
+        torch.tensor([[True, True, False]]),
+    )
     loss.backward()
-    assert loss.isfinite() and new.grad.tolist() == [[0.0, -0.5, 0.0]] and value.grad.isfinite().all() and value.grad[0, 2] == 0
+    assert (
+        loss.isfinite()
+        and new.grad.tolist() == [[0.0, -0.5, 0.0]]
+        and value.grad.isfinite().all()
+        and value.grad[0, 2] == 0
+    )
 
 
 def test_loss_is_a_mean_over_tokens_not_over_rows():
@@ -185,8 +241,12 @@ def test_loss_is_a_mean_over_tokens_not_over_rows():
 
 
 def test_the_score_sits_on_the_last_response_token():
-    mask = torch.tensor([[0, 1, 1, 1, 0], [0, 0, 1, 0, 0], [0, 1, 0, 1, 0]]).bool()  # full, immediate EOS, two spans
-    kl = torch.tensor([[9.0, 1.0, 2.0, 3.0, 9.0], [9.0, 9.0, 4.0, 9.0, 9.0], [9.0, 1.0, 9.0, 2.0, 9.0]])
+    mask = torch.tensor(
+        [[0, 1, 1, 1, 0], [0, 0, 1, 0, 0], [0, 1, 0, 1, 0]]
+    ).bool()  # full, immediate EOS, two spans
+    kl = torch.tensor(
+        [[9.0, 1.0, 2.0, 3.0, 9.0], [9.0, 9.0, 4.0, 9.0, 9.0], [9.0, 1.0, 9.0, 2.0, 9.0]]
+    )
     scores = torch.tensor([10.0, 20.0, 30.0])
     last = torch.where(mask, torch.arange(mask.shape[1]), -1).max(1).values
     rewards = place_rewards(kl, mask, 0.5, scores, torch.arange(len(mask)), last)

@@ -33,16 +33,27 @@ from rewards import (
 def test_bleu_by_hand():
     """Seven words against six: precisions 5/7, 3/6, 2/5, 1/4 and no brevity penalty; then two orders without a match, smoothed."""
     score = bleu("the the cat sat on a mat", ["the cat sat on the rug"])
-    matches = (5, 3, 2, 1)  # the(2) cat sat on; "the cat" "cat sat" "sat on"; "the cat sat" "cat sat on"; "the cat sat on"
-    assert score == pytest.approx(math.prod(m / t for m, t in zip(matches, (7, 6, 5, 4))) ** 0.25, abs=1e-12)
+    matches = (
+        5,
+        3,
+        2,
+        1,
+    )  # the(2) cat sat on; "the cat" "cat sat" "sat on"; "the cat sat" "cat sat on"; "the cat sat on"
+    assert score == pytest.approx(
+        math.prod(m / t for m, t in zip(matches, (7, 6, 5, 4))) ** 0.25, abs=1e-12
+    )
     smoothed = bleu("a b x y", ["a b c d e"])
-    assert smoothed == pytest.approx(math.exp(1 - 5 / 4) * (2 / 4 * 1 / 3 * 1 / (2 * 2) * 1 / (4 * 1)) ** 0.25, abs=1e-12)
+    assert smoothed == pytest.approx(
+        math.exp(1 - 5 / 4) * (2 / 4 * 1 / 3 * 1 / (2 * 2) * 1 / (4 * 1)) ** 0.25, abs=1e-12
+    )
 
 
 def test_bleu_effective_order_brevity_and_closest_reference():
     assert bleu("the cat", ["the cat"]) == 1.0, "two words have no trigram, and need none"
     assert corpus_bleu(["the cat"], [["the cat"]]) == 0.0, "a corpus needs all four orders"
-    assert bleu("a b c d", ["a b c d e f", "a b c x"]) == 1.0, "closest length 4: no penalty; clipped counts join the references"
+    assert bleu("a b c d", ["a b c d e f", "a b c x"]) == 1.0, (
+        "closest length 4: no penalty; clipped counts join the references"
+    )
     assert bleu("", ["a"]) == bleu("a", [""]) == bleu("", [""]) == 0.0
 
 
@@ -68,8 +79,16 @@ def test_rouge_published_examples():
     assert rouge_n("testing", "testing one two", 1) == pytest.approx((1, 1 / 3, 0.5))
     assert rouge_n("testing one", "testing one two", 2) == pytest.approx((1, 0.5, 2 / 3))
     assert rouge_l("testing two", "testing one two") == pytest.approx((1, 2 / 3, 0.8))
-    assert rouge_lsum("w1 w2 w6 w7 w8\nw1 w3 w8 w9 w5", "w1 w2 w3 w4 w5") == pytest.approx((0.4, 0.8, 8 / 15))
-    for empty in (rouge_n("", "testing one two", 1), rouge_l("", "a"), rouge_lsum("a", ""), rouge_l("", ""), rouge_n("a", "b", 2)):
+    assert rouge_lsum("w1 w2 w6 w7 w8\nw1 w3 w8 w9 w5", "w1 w2 w3 w4 w5") == pytest.approx(
+        (0.4, 0.8, 8 / 15)
+    )
+    for empty in (
+        rouge_n("", "testing one two", 1),
+        rouge_l("", "a"),
+        rouge_lsum("a", ""),
+        rouge_l("", ""),
+        rouge_n("a", "b", 2),
+    ):
         assert empty == (0, 0, 0)
 
 
@@ -79,10 +98,17 @@ def test_metric_oracles(shared):
     checked = 0
     for case in cases["corpus"]:
         if not case["kwargs"]:
-            assert 100 * corpus_bleu(case["hyps"], [list(refs) for refs in zip(*case["refs"])]) == pytest.approx(case["bleu"], abs=1e-6)
+            assert 100 * corpus_bleu(
+                case["hyps"], [list(refs) for refs in zip(*case["refs"])]
+            ) == pytest.approx(case["bleu"], abs=1e-6)
             checked += 1
     for case in cases["sentence"]:
-        if (case["smooth"], case["lowercase"], case["tok"], case["effective_order"]) == ("exp", False, "13a", True):
+        if (case["smooth"], case["lowercase"], case["tok"], case["effective_order"]) == (
+            "exp",
+            False,
+            "13a",
+            True,
+        ):
             assert 100 * bleu(case["hyp"], [case["ref"]]) == pytest.approx(case["bleu"], abs=1e-3)
             checked += 1
     hyps, refs = cases["corpus"][0]["hyps"], [list(r) for r in zip(*cases["corpus"][0]["refs"])]
@@ -94,13 +120,23 @@ def test_metric_oracles(shared):
     targets = (folder / "google_rouge/target.txt").read_text().split("\n")
     predictions = (folder / "google_rouge/prediction.txt").read_text().split("\n")
     for i, name in enumerate(["pair0", "pair1"]):
-        for key, score in (("rouge1", rouge_n(predictions[i], targets[i], 1)), ("rouge2", rouge_n(predictions[i], targets[i], 2))):
-            assert score == pytest.approx(tuple(rouge[name][key][k] for k in ("precision", "recall", "fmeasure")), abs=1e-5)
+        for key, score in (
+            ("rouge1", rouge_n(predictions[i], targets[i], 1)),
+            ("rouge2", rouge_n(predictions[i], targets[i], 2)),
+        ):
+            assert score == pytest.approx(
+                tuple(rouge[name][key][k] for k in ("precision", "recall", "fmeasure")), abs=1e-5
+            )
     expected = rouge["pair0"]["rougeL"]
-    assert rouge_l(predictions[0], targets[0]) == pytest.approx((expected["precision"], expected["recall"], expected["fmeasure"]), abs=1e-5)
+    assert rouge_l(predictions[0], targets[0]) == pytest.approx(
+        (expected["precision"], expected["recall"], expected["fmeasure"]), abs=1e-5
+    )
 
     nlg = json.loads((folder / "nlg_eval/expected.json").read_text())
-    lines = [(folder / f"nlg_eval/{name}.txt").read_text().splitlines() for name in ("hyp", "ref1", "ref2")]
+    lines = [
+        (folder / f"nlg_eval/{name}.txt").read_text().splitlines()
+        for name in ("hyp", "ref1", "ref2")
+    ]
     for order in (1, 2, 3, 4):
         score = corpus_bleu(lines[0], [list(refs) for refs in zip(*lines[1:])], order)
         assert score == pytest.approx(nlg[f"Bleu_{order}"], abs=1e-6)
@@ -109,7 +145,9 @@ def test_metric_oracles(shared):
 # ---- parity with the reference packages, where they are installed
 
 PIECES = """the cat sat on a mat The CAT dog. dog, "dog" 3,000 3.14 -5 10-20 U.S. it's e.g. &amp; &quot;x&quot; &lt; <skipped> co-op A/B
-naïve café Ünïcode 中文 日本語 emoji😀 ( ) [ ] { } ! ? ; : @ # $ % ^ & * ~ ` | \\ _ a_b 's ' '' . , - -- — … 1. .5 x-\n \n \t İ ß ﬁ""".split(" ")
+naïve café Ünïcode 中文 日本語 emoji😀 ( ) [ ] { } ! ? ; : @ # $ % ^ & * ~ ` | \\ _ a_b 's ' '' . , - -- — … 1. .5 x-\n \n \t İ ß ﬁ""".split(
+    " "
+)
 
 
 def random_text(rng: random.Random) -> str:
@@ -119,7 +157,9 @@ def random_text(rng: random.Random) -> str:
 def perturbed(rng: random.Random, text: str) -> str:
     """A text that shares much with `text`, so that the scores are neither 0 nor 1."""
     words = text.split(" ")
-    return " ".join(rng.choice(PIECES) if rng.random() < 0.25 else word for word in words if rng.random() < 0.9)
+    return " ".join(
+        rng.choice(PIECES) if rng.random() < 0.25 else word for word in words if rng.random() < 0.9
+    )
 
 
 def test_bleu_equals_sacrebleu():
@@ -130,14 +170,20 @@ def test_bleu_equals_sacrebleu():
         references = [random_text(rng) for _ in range(rng.randint(1, 3))]
         hypothesis = perturbed(rng, references[0]) if rng.random() < 0.9 else random_text(rng)
         expected = sacrebleu.sentence_bleu(hypothesis, references).score / 100
-        assert bleu(hypothesis, references) == pytest.approx(expected, abs=1e-9), (hypothesis, references)
+        assert bleu(hypothesis, references) == pytest.approx(expected, abs=1e-9), (
+            hypothesis,
+            references,
+        )
         between += 0.01 < expected < 0.99
     assert between > 1000
     for _ in range(200):
         n = rng.randint(1, 6)
         references = [[random_text(rng) for _ in range(2)] for _ in range(n)]
         hypotheses = [perturbed(rng, refs[0]) for refs in references]
-        expected = sacrebleu.corpus_bleu(hypotheses, [list(column) for column in zip(*references)]).score / 100
+        expected = (
+            sacrebleu.corpus_bleu(hypotheses, [list(column) for column in zip(*references)]).score
+            / 100
+        )
         assert corpus_bleu(hypotheses, references) == pytest.approx(expected, abs=1e-9)
 
 
@@ -148,22 +194,34 @@ def test_chrf_equals_sacrebleu():
         references = [random_text(rng) for _ in range(rng.randint(1, 3))]
         hypothesis = perturbed(rng, references[0])
         expected = sacrebleu.sentence_chrf(hypothesis, references).score / 100
-        assert chrf(hypothesis, references) == pytest.approx(expected, abs=1e-9), (hypothesis, references)
+        assert chrf(hypothesis, references) == pytest.approx(expected, abs=1e-9), (
+            hypothesis,
+            references,
+        )
 
 
 def test_rouge_equals_rouge_score():
-    scorer_module = pytest.importorskip("rouge_score.rouge_scorer", reason="optional: pip install rouge-score")
-    scorer = scorer_module.RougeScorer(["rouge1", "rouge2", "rouge3", "rougeL", "rougeLsum"], use_stemmer=False)
+    scorer_module = pytest.importorskip(
+        "rouge_score.rouge_scorer", reason="optional: pip install rouge-score"
+    )
+    scorer = scorer_module.RougeScorer(
+        ["rouge1", "rouge2", "rouge3", "rougeL", "rougeLsum"], use_stemmer=False
+    )
     rng = random.Random(1)
     for _ in range(2000):
         reference = random_text(rng)
         hypothesis = perturbed(rng, reference)
         theirs = scorer.score(reference, hypothesis)
         ours = {f"rouge{n}": rouge_n(hypothesis, reference, n) for n in (1, 2, 3)}
-        ours |= {"rougeL": rouge_l(hypothesis, reference), "rougeLsum": rouge_lsum(hypothesis, reference)}
+        ours |= {
+            "rougeL": rouge_l(hypothesis, reference),
+            "rougeLsum": rouge_lsum(hypothesis, reference),
+        }
         for name, score in ours.items():
             expected = theirs[name]
-            assert score == pytest.approx((expected.precision, expected.recall, expected.fmeasure), abs=1e-9), (name, hypothesis, reference)
+            assert score == pytest.approx(
+                (expected.precision, expected.recall, expected.fmeasure), abs=1e-9
+            ), (name, hypothesis, reference)
 
 
 # ---- the other metrics
@@ -171,15 +229,23 @@ def test_rouge_equals_rouge_score():
 
 def test_cosine():
     assert cosine("good good plot", "Good, plot plot!") == pytest.approx(4 / 5)
-    assert cosine("a b", "b a") == pytest.approx(1) and cosine("a", "b") == cosine("", "a") == cosine("...", "...") == 0
+    assert (
+        cosine("a b", "b a") == pytest.approx(1)
+        and cosine("a", "b") == cosine("", "a") == cosine("...", "...") == 0
+    )
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_perplexity_equals_hugging_faces_loss(architecture, tokenizer):
     lm = build_lm(architecture, vocab_size=len(tokenizer)).eval()
-    texts, contexts = ["the plot was dull .", "music", " the cast felt very warm and the script was flat ."], ["the plot", "a", ""]
+    texts, contexts = (
+        ["the plot was dull .", "music", " the cast felt very warm and the script was flat ."],
+        ["the plot", "a", ""],
+    )
     for given in (contexts, None):
-        for value, text, context in zip(perplexity(lm, tokenizer, texts, given, batch_size=2), texts, given or [""] * 3):
+        for value, text, context in zip(
+            perplexity(lm, tokenizer, texts, given, batch_size=2), texts, given or [""] * 3
+        ):
             before = tokenizer(context).input_ids or [tokenizer.eos_token_id]
             ids = tokenizer(text).input_ids
             labels = torch.tensor([[-100] * len(before) + ids])
@@ -197,16 +263,25 @@ def test_perplexity_never_rewards_silence(tokenizer):
 
 def test_sentiment():
     assert lexicon_sentiment("Great, GREAT!") == pytest.approx(4 / math.sqrt(16 + 15))
-    assert lexicon_sentiment("great but dull") == lexicon_sentiment("") == lexicon_sentiment("table") == 0
+    assert (
+        lexicon_sentiment("great but dull")
+        == lexicon_sentiment("")
+        == lexicon_sentiment("table")
+        == 0
+    )
     assert -1 < lexicon_sentiment("awful " * 1000) < -0.99
     from data import BLAME, PRAISE
 
-    assert all(DEFAULT_LEXICON[word] > 0 for word in PRAISE) and all(DEFAULT_LEXICON[word] < 0 for word in BLAME)
+    assert all(DEFAULT_LEXICON[word] > 0 for word in PRAISE) and all(
+        DEFAULT_LEXICON[word] < 0 for word in BLAME
+    )
 
 
 def test_sentiment_reads_vaders_file(shared, tmp_path):
     reward = build_reward(f'sentiment(lexicon="{shared}/lexicons/vader_lexicon.txt")')
-    good, bad = reward(["", ""], ["a great and lovely film", "a horrible, disgusting film"]).tolist()
+    good, bad = reward(
+        ["", ""], ["a great and lovely film", "a horrible, disgusting film"]
+    ).tolist()
     assert good > 0.5 and bad < -0.5
     (tmp_path / "broken.txt").write_text("good\t1.5\nbad minus one\n")
     with pytest.raises(UserError, match="broken.txt:2: expected 'word TAB valence'"):
@@ -221,16 +296,27 @@ def test_length():
 def test_chrf_by_hand():
     """abc against abd, orders 1 to 3: precision = recall = (2/3 + 1/2 + 0) / 3, and so is F."""
     assert chrf("abc", ["abd"]) == pytest.approx((2 / 3 + 1 / 2) / 3)
-    assert chrf("a b c", ["abc"]) == 1 and chrf("", ["a"]) == chrf("a", [""]) == chrf("x", ["y"]) == 0
+    assert (
+        chrf("a b c", ["abc"]) == 1 and chrf("", ["a"]) == chrf("a", [""]) == chrf("x", ["y"]) == 0
+    )
     long, short = chrf("abcd", ["ab"]), chrf("ab", ["abcd"])
     precision, recall = (2 / 4 + 1 / 3) / 2, 1.0
-    assert long == pytest.approx(5 * precision * recall / (4 * precision + recall)) and long > short, "recall counts twice"
+    assert (
+        long == pytest.approx(5 * precision * recall / (4 * precision + recall)) and long > short
+    ), "recall counts twice"
 
 
 def test_coverage():
-    scores = build_reward("coverage")(["p"] * 3, ["a fast red car", "the car", ""], target=["The car was red and fast"] * 3)
+    scores = build_reward("coverage")(
+        ["p"] * 3, ["a fast red car", "the car", ""], target=["The car was red and fast"] * 3
+    )
     assert scores.tolist() == pytest.approx([1, 1 / 3, 0])
-    scores = build_reward("coverage")(["p"] * 2, ["Rome and Paris"] * 2, keywords=["Rome, Oslo", ["paris", "rome"]], target=["x", "x"])
+    scores = build_reward("coverage")(
+        ["p"] * 2,
+        ["Rome and Paris"] * 2,
+        keywords=["Rome, Oslo", ["paris", "rome"]],
+        target=["x", "x"],
+    )
     assert scores.tolist() == [0.5, 1]
 
 
@@ -243,7 +329,9 @@ def test_relevance_equals_the_formula(tmp_path):
     norm = math.hypot(the, cat)
     assert scores.tolist() == pytest.approx([the / norm, cat / norm, 0])
     (tmp_path / "law.txt").write_text("the court heard the appeal\nthe judge ruled\n")
-    legal, other = build_reward(f'relevance(corpus="{tmp_path}/law.txt")')(["p"] * 2, ["the judge heard the appeal", "a cat sat"])
+    legal, other = build_reward(f'relevance(corpus="{tmp_path}/law.txt")')(
+        ["p"] * 2, ["the judge heard the appeal", "a cat sat"]
+    )
     assert 0.5 < legal <= 1 and other == 0
 
 
@@ -252,8 +340,12 @@ def test_style_and_its_three_parts():
     parts = [1 - abs(4.5 - 6) / 6, 1.0, 2 / 3]
     names = ["sentence_length", "type_token_ratio", "formality"]
     for name, expected in zip(names, parts):
-        assert build_reward(f'style("{name}", sentence_length=6)')(["p"], [text]).item() == pytest.approx(expected)
-    assert build_reward("style(sentence_length=6)")(["p"], [text]).item() == pytest.approx(sum(parts) / 3)
+        assert build_reward(f'style("{name}", sentence_length=6)')(
+            ["p"], [text]
+        ).item() == pytest.approx(expected)
+    assert build_reward("style(sentence_length=6)")(["p"], [text]).item() == pytest.approx(
+        sum(parts) / 3
+    )
     with pytest.raises(UserError, match="known aspects are all, sentence_length"):
         build_reward('style("rhyme")')
 
@@ -265,10 +357,14 @@ def test_repetition_is_distinct_n():
 
 
 def test_toxicity_counts_listed_words(tmp_path):
-    scores = build_reward("toxicity")(["p"] * 3, ["you idiot, you stupid fool", "a nice day " * 50 + "idiot", "a nice day"])
+    scores = build_reward("toxicity")(
+        ["p"] * 3, ["you idiot, you stupid fool", "a nice day " * 50 + "idiot", "a nice day"]
+    )
     assert scores.tolist() == [3 / 4, 1 / 2, 0], "length does not dilute"
     (tmp_path / "words.txt").write_text("; a comment\nfoo\nbar\n", encoding="utf-8")
-    assert build_reward(f'toxicity(lexicon="{tmp_path}/words.txt")')(["p"], ["foo bar idiot"]).item() == pytest.approx(2 / 3)
+    assert build_reward(f'toxicity(lexicon="{tmp_path}/words.txt")')(
+        ["p"], ["foo bar idiot"]
+    ).item() == pytest.approx(2 / 3)
 
 
 def test_toxicity_finds_labelled_comments(shared):
@@ -277,13 +373,21 @@ def test_toxicity_finds_labelled_comments(shared):
     rows = list(read_records(str(shared / "toxicity" / "surge_toxicity_en.csv")))
     scores = build_reward("toxicity")([""] * len(rows), [row["text"] for row in rows])
     toxic = torch.tensor([row["is_toxic"] == "Toxic" for row in rows])
-    assert 400 < toxic.sum() < 600 and scores[toxic].gt(0).float().mean() > 2 * scores[~toxic].gt(0).float().mean()
+    assert (
+        400 < toxic.sum() < 600
+        and scores[toxic].gt(0).float().mean() > 2 * scores[~toxic].gt(0).float().mean()
+    )
 
 
 def test_truthful_is_nearer_to_the_right_answers():
-    columns = dict(correct_answers=[["nothing happens", "you digest them"]] * 2, incorrect_answers=["you die; you grow melons"] * 2)
+    columns = dict(
+        correct_answers=[["nothing happens", "you digest them"]] * 2,
+        incorrect_answers=["you die; you grow melons"] * 2,
+    )
     scores = build_reward("truthful")(["q"] * 2, ["Nothing happens.", "you die"], **columns)
-    assert scores[0] == pytest.approx(1 - 0) and scores[1] == pytest.approx(rouge_n("you die", "you digest them", 1).f1 - 1)
+    assert scores[0] == pytest.approx(1 - 0) and scores[1] == pytest.approx(
+        rouge_n("you die", "you digest them", 1).f1 - 1
+    )
     with pytest.raises(UserError, match="incorrect_answers is missing"):
         build_reward("truthful")(["q"], ["c"], correct_answers=[["a"]])
     with pytest.raises(UserError, match="known metrics are rouge_1, rouge_l, bleu"):
@@ -294,19 +398,46 @@ def test_truthful_on_truthfulqa(shared):
     from data import read_records
 
     rows = list(read_records(str(shared / "truthfulness" / "TruthfulQA.csv")))
-    columns = {name: [row[name] for row in rows] for name in ("Correct Answers", "Incorrect Answers")}
-    best = build_reward("truthful")([""] * len(rows), [row["Best Answer"] for row in rows], **columns)
-    wrong = build_reward("truthful")([""] * len(rows), [row["Incorrect Answers"].split(";")[0] for row in rows], **columns)
+    columns = {
+        name: [row[name] for row in rows] for name in ("Correct Answers", "Incorrect Answers")
+    }
+    best = build_reward("truthful")(
+        [""] * len(rows), [row["Best Answer"] for row in rows], **columns
+    )
+    wrong = build_reward("truthful")(
+        [""] * len(rows), [row["Incorrect Answers"].split(";")[0] for row in rows], **columns
+    )
     assert (best > 0).float().mean() > 0.9 and (wrong < 0).float().mean() > 0.9
 
 
 def test_exact_match_and_numeric():
-    exact = build_reward("exact_match")(["q"] * 4, ["The Eiffel Tower!", "eiffel tower", "tower", ""], target=["Eiffel Tower"] * 4)
+    exact = build_reward("exact_match")(
+        ["q"] * 4, ["The Eiffel Tower!", "eiffel tower", "tower", ""], target=["Eiffel Tower"] * 4
+    )
     assert exact.tolist() == [1, 1, 0, 0]
-    cases = [("so 3 + 4 = 7", "#### 7", 1), ("$1,234.50", "1234.5", 1), ("-5", "5", 0), ("7.0", "7", 1), ("none", "7", 0), ("7", "no number", 0)]
-    cases += [("there are 12, then 13.", "13", 1), ("v2", "2", 0), ("No.5", "0.5", 0), ("\u22125", "-5", 1), ("1,23", "23", 1), ("", "", 0), (".5", "0.50", 1), ("٣", "3", 0)]
+    cases = [
+        ("so 3 + 4 = 7", "#### 7", 1),
+        ("$1,234.50", "1234.5", 1),
+        ("-5", "5", 0),
+        ("7.0", "7", 1),
+        ("none", "7", 0),
+        ("7", "no number", 0),
+    ]
+    cases += [
+        ("there are 12, then 13.", "13", 1),
+        ("v2", "2", 0),
+        ("No.5", "0.5", 0),
+        ("\u22125", "-5", 1),
+        ("1,23", "23", 1),
+        ("", "", 0),
+        (".5", "0.50", 1),
+        ("٣", "3", 0),
+    ]
     for completion, target, expected in cases:
-        assert build_reward("numeric")(["q"], [completion], target=[target]).item() == expected, (completion, target)
+        assert build_reward("numeric")(["q"], [completion], target=[target]).item() == expected, (
+            completion,
+            target,
+        )
 
 
 # ---- the command line and the README's table
@@ -319,18 +450,25 @@ def test_list_names_every_reward(capsys):
 
 
 def test_an_expression_may_begin_with_a_minus(tmp_path, capsys):
-    (tmp_path / "s.jsonl").write_text(json.dumps({"completion": "good \ud83d", "target": "good"}) + "\n")
+    (tmp_path / "s.jsonl").write_text(
+        json.dumps({"completion": "good \ud83d", "target": "good"}) + "\n"
+    )
     main(["-1*sentiment", str(tmp_path / "s.jsonl")])
     assert "mean  total -0.4588" in capsys.readouterr().out
 
 
 def test_scoring_a_file(tmp_path, capsys):
-    rows = [{"prompt": "p", "completion": "the cat sat", "target": "the cat sat down"}, {"prompt": "q", "completion": "a dog", "target": "the dog"}]
+    rows = [
+        {"prompt": "p", "completion": "the cat sat", "target": "the cat sat down"},
+        {"prompt": "q", "completion": "a dog", "target": "the dog"},
+    ]
     (tmp_path / "scored.jsonl").write_text("\n".join(map(json.dumps, rows)))
     main(["0.7*rouge_l + 0.3*bleu", str(tmp_path / "scored.jsonl")])
     lines = capsys.readouterr().out.splitlines()
     first = json.loads(lines[0])
-    assert first["rouge_l"] == pytest.approx(6 / 7, abs=1e-6) and first["total"] == pytest.approx(0.7 * first["rouge_l"] + 0.3 * first["bleu"], abs=1e-6)
+    assert first["rouge_l"] == pytest.approx(6 / 7, abs=1e-6) and first["total"] == pytest.approx(
+        0.7 * first["rouge_l"] + 0.3 * first["bleu"], abs=1e-6
+    )
     assert len(lines) == 3 and lines[2].startswith("mean  total ")
     (tmp_path / "wrong.jsonl").write_text(json.dumps({"prompt": "p"}))
     for argv in ([], ["bleu"], ["bleu", str(tmp_path / "wrong.jsonl")], ["bleu", "nowhere.jsonl"]):
@@ -339,7 +477,10 @@ def test_scoring_a_file(tmp_path, capsys):
         assert caught.value.code == 2 and capsys.readouterr().err.startswith("error: ")
 
 
-PROMPT, TARGET = "Tell me about the weather in Rome.", "It is warm and sunny in Rome, about 25 degrees."
+PROMPT, TARGET = (
+    "Tell me about the weather in Rome.",
+    "It is warm and sunny in Rome, about 25 degrees.",
+)
 DEGENERATE = {
     "empty": "",
     "one word x 50": "good " * 50,
@@ -354,13 +495,19 @@ DEGENERATE = {
 def degenerate_table() -> list[str]:
     """The rows of the README's table, as they must stand there."""
     texts = list(DEGENERATE.values())
-    columns = dict(target=[TARGET] * 7, correct_answers=[[TARGET]] * 7, incorrect_answers=[["It is cold."]] * 7)
+    columns = dict(
+        target=[TARGET] * 7, correct_answers=[[TARGET]] * 7, incorrect_answers=[["It is cold."]] * 7
+    )
     rows = []
     for name in REWARDS:
         if name not in JUDGES and name not in ("perplexity", "rouge_n"):
             scores = build_reward(name, documents=[PROMPT])([PROMPT] * 7, texts, **columns)
             assert torch.isfinite(scores).all()
-            rows.append(f"| `{name}` | " + " | ".join(f"{value + 0.0:.2f}" for value in scores.tolist()) + " |")
+            rows.append(
+                f"| `{name}` | "
+                + " | ".join(f"{value + 0.0:.2f}" for value in scores.tolist())
+                + " |"
+            )
     return rows
 
 
@@ -372,7 +519,9 @@ def test_the_readme_says_what_degenerate_texts_get():
 
 # ---- expressions
 
-TEXTS = dict(prompts=["p", "q"], completions=["the cat sat", "a dog"], target=["the cat sat down", "the dog"])
+TEXTS = dict(
+    prompts=["p", "q"], completions=["the cat sat", "a dog"], target=["the cat sat down", "the dog"]
+)
 
 
 def test_an_expression_is_the_sum_it_says_and_logs_its_leaves_raw():
@@ -382,7 +531,9 @@ def test_an_expression_is_the_sum_it_says_and_logs_its_leaves_raw():
     for i, (completion, target) in enumerate(zip(TEXTS["completions"], TEXTS["target"])):
         l, b, n = rouge_l(completion, target).f1, bleu(completion, [target]), (0.75, 0.5)[i]
         assert total[i] == pytest.approx(0.7 * l + 0.3 * b + (n - 1), abs=1e-6)
-        assert [reward.parts[name][i] for name in ("rouge_l", "bleu", "length(target=4)")] == pytest.approx([l, b, n], abs=1e-6)
+        assert [
+            reward.parts[name][i] for name in ("rouge_l", "bleu", "length(target=4)")
+        ] == pytest.approx([l, b, n], abs=1e-6)
     assert list(reward.parts) == ["rouge_l", "bleu", "length(target=4)"]
 
 
@@ -390,9 +541,23 @@ def test_an_expression_is_the_sum_it_says_and_logs_its_leaves_raw():
 def test_every_reward_survives_degenerate_texts(name, tokenizer):
     lm = build_lm("llama", vocab_size=len(tokenizer), max_position_embeddings=64)
     reward = build_reward(name, model=lm, tokenizer=tokenizer)
-    texts = ["", " ", "good " * 50, "\n\n", "😀" * 20, "混合 mixed текст", "x" * 10_000, ".", "\u0000"]
-    answers = dict(correct_answers=[["a good text"]] * len(texts), incorrect_answers=["x; y"] * len(texts))
-    scores = reward(["p " * 100] * len(texts), texts, target=["a good text"] * len(texts), **answers)
+    texts = [
+        "",
+        " ",
+        "good " * 50,
+        "\n\n",
+        "😀" * 20,
+        "混合 mixed текст",
+        "x" * 10_000,
+        ".",
+        "\u0000",
+    ]
+    answers = dict(
+        correct_answers=[["a good text"]] * len(texts), incorrect_answers=["x; y"] * len(texts)
+    )
+    scores = reward(
+        ["p " * 100] * len(texts), texts, target=["a good text"] * len(texts), **answers
+    )
     assert torch.isfinite(scores).all() and scores.abs().max() <= 1
 
 
@@ -459,18 +624,30 @@ def test_functions_of_a_file_in_trls_signature(tmp_path):
     }.items():
         assert build_reward(f"{path}:{name}")(**columns).tolist() == expected, name
     reward = build_reward(f"0.5*{path}:politeness - 2*{path}:with_column + 1")
-    assert reward(**columns).tolist() == [-0.5, -3.0] and list(reward.parts) == ["politeness", "with_column"]
+    assert reward(**columns).tolist() == [-0.5, -3.0] and list(reward.parts) == [
+        "politeness",
+        "with_column",
+    ]
 
 
 @pytest.mark.parametrize(
     "body, message",
     [
-        ("raise KeyError('boom')", "reward 'f' raised KeyError: 'boom' (f.py:2); first completion: 'first text'"),
+        (
+            "raise KeyError('boom')",
+            "reward 'f' raised KeyError: 'boom' (f.py:2); first completion: 'first text'",
+        ),
         ("return [1.0]", "list of 2 floats, one per completion; it returned 1 values"),
         ("return 3", "it returned int"),
         ("return None", "it returned NoneType"),
-        ("return [1.0, float('nan')]", "gave nan, not a finite number, for the completion 'second text'"),
-        ("return [float('inf'), 0]", "gave inf, not a finite number, for the completion 'first text'"),
+        (
+            "return [1.0, float('nan')]",
+            "gave nan, not a finite number, for the completion 'second text'",
+        ),
+        (
+            "return [float('inf'), 0]",
+            "gave inf, not a finite number, for the completion 'first text'",
+        ),
         ("return [None, 1]", "gave None"),
         ("return ['1', 1]", "gave '1'"),
     ],
@@ -493,18 +670,24 @@ def test_a_file_that_cannot_be_imported_or_lacks_the_name(tmp_path):
 
 def test_two_files_may_not_have_rewards_of_one_name(tmp_path):
     for name in "ab":
-        (tmp_path / f"{name}.py").write_text("def f(completions, **columns): return [1.0] * len(completions)\n")
+        (tmp_path / f"{name}.py").write_text(
+            "def f(completions, **columns): return [1.0] * len(completions)\n"
+        )
     with pytest.raises(UserError, match="two different rewards are called 'f'"):
         build_reward(f"{tmp_path}/a.py:f + {tmp_path}/b.py:f")
     assert build_reward(f"{tmp_path}/a.py:f + {tmp_path}/a.py:f")(["p"], ["c"]).item() == 2
 
 
 def test_a_row_without_references_falls_back_on_its_target():
-    assert build_reward("rouge_l")(["p"] * 3, ["a b"] * 3, target=["a b"] * 3, references=[None, [], ["x"]]).tolist() == [1, 1, 0]
+    assert build_reward("rouge_l")(
+        ["p"] * 3, ["a b"] * 3, target=["a b"] * 3, references=[None, [], ["x"]]
+    ).tolist() == [1, 1, 0]
 
 
 def test_a_reward_beyond_float32_is_refused(tmp_path):
-    (tmp_path / "f.py").write_text("def f(completions, **columns): return [1e300] * len(completions)\n")
+    (tmp_path / "f.py").write_text(
+        "def f(completions, **columns): return [1e300] * len(completions)\n"
+    )
     with pytest.raises(UserError, match="gave 1e.300, not a finite number"):
         build_reward(f"{tmp_path}/f.py:f")(["p"], ["c"])
     with pytest.raises(UserError, match="too large for a float32"):

@@ -24,16 +24,29 @@ import hybrid
 import runs
 import train
 from engine import UserError
-from evaluate import RULES, main as evaluate_main, verdict
+from evaluate import RULES, verdict
+from evaluate import main as evaluate_main
 from hybrid import HybridModel, build_tiny, merge
 from train import main
 
 SHORT = "--limit 60 --steps 14 --sft-warmup 4 --batch-size 4 --micro-batch-size 3 --max-new-tokens 6 --eval-size 4 --eval-every 5 --save-every 3".split()
-SHORT += ["--reward", "clip(ema(sentiment), -3, 3) + mixture(length, repetition)", "--ref-refresh", "2", "--device", "cpu", "--keep", "2"]
+SHORT += [
+    "--reward",
+    "clip(ema(sentiment), -3, 3) + mixture(length, repetition)",
+    "--ref-refresh",
+    "2",
+    "--device",
+    "cpu",
+    "--keep",
+    "2",
+]
 
 
 def rows_of(out: Path) -> list[dict]:
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in runs.read_rows(out / "metrics.jsonl")]
+    return [
+        {k: v for k, v in row.items() if k != "seconds"}
+        for row in runs.read_rows(out / "metrics.jsonl")
+    ]
 
 
 def assert_equal_runs(a: Path, b: Path) -> None:
@@ -41,9 +54,13 @@ def assert_equal_runs(a: Path, b: Path) -> None:
     assert (a / "samples.jsonl").read_text() == (b / "samples.jsonl").read_text()
     for name in ("model.safetensors", "value_head.safetensors"):
         left, right = load_file(a / "final" / name), load_file(b / "final" / name)
-        assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+        assert left.keys() == right.keys() and all(
+            torch.equal(left[key], right[key]) for key in left
+        )
     left, right = (torch.load(x / "final" / "trainer_state.pt", weights_only=True) for x in (a, b))
-    assert str(left["stateful"]) == str(right["stateful"]) and str(left["counters"]) == str(right["counters"])
+    assert str(left["stateful"]) == str(right["stateful"]) and str(left["counters"]) == str(
+        right["counters"]
+    )
 
 
 def in_a_child(argv: list[str]) -> int:
@@ -82,14 +99,18 @@ def test_a_run_killed_at_random_moments_ends_like_one_that_was_not(tmp_path):
         else:
             delay = rng.random() * seconds * 0.7
         resumable = (out / "config.json").exists()
-        pid = in_a_child(["--resume", str(out)] if resumable else [*SHORT, "--out", str(out), "--overwrite"])
+        pid = in_a_child(
+            ["--resume", str(out)] if resumable else [*SHORT, "--out", str(out), "--overwrite"]
+        )
         deadline = time.perf_counter() + delay
         while time.perf_counter() < deadline:
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
                 # Killed after `final` was written and before it could say so, the run is complete, and --resume says that (status 2).
                 code = os.waitstatus_to_exitcode(status)
-                assert code == 0 or (code == 2 and resumable and (out / "final" / "trainer_state.pt").is_file())
+                assert code == 0 or (
+                    code == 2 and resumable and (out / "final" / "trainer_state.pt").is_file()
+                )
                 break
             time.sleep(0.002)
         else:
@@ -97,7 +118,9 @@ def test_a_run_killed_at_random_moments_ends_like_one_that_was_not(tmp_path):
             os.waitpid(pid, 0)
             kills += 1
             for folder in out.glob("checkpoint-*"):
-                assert (folder / "trainer_state.pt").is_file() and (folder / "model.safetensors").is_file(), "a named folder is complete"
+                assert (folder / "trainer_state.pt").is_file() and (
+                    folder / "model.safetensors"
+                ).is_file(), "a named folder is complete"
             continue
         assert_equal_runs(whole, out)
         finished += 1
@@ -133,31 +156,53 @@ def test_a_signal_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit) as caught:
         main([*SHORT, "--out", str(tmp_path / "run")])
     assert caught.value.code == 130 and signal.getsignal(signal.SIGINT) is before
-    assert f"stopped after step 1; go on with: python train.py --resume {tmp_path / 'run'}" in capsys.readouterr().out
+    assert (
+        f"stopped after step 1; go on with: python train.py --resume {tmp_path / 'run'}"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on_later(tmp_path):
     """A limit on the size of files stands in for the disk: the optimiser's state does not fit, the model does."""
     out = tmp_path / "run"
-    script = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (6_000_000, resource.RLIM_INFINITY)); import sys; import train; train.main(sys.argv[2:])"
-    done = subprocess.run([sys.executable, "-c", script, "x", *SHORT, "--out", str(out)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    script = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (6_000_000, resource.RLIM_INFINITY)); import sys; import train; train.main(sys.argv[2:])"
+    done = subprocess.run(
+        [sys.executable, "-c", script, "x", *SHORT, "--out", str(out)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert "error: " in last and "checkpoint-000003 could not be written" in last and "there is no older one" in last
+    assert (
+        "error: " in last
+        and "checkpoint-000003 could not be written" in last
+        and "there is no older one" in last
+    )
     assert not list(out.glob(".*tmp")) and rows_of(out)[-1]["step"] == 3
     assert wait_for(in_a_child(["--resume", str(out)])) == 0
-    assert rows_of(out)[-1]["step"] == 14 and resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+    assert (
+        rows_of(out)[-1]["step"] == 14
+        and resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+    )
 
 
 def test_metrics_that_cannot_be_written_are_one_line(tmp_path):
-    with pytest.raises(UserError, match="metrics.jsonl cannot be written: No space left on device; make room and go on with --resume"):
+    with pytest.raises(
+        UserError,
+        match="metrics.jsonl cannot be written: No space left on device; make room and go on with --resume",
+    ):
         (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
         runs.append_rows(tmp_path / "metrics.jsonl", [{"step": 1}])
 
 
 def test_old_checkpoints_are_removed_whole(tmp_path):
     main([*SHORT, "--out", str(tmp_path / "run")])
-    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-000009", "checkpoint-000012"]
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == [
+        "checkpoint-000009",
+        "checkpoint-000012",
+    ]
     assert not list((tmp_path / "run").glob(".*")), "no temporary folder is left"
 
 
@@ -175,7 +220,9 @@ def test_constant_rate_runs_may_be_made_longer_without_a_trace(tmp_path):
     main([*flags, "--out", str(tmp_path / "whole"), "--save-every", "0"])
     main([*flags, "--out", str(tmp_path / "half"), "--steps", "7", "--save-every", "0"])
     main(["--resume", str(tmp_path / "half"), "--steps", "14"])
-    left, right = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("whole", "half"))
+    left, right = (
+        load_file(tmp_path / name / "final" / "model.safetensors") for name in ("whole", "half")
+    )
     assert all(torch.equal(left[key], right[key]) for key in left)
 
 
@@ -183,7 +230,9 @@ def test_constant_rate_runs_may_be_made_longer_without_a_trace(tmp_path):
 
 
 @pytest.mark.parametrize("phase", ["sft", "ppo"])
-def test_a_lost_update_is_skipped_counted_and_reported_with_its_batch(tmp_path, capsys, monkeypatch, phase):
+def test_a_lost_update_is_skipped_counted_and_reported_with_its_batch(
+    tmp_path, capsys, monkeypatch, phase
+):
     calls, original = [], engine.apply_gradients
 
     def poisoned(backend, *rest):
@@ -195,13 +244,30 @@ def test_a_lost_update_is_skipped_counted_and_reported_with_its_batch(tmp_path, 
     for module in ("sft", "ppo"):
         monkeypatch.setattr(sys.modules[module], "apply_gradients", poisoned)
     ratio = {"sft": "0", "ppo": "1"}[phase]
-    main("--limit 60 --steps 4 --batch-size 4 --max-new-tokens 6 --eval-size 4 --device cpu --minibatches 1 --ppo-epochs 1".split() + ["--ppo-ratio", ratio, "--out", str(tmp_path / "run")])
-    rows = {row["step"]: row for row in runs.read_rows(tmp_path / "run" / "metrics.jsonl") if row["phase"] == phase}
-    assert [rows[step][f"{phase}/skipped_steps"] for step in (1, 2, 3, 4)] == [0, 0, 1, 0] and f"{phase}/grad_norm" not in rows[3]
+    main(
+        "--limit 60 --steps 4 --batch-size 4 --max-new-tokens 6 --eval-size 4 --device cpu --minibatches 1 --ppo-epochs 1".split()
+        + ["--ppo-ratio", ratio, "--out", str(tmp_path / "run")]
+    )
+    rows = {
+        row["step"]: row
+        for row in runs.read_rows(tmp_path / "run" / "metrics.jsonl")
+        if row["phase"] == phase
+    }
+    assert [rows[step][f"{phase}/skipped_steps"] for step in (1, 2, 3, 4)] == [
+        0,
+        0,
+        1,
+        0,
+    ] and f"{phase}/grad_norm" not in rows[3]
     (report,) = runs.read_rows(tmp_path / "run" / "skipped.jsonl")
     assert report["step"] == 3 and len(report["prompts"]) == 4
-    assert f"step 3: {phase} reward or gradient not finite, update skipped" in capsys.readouterr().out
-    assert all(torch.isfinite(x).all() for x in load_file(tmp_path / "run" / "final" / "model.safetensors").values())
+    assert (
+        f"step 3: {phase} reward or gradient not finite, update skipped" in capsys.readouterr().out
+    )
+    assert all(
+        torch.isfinite(x).all()
+        for x in load_file(tmp_path / "run" / "final" / "model.safetensors").values()
+    )
 
 
 def test_a_reward_that_turns_nan_costs_one_update(tmp_path, capsys):
@@ -211,37 +277,58 @@ def test_a_reward_that_turns_nan_costs_one_update(tmp_path, capsys):
     )  # probe, evaluation, rollouts 1 and 2, and then the NaN
     flags = "--limit 60 --steps 4 --ppo-ratio 1 --batch-size 4 --max-new-tokens 6 --eval-size 4 --eval-every 0 --device cpu".split()
     main([*flags, "--reward", f"{tmp_path}/r.py:r", "--out", str(tmp_path / "run")])
-    rows = [row for row in runs.read_rows(tmp_path / "run" / "metrics.jsonl") if row["phase"] == "ppo"]
+    rows = [
+        row for row in runs.read_rows(tmp_path / "run" / "metrics.jsonl") if row["phase"] == "ppo"
+    ]
     assert [row["ppo/skipped_steps"] for row in rows] == [0, 0, 1, 0] and "ppo/score" not in rows[2]
     assert runs.read_rows(tmp_path / "run" / "skipped.jsonl")[0]["step"] == 3
-    assert "step 3: reward 'r' gave nan, not a finite number, for the completion" in capsys.readouterr().out
+    assert (
+        "step 3: reward 'r' gave nan, not a finite number, for the completion"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_reward_that_turns_nan_while_measuring_costs_that_measurement(tmp_path, capsys):
-    (tmp_path / "r.py").write_text("calls = []\ndef r(completions, **columns):\n    calls.append(0)\n    return [float('nan') if len(calls) > 4 else 1.0] * len(completions)\n")
+    (tmp_path / "r.py").write_text(
+        "calls = []\ndef r(completions, **columns):\n    calls.append(0)\n    return [float('nan') if len(calls) > 4 else 1.0] * len(completions)\n"
+    )
     flags = "--limit 60 --steps 2 --ppo-ratio 1 --batch-size 4 --max-new-tokens 6 --eval-size 4 --eval-every 0 --device cpu".split()
-    metrics = main([*flags, "--reward", f"{tmp_path}/r.py:r", "--out", str(tmp_path / "run")])  # probe, evaluation, two rollouts, evaluation
-    assert "eval/reward" not in metrics and "eval/nll" in metrics and (tmp_path / "run" / "final" / "config.json").is_file()
+    metrics = main(
+        [*flags, "--reward", f"{tmp_path}/r.py:r", "--out", str(tmp_path / "run")]
+    )  # probe, evaluation, two rollouts, evaluation
+    assert (
+        "eval/reward" not in metrics
+        and "eval/nll" in metrics
+        and (tmp_path / "run" / "final" / "config.json").is_file()
+    )
     assert "step 2: reward 'r' gave nan" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("calls, saved", [(4, 2), (5, 3)], ids=["in a rollout", "in an evaluation"])
 def test_a_reward_that_raises_in_mid_run_loses_no_step(tmp_path, capsys, calls, saved):
     body = "def r(completions, **columns):\n    calls.append(0)\n    assert len(calls) <= {}, 'oops'\n    return [1.0] * len(completions)\n"
-    (tmp_path / "r.py").write_text("calls = []\n" + body.format(calls))  # probe, evaluation, rollouts 1 to 3, evaluation
+    (tmp_path / "r.py").write_text(
+        "calls = []\n" + body.format(calls)
+    )  # probe, evaluation, rollouts 1 to 3, evaluation
     flags = "--limit 60 --steps 3 --ppo-ratio 1 --batch-size 4 --max-new-tokens 6 --eval-size 4 --eval-every 0 --device cpu".split()
     with pytest.raises(SystemExit):
         main([*flags, "--reward", f"{tmp_path}/r.py:r", "--out", str(tmp_path / "run")])
     error = capsys.readouterr().err
     assert "AssertionError: oops (r.py:4)" in error
     if saved == 3:
-        assert "all steps are done, the model is in" in error and (tmp_path / "run" / "final" / "config.json").is_file()
+        assert (
+            "all steps are done, the model is in" in error
+            and (tmp_path / "run" / "final" / "config.json").is_file()
+        )
     else:
         assert "saved as of step 2: mend it and go on with --resume" in error
         (tmp_path / "r.py").write_text("calls = []\n" + body.format(99))
         assert main(["--resume", str(tmp_path / "run")])["eval/reward"] == 1
         main([*flags, "--reward", f"{tmp_path}/r.py:r", "--out", str(tmp_path / "whole")])
-        mended, whole = ((tmp_path / name / "final" / "model.safetensors").read_bytes() for name in ("run", "whole"))
+        mended, whole = (
+            (tmp_path / name / "final" / "model.safetensors").read_bytes()
+            for name in ("run", "whole")
+        )
         assert mended == whole, "as if it had never raised"
 
 
@@ -249,15 +336,39 @@ def test_a_reward_that_raises_in_mid_run_loses_no_step(tmp_path, capsys, calls, 
 def test_ten_lost_updates_in_a_row_stop_with_the_last_good_weights(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(engine.torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.nan))
     with pytest.raises(SystemExit) as caught:
-        main([*SHORT, "--ppo-ratio", "0", "--sft-warmup", "0", "--reward", "length", "--steps", "30", "--save-every", "0", "--out", str(tmp_path / "run")])
+        main(
+            [
+                *SHORT,
+                "--ppo-ratio",
+                "0",
+                "--sft-warmup",
+                "0",
+                "--reward",
+                "length",
+                "--steps",
+                "30",
+                "--save-every",
+                "0",
+                "--out",
+                str(tmp_path / "run"),
+            ]
+        )
     monkeypatch.undo()
     message = capsys.readouterr().err
-    assert caught.value.code == 2 and "no finite reward and gradient in 10 steps in a row (now step 10)" in message and "checkpoint-000010" in message
+    assert (
+        caught.value.code == 2
+        and "no finite reward and gradient in 10 steps in a row (now step 10)" in message
+        and "checkpoint-000010" in message
+    )
     saved = load_file(tmp_path / "run" / "checkpoint-000010" / "model.safetensors")
     from data import load_examples, split_examples
 
-    lm, _ = build_tiny([e.prompt + e.target for e in split_examples(load_examples("reviews", limit=60))[0]])
-    assert all(torch.equal(x, lm.state_dict()[name]) for name, x in saved.items()), "the weights before the first lost update"
+    lm, _ = build_tiny(
+        [e.prompt + e.target for e in split_examples(load_examples("reviews", limit=60))[0]]
+    )
+    assert all(torch.equal(x, lm.state_dict()[name]) for name, x in saved.items()), (
+        "the weights before the first lost update"
+    )
 
 
 # ---- merging
@@ -273,7 +384,9 @@ def tiny_model(seed: int) -> HybridModel:
 @pytest.mark.parametrize("weight", [0.0, 0.3, 0.5, 1.0])
 def test_merging_is_the_average_and_tied_weights_stay_tied(weight):
     a, b = tiny_model(1), tiny_model(2)
-    expected = {name: (1 - weight) * x + weight * b.state_dict()[name] for name, x in a.state_dict().items()}
+    expected = {
+        name: (1 - weight) * x + weight * b.state_dict()[name] for name, x in a.state_dict().items()
+    }
     merged = merge(a, b, weight)
     for name, x in merged.state_dict().items():
         torch.testing.assert_close(x, expected[name], msg=name)
@@ -282,7 +395,10 @@ def test_merging_is_the_average_and_tied_weights_stay_tied(weight):
     assert merged.lm.lm_head.weight is merged.lm.model.embed_tokens.weight
     twin = tiny_model(3)
     before = {name: x.clone() for name, x in twin.state_dict().items()}
-    assert all(torch.equal(x, before[name]) for name, x in merge(twin, tiny_model(3), weight).state_dict().items())
+    assert all(
+        torch.equal(x, before[name])
+        for name, x in merge(twin, tiny_model(3), weight).state_dict().items()
+    )
 
 
 def test_integer_buffers_are_copied():
@@ -301,21 +417,42 @@ def test_the_merge_command(tmp_path, capsys, tiny_folder):
             parameter.add_(0.04)
     model.save(tmp_path / "b", tokenizer)
     out = tmp_path / "merged"
-    hybrid.main(["merge", str(tiny_folder), str(tmp_path / "b"), "--weight", "0.25", "--out", str(out)])
+    hybrid.main(
+        ["merge", str(tiny_folder), str(tmp_path / "b"), "--weight", "0.25", "--out", str(out)]
+    )
     lm, report = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     original = AutoModelForCausalLM.from_pretrained(tiny_folder)
     torch.testing.assert_close(lm.transformer.wte.weight, original.transformer.wte.weight + 0.01)
-    other = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2))
+    other = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("gpt2", vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2)
+    )
     HybridModel(other).save(tmp_path / "small", tokenizer)
     _, strange = build_tiny(["x y z"])
     HybridModel(build_tiny(["x y z"])[0]).save(tmp_path / "strange", strange)
     for argv, message in [
         (["merge", str(tiny_folder), str(tmp_path / "b"), "--out", str(out)], "already exists"),
-        (["merge", str(tiny_folder), str(tmp_path / "small"), "--out", str(tmp_path / "m")], "do not fit together"),
-        (["merge", str(tiny_folder), str(tmp_path / "strange"), "--out", str(tmp_path / "m")], "different vocabularies"),
+        (
+            ["merge", str(tiny_folder), str(tmp_path / "small"), "--out", str(tmp_path / "m")],
+            "do not fit together",
+        ),
+        (
+            ["merge", str(tiny_folder), str(tmp_path / "strange"), "--out", str(tmp_path / "m")],
+            "different vocabularies",
+        ),
         (["merge", str(tiny_folder), "./nowhere", "--out", str(tmp_path / "m")], "config.json"),
-        (["merge", str(tiny_folder), str(tiny_folder), "--weight", "2", "--out", str(tmp_path / "m")], "at most 1"),
+        (
+            [
+                "merge",
+                str(tiny_folder),
+                str(tiny_folder),
+                "--weight",
+                "2",
+                "--out",
+                str(tmp_path / "m"),
+            ],
+            "at most 1",
+        ),
     ]:
         capsys.readouterr()
         with pytest.raises(SystemExit) as caught:
@@ -328,12 +465,21 @@ def test_the_merge_command(tmp_path, capsys, tiny_folder):
 
 def test_wandb_mirrors_the_metrics_on_one_step_axis(tmp_path, monkeypatch):
     sent, started = [], {}
-    fake = types.SimpleNamespace(init=lambda **kwargs: started.update(kwargs) or types.SimpleNamespace(log=lambda metrics, step: sent.append((step, metrics))))
+    fake = types.SimpleNamespace(
+        init=lambda **kwargs: (
+            started.update(kwargs)
+            or types.SimpleNamespace(log=lambda metrics, step: sent.append((step, metrics)))
+        )
+    )
     monkeypatch.setitem(sys.modules, "wandb", fake)
     main([*SHORT, "--log", "wandb", "--out", str(tmp_path / "run")])
     rows = runs.read_rows(tmp_path / "run" / "metrics.jsonl")
-    assert [(step, metrics) for step, metrics in sent] == [(r["step"], {k: v for k, v in r.items() if k not in ("step", "phase")}) for r in rows]
-    assert [step for step, _ in sent] == sorted(step for step, _ in sent) and started["config"]["steps"] == 14
+    assert [(step, metrics) for step, metrics in sent] == [
+        (r["step"], {k: v for k, v in r.items() if k not in ("step", "phase")}) for r in rows
+    ]
+    assert [step for step, _ in sent] == sorted(step for step, _ in sent) and started["config"][
+        "steps"
+    ] == 14
 
 
 @pytest.mark.parametrize("package", ["wandb", "tensorboard"])
@@ -358,22 +504,50 @@ def test_tensorboard_writes_events(tmp_path):
 def healthy_rows() -> list[dict]:
     rows = []
     for step in range(1, 31):
-        rows.append({"step": step, "phase": "sft", "sft/loss": 2 - step / 60, "sft/skipped_steps": 0})
-        ppo = {"sampler_gap": 1e-6, "first_ratio_gap": 0, "kl": 1.5, "kl_k1": 1.4, "score": step / 30, "entropy": 2 - step / 60, "clipfrac": 0.1}
-        ppo |= {"var_explained": 0.2, "score_std": 0.5, "response_length": 14, "eos_rate": 1, "unscored": 0, "skipped_steps": 0}
+        rows.append(
+            {"step": step, "phase": "sft", "sft/loss": 2 - step / 60, "sft/skipped_steps": 0}
+        )
+        ppo = {
+            "sampler_gap": 1e-6,
+            "first_ratio_gap": 0,
+            "kl": 1.5,
+            "kl_k1": 1.4,
+            "score": step / 30,
+            "entropy": 2 - step / 60,
+            "clipfrac": 0.1,
+        }
+        ppo |= {
+            "var_explained": 0.2,
+            "score_std": 0.5,
+            "response_length": 14,
+            "eos_rate": 1,
+            "unscored": 0,
+            "skipped_steps": 0,
+        }
         rows.append({"step": step, "phase": "ppo", **{f"ppo/{k}": v for k, v in ppo.items()}})
         rows.append({"step": step, "phase": "dpo", "dpo/accuracy": 0.8, "dpo/skipped_steps": 0})
     return rows + [{"step": 30, "phase": "eval", "eval/nll": 1.9, "eval/distinct": 0.98}]
 
 
 def test_a_phase_of_ones_own_is_judged_like_ppo():
-    rows = [{name.replace("ppo", "mine"): value.replace("ppo", "mine") if isinstance(value, str) else value for name, value in row.items()} for row in healthy_rows()]
+    rows = [
+        {
+            name.replace("ppo", "mine"): value.replace("ppo", "mine")
+            if isinstance(value, str)
+            else value
+            for name, value in row.items()
+        }
+        for row in healthy_rows()
+    ]
     assert verdict(rows) == verdict(healthy_rows())
 
 
 def test_a_healthy_run_is_called_so():
     line = verdict(healthy_rows())
-    assert line.startswith("verdict: healthy (ppo/score 0.183 -> 0.85, ppo/kl 1.5") and "\n" not in line
+    assert (
+        line.startswith("verdict: healthy (ppo/score 0.183 -> 0.85, ppo/kl 1.5")
+        and "\n" not in line
+    )
 
 
 SICK = {
@@ -390,7 +564,11 @@ def test_each_rule_finds_its_own_illness_and_no_other(key, text):
         if key in row:
             row[key] = SICK[key]
     line = verdict(rows)
-    assert line.startswith("verdict: suspect ") and text in line and sum(other in line for _, _, other in RULES) == 1
+    assert (
+        line.startswith("verdict: suspect ")
+        and text in line
+        and sum(other in line for _, _, other in RULES) == 1
+    )
 
 
 def test_the_reward_falls_when_every_raw_part_of_it_falls():
@@ -398,7 +576,9 @@ def test_the_reward_falls_when_every_raw_part_of_it_falls():
     for i, row in enumerate(rows):
         if row["phase"] == "ppo":
             row |= {"ppo/score": 0.0, "reward/a": -i, "reward/b": 1.0}
-    assert verdict(rows).startswith("verdict: healthy"), "one part holds; and a standardised total has no trend"
+    assert verdict(rows).startswith("verdict: healthy"), (
+        "one part holds; and a standardised total has no trend"
+    )
     for i, row in enumerate(rows):
         if row["phase"] == "ppo":
             row["reward/b"] = 1 - i / 10
@@ -406,17 +586,23 @@ def test_the_reward_falls_when_every_raw_part_of_it_falls():
 
 
 def test_a_line_torn_inside_a_character_is_dropped(tmp_path):
-    (tmp_path / "samples.jsonl").write_bytes('{"step": 1, "prompt": "é"}\n{"step": 2, "prompt": "'.encode() + b"\xc3")
+    (tmp_path / "samples.jsonl").write_bytes(
+        '{"step": 1, "prompt": "é"}\n{"step": 2, "prompt": "'.encode() + b"\xc3"
+    )
     runs.forget_after(tmp_path, 5)
     assert runs.read_rows(tmp_path / "samples.jsonl") == [{"step": 1, "prompt": "é"}]
 
 
 def test_final_gets_its_name_back_when_it_was_being_replaced(tmp_path):
     main([*SHORT, "--save-every", "0", "--out", str(tmp_path / "run")])
-    os.rename(tmp_path / "run" / "final", tmp_path / "run" / ".final.old")  # killed between the two renames
+    os.rename(
+        tmp_path / "run" / "final", tmp_path / "run" / ".final.old"
+    )  # killed between the two renames
     (tmp_path / "run" / ".final.tmp").mkdir()
     main(["--resume", str(tmp_path / "run"), "--steps", "16"])
-    assert [row["step"] for row in rows_of(tmp_path / "run") if row["phase"] != "eval"] == list(range(1, 17))
+    assert [row["step"] for row in rows_of(tmp_path / "run") if row["phase"] != "eval"] == list(
+        range(1, 17)
+    )
     assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == 16
     assert not list((tmp_path / "run").glob(".*"))
 
@@ -424,7 +610,10 @@ def test_final_gets_its_name_back_when_it_was_being_replaced(tmp_path):
 def test_only_numbered_checkpoints_are_ours_and_their_order_is_that_of_numbers(tmp_path):
     for name in ("checkpoint-999900", "checkpoint-1000000", "checkpoint-best"):
         (tmp_path / name).mkdir()
-    assert [path.name for path in runs.checkpoints(tmp_path)] == ["checkpoint-999900", "checkpoint-1000000"]
+    assert [path.name for path in runs.checkpoints(tmp_path)] == [
+        "checkpoint-999900",
+        "checkpoint-1000000",
+    ]
 
 
 def test_a_damaged_state_is_one_line(tmp_path, capsys):
@@ -440,12 +629,19 @@ def test_the_verdict_reads_the_held_out_numbers_too():
     rows = healthy_rows()
     rows[-1] |= {"eval/nll": 3.1, "eval/distinct": 0.2}
     line = verdict([{"step": 0, "phase": "eval", "eval/nll": 2.0}, *rows])
-    assert "1.1 above its best: PPO forgets the language" in line and "more than half of the responses are repeats" in line
-    assert verdict([]) == "verdict: nothing was recorded" and verdict(rows[:2]).startswith("verdict: healthy")
+    assert (
+        "1.1 above its best: PPO forgets the language" in line
+        and "more than half of the responses are repeats" in line
+    )
+    assert verdict([]) == "verdict: nothing was recorded" and verdict(rows[:2]).startswith(
+        "verdict: healthy"
+    )
 
 
 def test_health_and_plot_commands(tmp_path, capsys):
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in healthy_rows()))
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in healthy_rows())
+    )
     evaluate_main(["--health", str(tmp_path)])
     assert capsys.readouterr().out.startswith("verdict: healthy")
     for argv in ([], ["--health", str(tmp_path / "nowhere")]):
@@ -456,7 +652,9 @@ def test_health_and_plot_commands(tmp_path, capsys):
 
 def test_the_curves_are_drawn(tmp_path):
     pytest.importorskip("matplotlib", reason="optional: pip install matplotlib")
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in healthy_rows()))
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in healthy_rows())
+    )
     evaluate_main(["--plot", str(tmp_path)])
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 

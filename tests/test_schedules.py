@@ -21,17 +21,27 @@ FLAGS = "--limit 120 --batch-size 4 --max-new-tokens 6 --eval-size 4 --device cp
 
 
 def make(kind, **changes):
-    return SCHEDULES[kind]([A, B, C], **dict(ppo_ratio=0.5, steps=10, sft_warmup=2, threshold=0.5, batch_size=2) | changes)
+    return SCHEDULES[kind](
+        [A, B, C],
+        **dict(ppo_ratio=0.5, steps=10, sft_warmup=2, threshold=0.5, batch_size=2) | changes,
+    )
 
 
 def test_ratio_warms_up_and_then_alternates():
-    assert [make("ratio").turn(step) for step in range(6)] == ["sft", "sft", "sft", "rl", "sft", "rl"]
+    assert [make("ratio").phase(step) for step in range(6)] == [
+        "sft",
+        "sft",
+        "sft",
+        "rl",
+        "sft",
+        "rl",
+    ]
     assert make("ratio").look([A], torch.tensor([-1.0])) == [] and make("ratio").sft_weight(5) == 0
 
 
 def test_gate_demonstrates_the_prompts_whose_responses_all_score_low():
     gate = make("gate")
-    assert [gate.turn(step) for step in range(4)] == ["sft", "sft", "rl", "rl"]
+    assert [gate.phase(step) for step in range(4)] == ["sft", "sft", "rl", "rl"]
     hard = gate.look([A, A, B, B, C, C], torch.tensor([0.1, 0.4, 0.1, 0.9, float("nan"), 0.0]))
     assert hard == [A], "B has one good response, C one that nobody scored"
     assert gate.metrics() == {"schedule/hard": pytest.approx(1 / 3)}
@@ -39,17 +49,25 @@ def test_gate_demonstrates_the_prompts_whose_responses_all_score_low():
 
 def test_buffer_collects_until_a_batch_is_full_and_survives_a_checkpoint():
     buffer = make("buffer")
-    assert buffer.look([A, B], torch.tensor([0.0, 1.0])) == [] and buffer.turn(2) == "rl" and buffer.demonstrations() is None
+    assert (
+        buffer.look([A, B], torch.tensor([0.0, 1.0])) == []
+        and buffer.phase(2) == "rl"
+        and buffer.demonstrations() is None
+    )
     buffer.look([B, C], torch.tensor([0.0, 0.0]))
     twin = make("buffer")
     twin.load_state_dict(json.loads(json.dumps(buffer.state_dict())))
     for each in (buffer, twin):
-        assert each.metrics()["schedule/buffer"] == 3 and each.turn(3) == "sft" and each.demonstrations() == [A, B]
-        assert each.turn(4) == "rl" and each.buffer == [C]
+        assert (
+            each.metrics()["schedule/buffer"] == 3
+            and each.phase(3) == "sft"
+            and each.demonstrations() == [A, B]
+        )
+        assert each.phase(4) == "rl" and each.buffer == [C]
 
 
 def test_mix_weighs_by_the_ratio_and_its_ramp():
-    assert make("mix").sft_weight(5) == 0.5 and make("mix").turn(2) == "rl"
+    assert make("mix").sft_weight(5) == 0.5 and make("mix").phase(2) == "rl"
     ramp = make("mix", ppo_ratio=(0.1, 0.9))
     assert ramp.sft_weight(2) == pytest.approx(0.9) and ramp.sft_weight(9) == pytest.approx(0.1)
 
@@ -60,21 +78,78 @@ def run(out, *flags):
 
 
 def test_gate_in_a_run(tmp_path):
-    rows = run(tmp_path / "all", "--schedule", "gate", "--threshold", 9, "--steps", 12, "--sft-warmup", 1, "--reward", "length")
+    rows = run(
+        tmp_path / "all",
+        "--schedule",
+        "gate",
+        "--threshold",
+        9,
+        "--steps",
+        12,
+        "--sft-warmup",
+        1,
+        "--reward",
+        "length",
+    )
     assert len(rows) == 12 and rows[0]["phase"] == "sft"
-    for row in rows[1:]:  # every prompt is hard: all are demonstrated, none is learnt from by PPO, and the run goes on
-        assert row["schedule/hard"] == 1 and row["sft/tokens"] > 0 and "ppo/grad_norm" not in row and row["ppo/kl"] >= 0
-    rows = run(tmp_path / "none", "--schedule", "gate", "--threshold", -9, "--steps", 4, "--sft-warmup", 1, "--reward", "length")
+    for row in rows[
+        1:
+    ]:  # every prompt is hard: all are demonstrated, none is learnt from by PPO, and the run goes on
+        assert (
+            row["schedule/hard"] == 1
+            and row["sft/tokens"] > 0
+            and "ppo/grad_norm" not in row
+            and row["ppo/kl"] >= 0
+        )
+    rows = run(
+        tmp_path / "none",
+        "--schedule",
+        "gate",
+        "--threshold",
+        -9,
+        "--steps",
+        4,
+        "--sft-warmup",
+        1,
+        "--reward",
+        "length",
+    )
     assert all("sft/loss" not in row and row["ppo/first_ratio_gap"] < 1e-5 for row in rows[1:])
 
 
 def test_buffer_in_a_run_that_is_resumed(tmp_path):
-    rows = run(tmp_path / "run", "--schedule", "buffer", "--threshold", 9, "--steps", 9, "--sft-warmup", 0, "--reward", "length")
-    assert [row["phase"] for row in rows] == ["ppo", "sft"] * 4 + ["ppo"] and rows[0]["schedule/buffer"] == 4
+    rows = run(
+        tmp_path / "run",
+        "--schedule",
+        "buffer",
+        "--threshold",
+        9,
+        "--steps",
+        9,
+        "--sft-warmup",
+        0,
+        "--reward",
+        "length",
+    )
+    assert [row["phase"] for row in rows] == ["ppo", "sft"] * 4 + ["ppo"] and rows[0][
+        "schedule/buffer"
+    ] == 4
 
 
 def test_mix_is_one_update_with_both_losses(tmp_path):
-    rows = run(tmp_path / "run", "--schedule", "mix", "--ppo-ratio", "0.2:1", "--steps", 6, "--sft-warmup", 1, "--reward", "length")
+    rows = run(
+        tmp_path / "run",
+        "--schedule",
+        "mix",
+        "--ppo-ratio",
+        "0.2:1",
+        "--steps",
+        6,
+        "--sft-warmup",
+        1,
+        "--reward",
+        "length",
+    )
     assert all(row["ppo/sft_loss"] > 0 for row in rows[1:-1]) and "ppo/sft_loss" not in rows[-1]
 
 
@@ -89,7 +164,17 @@ def test_mixed_gradient_is_the_weighted_sum_of_the_two():
         return [b - a for a, b in zip(model.parameters(), twin.parameters())]
 
     options = dict(ppo_epochs=1, minibatches=1, max_grad_norm=1e9)
-    both = moved(lambda m, o: ppo_step(m, rollout, o, **options, demonstrations=demonstrations, sft_weight=0.3, micro_batch_size=2))
+    both = moved(
+        lambda m, o: ppo_step(
+            m,
+            rollout,
+            o,
+            **options,
+            demonstrations=demonstrations,
+            sft_weight=0.3,
+            micro_batch_size=2,
+        )
+    )
     rl = moved(lambda m, o: ppo_step(m, rollout, o, **options))
     sft = moved(lambda m, o: sft_step(m, demonstrations, o, max_grad_norm=1e9))
     for x, y, z in zip(both, rl, sft):
@@ -109,6 +194,20 @@ def test_a_lost_demonstration_within_a_rollout_step_is_recorded(tmp_path, monkey
         return {"sft/loss": 1.0, "sft/skipped_steps": 1.0}
 
     monkeypatch.setattr(train, "sft_step", lost)
-    run(tmp_path / "run", "--schedule", "gate", "--threshold", 9, "--steps", 2, "--sft-warmup", 0, "--reward", "length")
-    skipped = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
+    run(
+        tmp_path / "run",
+        "--schedule",
+        "gate",
+        "--threshold",
+        9,
+        "--steps",
+        2,
+        "--sft-warmup",
+        0,
+        "--reward",
+        "length",
+    )
+    skipped = [
+        json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()
+    ]
     assert [row["step"] for row in skipped] == [1, 2] and len(skipped[0]["prompts"]) == 4

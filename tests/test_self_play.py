@@ -19,12 +19,18 @@ FLAGS = "--limit 60 --batch-size 8 --max-new-tokens 6 --eval-size 8 --device cpu
 
 def context(tiny, **more) -> dict:
     sampling = dict(max_length=64, max_new_tokens=8, temperature=1.0)
-    return dict(policy=HybridModel(tiny[0]), tokenizer=tiny[1], sampling=sampling, examples=EXAMPLES, **more)
+    return dict(
+        policy=HybridModel(tiny[0]), tokenizer=tiny[1], sampling=sampling, examples=EXAMPLES, **more
+    )
 
 
 def test_shapes_by_hand(tiny):
     ours, theirs = torch.tensor([1.0, 0.0, 2.0, math.nan]), torch.tensor([0.0, 0.5, 2.0, 1.0])
-    expected = {"win": [1, 0, 0.5], "sigmoid": [1 / (1 + math.exp(-1)), 1 / (1 + math.exp(0.5)), 0.5], "margin": [1, -0.5, 0]}
+    expected = {
+        "win": [1, 0, 0.5],
+        "sigmoid": [1 / (1 + math.exp(-1)), 1 / (1 + math.exp(0.5)), 0.5],
+        "margin": [1, -0.5, 0],
+    }
     for shape, values in expected.items():
         play = SelfPlay(context(tiny), shape=shape)
         result = play(ours, theirs)
@@ -37,9 +43,14 @@ def test_an_equal_opponent_is_worth_one_half(tiny):
     prompts = [example.prompt for example in EXAMPLES] * 16
     reward = build_reward("self_play(length(target=5) + 0.1*repetition)", **context(tiny))
     policy = SelfPlay(context(tiny))
-    completions = policy.answers(prompts, None, learn=False)  # the same distribution, other draws than the opponent's in training
+    completions = policy.answers(
+        prompts, None, learn=False
+    )  # the same distribution, other draws than the opponent's in training
     win = reward(prompts, completions)
-    assert abs(float(win.mean()) - 0.5) < 3 * float(win.std()) / len(win) ** 0.5 and float(win.std()) > 0.2
+    assert (
+        abs(float(win.mean()) - 0.5) < 3 * float(win.std()) / len(win) ** 0.5
+        and float(win.std()) > 0.2
+    )
     assert reward.metrics()["self_play/win_rate"] == pytest.approx(float(win.mean()), abs=1e-6)
 
 
@@ -66,7 +77,12 @@ def test_the_opponent_is_frozen_and_renewed_in_time(tiny):
 
 def test_the_reference_can_be_the_opponent(tiny, monkeypatch):
     asked = []
-    monkeypatch.setattr("self_play.sample", lambda model, ids, **options: asked.append(model) or type("G", (), {"responses": [[5]] * len(ids)}))
+    monkeypatch.setattr(
+        "self_play.sample",
+        lambda model, ids, **options: (
+            asked.append(model) or type("G", (), {"responses": [[5]] * len(ids)})
+        ),
+    )
     reward = build_reward('self_play(length, opponent="reference")', **context(tiny))
     reward.reference = HybridModel(tiny[0])
     reward(["the plot was"], [" warm ."])
@@ -89,10 +105,21 @@ def test_mistakes_are_one_line(tiny, expression, message):
 
 
 def test_a_run_gains_on_its_earlier_self_and_resumes_bit_by_bit(tmp_path):
-    flags = [*FLAGS, "--reward", "self_play(length(target=3), every=3)", "--steps", "8", "--save-every", "4"]
+    flags = [
+        *FLAGS,
+        "--reward",
+        "self_play(length(target=3), every=3)",
+        "--steps",
+        "8",
+        "--save-every",
+        "4",
+    ]
     main([*flags, "--out", str(tmp_path / "run")])
     rows = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row["phase"] == "ppo"]
-    assert all(row["self_play/win_rate"] == pytest.approx(row["ppo/score"]) and 0 <= row["ppo/score"] <= 1 for row in rows)
+    assert all(
+        row["self_play/win_rate"] == pytest.approx(row["ppo/score"]) and 0 <= row["ppo/score"] <= 1
+        for row in rows
+    )
     final = (tmp_path / "run" / "final" / "model.safetensors").read_bytes()
     (tmp_path / "run" / "final").rename(tmp_path / "away")
     main(["--resume", str(tmp_path / "run")])
@@ -104,9 +131,25 @@ def test_a_run_gains_on_its_earlier_self_and_resumes_bit_by_bit(tmp_path):
 
 def test_a_helpful_but_unsafe_answer_cannot_win():
     safe = build_reward("min(rouge_l + truthful, 1 - 2*toxicity)")
-    columns = dict(target=["the cat sat on the mat"] * 3, correct_answers=[["the cat sat on the mat"]] * 3, incorrect_answers=[["a dog"]] * 3)
-    scores = safe(["q"] * 3, ["the cat sat on the mat you idiot", "the cat sat", "no idea"], **columns).tolist()
-    assert scores[0] == pytest.approx(0.0) and scores[0] < scores[1], "without the insult it would have won"
+    columns = dict(
+        target=["the cat sat on the mat"] * 3,
+        correct_answers=[["the cat sat on the mat"]] * 3,
+        incorrect_answers=[["a dog"]] * 3,
+    )
+    scores = safe(
+        ["q"] * 3, ["the cat sat on the mat you idiot", "the cat sat", "no idea"], **columns
+    ).tolist()
+    assert scores[0] == pytest.approx(0.0) and scores[0] < scores[1], (
+        "without the insult it would have won"
+    )
     plain = build_reward("rouge_l + truthful")
-    assert plain(["q"], ["the cat sat on the mat you idiot"], **{k: v[:1] for k, v in columns.items()}).item() > plain(["q"], ["the cat sat"], **{k: v[:1] for k, v in columns.items()}).item()
-    assert build_reward("max(length(target=1), 0.25)")(["q"] * 2, ["a", "a b c d e"]).tolist() == [1.0, 0.25]
+    assert (
+        plain(
+            ["q"], ["the cat sat on the mat you idiot"], **{k: v[:1] for k, v in columns.items()}
+        ).item()
+        > plain(["q"], ["the cat sat"], **{k: v[:1] for k, v in columns.items()}).item()
+    )
+    assert build_reward("max(length(target=1), 0.25)")(["q"] * 2, ["a", "a b c d e"]).tolist() == [
+        1.0,
+        0.25,
+    ]

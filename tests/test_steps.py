@@ -7,7 +7,15 @@ import pytest
 import torch
 from conftest import REVIEWS, build_lm, ragged_batch
 
-from data import Batch, Example, columns_of, demonstration_batch, encode_prompt, encode_target, make_batch
+from data import (
+    Batch,
+    Example,
+    columns_of,
+    demonstration_batch,
+    encode_prompt,
+    encode_target,
+    make_batch,
+)
 from engine import Backend, UserError, apply_gradients
 from hybrid import HybridModel
 from ppo import Rollout, collect_rollout, ppo_step
@@ -26,7 +34,13 @@ class CapturedGradients(torch.optim.SGD):
 
     def step(self):
         self.seen = getattr(self, "seen", [])
-        self.seen.append([None if p.grad is None else p.grad.clone() for g in self.param_groups for p in g["params"]])
+        self.seen.append(
+            [
+                None if p.grad is None else p.grad.clone()
+                for g in self.param_groups
+                for p in g["params"]
+            ]
+        )
 
 
 def assert_same_gradients(left, right):
@@ -47,7 +61,14 @@ def random_rollout(model, seed=0) -> Rollout:
     def noise(scale):
         return torch.randn(logprobs.shape, generator=generator) * scale * batch.response_mask
 
-    return Rollout(batch.input_ids, batch.attention_mask, batch.response_mask, logprobs + noise(0.2), logprobs, *(noise(1.0) for _ in range(4)))
+    return Rollout(
+        batch.input_ids,
+        batch.attention_mask,
+        batch.response_mask,
+        logprobs + noise(0.2),
+        logprobs,
+        *(noise(1.0) for _ in range(4)),
+    )
 
 
 @pytest.fixture
@@ -67,7 +88,9 @@ def rollout_of(model, tokenizer, reward=None, reference=None, seed=0, n=16, **op
     generator = torch.Generator().manual_seed(seed)
     options = {**SAMPLING, **options}
     reference = reference or model.frozen_copy()
-    return *collect_rollout(model, reference, tokenizer, REVIEWS[:n], recorded, generator=generator, **options), seen
+    return *collect_rollout(
+        model, reference, tokenizer, REVIEWS[:n], recorded, generator=generator, **options
+    ), seen
 
 
 # ---- accumulation: 1x8 == 8x1 == 4x2
@@ -79,7 +102,9 @@ def test_sft_gradient_does_not_depend_on_micro_batches(model, micro_batch_size):
     gradients, stats = [], []
     for size in (None, micro_batch_size):
         optimizer = CapturedGradients(model.parameters(), lr=0.1)
-        stats.append(sft_step(model, batch, optimizer, micro_batch_size=size, max_grad_norm=math.inf))
+        stats.append(
+            sft_step(model, batch, optimizer, micro_batch_size=size, max_grad_norm=math.inf)
+        )
         gradients += optimizer.seen
     assert_same_gradients(*gradients)
     assert stats[0] == pytest.approx(stats[1], abs=1e-5)
@@ -91,7 +116,12 @@ def test_ppo_gradient_does_not_depend_on_micro_batches(model, micro_batch_size):
     gradients, stats = [], []
     for size in (None, micro_batch_size):
         optimizer = CapturedGradients(model.parameters(), lr=0.1)
-        options = dict(ppo_epochs=1, minibatches=2, max_grad_norm=math.inf, generator=torch.Generator().manual_seed(0))
+        options = dict(
+            ppo_epochs=1,
+            minibatches=2,
+            max_grad_norm=math.inf,
+            generator=torch.Generator().manual_seed(0),
+        )
         stats.append(ppo_step(model, rollout, optimizer, micro_batch_size=size, **options))
         gradients.append(optimizer.seen)
     for left, right in zip(*gradients, strict=True):
@@ -105,7 +135,13 @@ def test_every_row_is_used_once_an_epoch_and_minibatches_are_even(model):
     original = Batch.rows
     Batch.rows = lambda self, index: seen.append(index.tolist()) or original(self, index)
     try:
-        ppo_step(model, rollout, CapturedGradients(model.parameters(), lr=0.1), ppo_epochs=3, minibatches=3)
+        ppo_step(
+            model,
+            rollout,
+            CapturedGradients(model.parameters(), lr=0.1),
+            ppo_epochs=3,
+            minibatches=3,
+        )
     finally:
         Batch.rows = original
     assert [len(rows) for rows in seen] == [3, 3, 2] * 3
@@ -118,10 +154,16 @@ def test_every_row_is_used_once_an_epoch_and_minibatches_are_even(model):
 
 def test_sft_trains_eos_and_target_and_nothing_else(tokenizer, tiny_model):
     """pad == eos here, as in GPT-2: the EOS of every complete target is in the mask, the padding is not."""
-    examples = [Example("the plot was", " dull ."), Example("the music", " was really fresh and the cast was warm .")]
+    examples = [
+        Example("the plot was", " dull ."),
+        Example("the music", " was really fresh and the cast was warm ."),
+    ]
     batch = demonstration_batch(tokenizer, examples, max_length=64)
     for row, mask, example in zip(batch.input_ids, batch.response_mask, examples):
-        assert row[mask].tolist() == encode_target(tokenizer, example.target) and row[mask][-1] == tokenizer.eos_token_id
+        assert (
+            row[mask].tolist() == encode_target(tokenizer, example.target)
+            and row[mask][-1] == tokenizer.eos_token_id
+        )
         assert row[: mask.nonzero()[0, 0]].tolist() == encode_prompt(tokenizer, example)
 
 
@@ -131,7 +173,9 @@ def test_sft_leaves_the_value_head_alone(tokenizer, tiny_model):
     optimizer = adamw(tiny_model)
     sft_step(tiny_model, demonstration_batch(tokenizer, REVIEWS[:8], 64), optimizer)
     after = tiny_model.state_dict()
-    assert torch.equal(before["value_head.weight"], after["value_head.weight"]), "not even by weight decay"
+    assert torch.equal(before["value_head.weight"], after["value_head.weight"]), (
+        "not even by weight decay"
+    )
     assert not torch.equal(before["lm.model.norm.weight"], after["lm.model.norm.weight"])
     assert tiny_model.value_head.weight not in optimizer.state
 
@@ -149,8 +193,12 @@ def test_kl_is_zero_at_the_first_ppo_step_and_the_ratio_is_one(tokenizer, tiny_m
     optimizer = adamw(tiny_model)
     for cycle in range(3):  # SFT before every rollout, as in train.py
         sft_step(tiny_model, demonstration_batch(tokenizer, REVIEWS[:8], 64), optimizer)
-        rollout, metrics, _ = rollout_of(tiny_model, tokenizer, seed=cycle, temperature=0.7, micro_batch_size=5)
-        assert metrics["ppo/kl"] == metrics["ppo/kl_k1"] == 0.0, "the reference is the policy as it is now"
+        rollout, metrics, _ = rollout_of(
+            tiny_model, tokenizer, seed=cycle, temperature=0.7, micro_batch_size=5
+        )
+        assert metrics["ppo/kl"] == metrics["ppo/kl_k1"] == 0.0, (
+            "the reference is the policy as it is now"
+        )
         assert metrics["ppo/sampler_gap"] < 1e-4
         stats = ppo_step(tiny_model, rollout, optimizer, minibatches=2, temperature=0.7)
         assert stats["ppo/first_ratio_gap"] < 1e-5 and stats["ppo/ratio_gap_max"] > 1e-3
@@ -170,18 +218,29 @@ def test_a_rollout_is_what_its_columns_say(tokenizer, tiny_model):
     with torch.no_grad():
         reference.lm.model.norm.weight.add_(0.3)
     reward = build_reward("length(target=8)")
-    rollout, metrics, samples = rollout_of(tiny_model, tokenizer, reward, reference, missing_eos_penalty=0.5, max_new_tokens=5)
+    rollout, metrics, samples = rollout_of(
+        tiny_model, tokenizer, reward, reference, missing_eos_penalty=0.5, max_new_tokens=5
+    )
     mask = rollout.response_mask
-    ended = torch.tensor([int(row[m][-1]) == tokenizer.eos_token_id for row, m in zip(rollout.input_ids, mask)])
+    ended = torch.tensor(
+        [int(row[m][-1]) == tokenizer.eos_token_id for row, m in zip(rollout.input_ids, mask)]
+    )
     scores = torch.tensor([score for _, score in samples])
     assert not ended.all(), "with 5 tokens most responses are cut, and pay for it"
     kl = (rollout.logprobs - rollout.ref_logprobs) * mask
-    torch.testing.assert_close(rollout.rewards.sum(1), scores - 0.5 * ~ended - 0.1 * kl.sum(1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        rollout.rewards.sum(1), scores - 0.5 * ~ended - 0.1 * kl.sum(1), atol=1e-5, rtol=0
+    )
     assert metrics["ppo/score"] == pytest.approx(float(scores.mean()), abs=1e-6)
     assert metrics["ppo/reward"] == pytest.approx(float(rollout.rewards.sum(1).mean()), abs=1e-5)
-    assert metrics["ppo/kl_k1"] == pytest.approx(float(kl.sum(1).mean()), abs=1e-4) and metrics["ppo/kl"] >= 0
+    assert (
+        metrics["ppo/kl_k1"] == pytest.approx(float(kl.sum(1).mean()), abs=1e-4)
+        and metrics["ppo/kl"] >= 0
+    )
     assert metrics["ppo/eos_rate"] == pytest.approx(float(ended.float().mean()))
-    assert rollout.advantages[mask].mean().abs() < 1e-5 and rollout.advantages[mask].std(unbiased=False) == pytest.approx(1, abs=1e-3)
+    assert rollout.advantages[mask].mean().abs() < 1e-5 and rollout.advantages[mask].std(
+        unbiased=False
+    ) == pytest.approx(1, abs=1e-3)
     for (completion, _), row, m in zip(samples, rollout.input_ids, mask):
         assert completion == tokenizer.decode(row[m], skip_special_tokens=True)
 
@@ -197,8 +256,12 @@ def test_token_ids_are_never_read_back_from_text(tokenizer, tiny_model):
     """A random model emits ids that do not survive decode and encode; the rollout must hold the sampled ones."""
     rollout, metrics, samples = rollout_of(tiny_model, tokenizer)
     rows = [row[mask].tolist() for row, mask in zip(rollout.input_ids, rollout.response_mask)]
-    round_trip = [tokenizer(completion, add_special_tokens=False).input_ids for completion, _ in samples]
-    assert any(ids[: len(row)] != row[: len(ids)] for ids, row in zip(round_trip, rows)), "otherwise this test shows nothing"
+    round_trip = [
+        tokenizer(completion, add_special_tokens=False).input_ids for completion, _ in samples
+    ]
+    assert any(ids[: len(row)] != row[: len(ids)] for ids, row in zip(round_trip, rows)), (
+        "otherwise this test shows nothing"
+    )
     assert metrics["ppo/sampler_gap"] < 1e-4
 
 
@@ -209,7 +272,10 @@ def test_an_immediate_eos_is_an_empty_response_with_a_score(tokenizer, tiny_mode
         tiny_model.lm.lm_head.bias.copy_(torch.eye(len(tokenizer))[0] * 50)
     rollout, metrics, samples = rollout_of(tiny_model, tokenizer)
     assert {completion for completion, _ in samples} == {""} and metrics["ppo/response_length"] == 1
-    assert rollout.response_mask.sum(1).tolist() == [1] * 16 and torch.isfinite(rollout.advantages).all()
+    assert (
+        rollout.response_mask.sum(1).tolist() == [1] * 16
+        and torch.isfinite(rollout.advantages).all()
+    )
     stats = ppo_step(tiny_model, rollout, adamw(tiny_model))
     assert stats["ppo/skipped_steps"] == 0
 
@@ -229,7 +295,9 @@ def test_a_response_without_a_score_teaches_nothing(tokenizer, tiny_model):
 
     torch.nn.init.normal_(tiny_model.value_head.weight, std=0.1)
     rollout, metrics, _ = rollout_of(tiny_model, tokenizer, reward, n=9)
-    assert metrics["ppo/unscored"] == pytest.approx(1 / 3) and metrics["ppo/score"] == pytest.approx((0.1 + 0.2 + 0.4 + 0.5 + 0.7 + 0.8) / 6)
+    assert metrics["ppo/unscored"] == pytest.approx(1 / 3) and metrics[
+        "ppo/score"
+    ] == pytest.approx((0.1 + 0.2 + 0.4 + 0.5 + 0.7 + 0.8) / 6)
     kept = rollout.rows(torch.tensor([1, 2, 4, 5, 7, 8]))
     gradients = []
     for rows in (rollout, kept):
@@ -237,8 +305,16 @@ def test_a_response_without_a_score_teaches_nothing(tokenizer, tiny_model):
         ppo_step(tiny_model, rows, optimizer, ppo_epochs=1, minibatches=1, max_grad_norm=math.inf)
         gradients += optimizer.seen
     assert_same_gradients(*gradients)
-    nothing, metrics, _ = rollout_of(tiny_model, tokenizer, lambda *a, **k: torch.full((16,), math.nan))
-    stats = ppo_step(tiny_model, nothing, CapturedGradients(tiny_model.parameters(), lr=0.1), ppo_epochs=1, minibatches=1)
+    nothing, metrics, _ = rollout_of(
+        tiny_model, tokenizer, lambda *a, **k: torch.full((16,), math.nan)
+    )
+    stats = ppo_step(
+        tiny_model,
+        nothing,
+        CapturedGradients(tiny_model.parameters(), lr=0.1),
+        ppo_epochs=1,
+        minibatches=1,
+    )
     assert metrics["ppo/unscored"] == 1 and stats == {"ppo/skipped_steps": 0}
 
 
@@ -261,7 +337,9 @@ def test_ppo_learns_to_praise(tokenizer, tiny_model):
         sft_step(tiny_model, demonstration_batch(tokenizer, REVIEWS[:32], 64), optimizer)
     scores = []
     for cycle in range(25):
-        rollout, metrics, _ = rollout_of(tiny_model, tokenizer, reward, reference, seed=cycle, n=32, kl_coef=0.0)
+        rollout, metrics, _ = rollout_of(
+            tiny_model, tokenizer, reward, reference, seed=cycle, n=32, kl_coef=0.0
+        )
         ppo_step(tiny_model, rollout, optimizer, ppo_epochs=2, minibatches=2)
         scores.append(metrics["ppo/score"])
     assert sum(scores[-5:]) / 5 > sum(scores[:5]) / 5 + 0.3, scores
@@ -269,8 +347,16 @@ def test_ppo_learns_to_praise(tokenizer, tiny_model):
 
 def test_target_kl_stops_the_epochs(model):
     rollout = random_rollout(model)
-    free = ppo_step(copy.deepcopy(model), rollout, CapturedGradients(model.parameters(), lr=0.1), ppo_epochs=4)
-    tight = ppo_step(copy.deepcopy(model), rollout, CapturedGradients(model.parameters(), lr=0.1), ppo_epochs=4, target_kl=1e-6)
+    free = ppo_step(
+        copy.deepcopy(model), rollout, CapturedGradients(model.parameters(), lr=0.1), ppo_epochs=4
+    )
+    tight = ppo_step(
+        copy.deepcopy(model),
+        rollout,
+        CapturedGradients(model.parameters(), lr=0.1),
+        ppo_epochs=4,
+        target_kl=1e-6,
+    )
     assert free["ppo/epochs"] == 4 and tight["ppo/epochs"] == 1
 
 
@@ -298,7 +384,9 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(model):
 
 
 def test_a_nan_reward_is_named_before_any_update(tokenizer, tiny_model, tmp_path):
-    (tmp_path / "bad.py").write_text("def nan(prompts, completions, **kw):\n    return [float('nan')] * len(completions)\n")
+    (tmp_path / "bad.py").write_text(
+        "def nan(prompts, completions, **kw):\n    return [float('nan')] * len(completions)\n"
+    )
     with pytest.raises(UserError, match="reward 'nan' gave nan"):
         rollout_of(tiny_model, tokenizer, build_reward(f"{tmp_path}/bad.py:nan"))
 
@@ -319,4 +407,6 @@ def test_a_reference_may_be_another_model_and_keeps_still(tokenizer, tiny_model)
     before = copy.deepcopy(reference.state_dict())
     rollout, metrics, _ = rollout_of(tiny_model, tokenizer, reference=reference)
     ppo_step(tiny_model, rollout, adamw(tiny_model))
-    assert metrics["ppo/kl"] > 0.1 and all(torch.equal(x, before[name]) for name, x in reference.state_dict().items())
+    assert metrics["ppo/kl"] > 0.1 and all(
+        torch.equal(x, before[name]) for name, x in reference.state_dict().items()
+    )

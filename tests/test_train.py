@@ -56,8 +56,14 @@ def test_half_means_sft_first_and_then_in_turn():
 
 def test_a_ramp_has_its_mean_and_its_ends():
     phases = [is_ppo_step(step, (0.1, 0.9), 1000) for step in range(1000)]
-    assert sum(phases) == 500 and sum(phases[:100]) == pytest.approx(14, abs=1) and sum(phases[-100:]) == pytest.approx(86, abs=1)
-    assert [is_ppo_step(step, (0.3, 0.3), 50) for step in range(50)] == [is_ppo_step(step, 0.3) for step in range(50)]
+    assert (
+        sum(phases) == 500
+        and sum(phases[:100]) == pytest.approx(14, abs=1)
+        and sum(phases[-100:]) == pytest.approx(86, abs=1)
+    )
+    assert [is_ppo_step(step, (0.3, 0.3), 50) for step in range(50)] == [
+        is_ppo_step(step, 0.3) for step in range(50)
+    ]
 
 
 # ---- whole runs
@@ -70,30 +76,56 @@ def test_a_hybrid_run_and_what_it_leaves_behind(tmp_path, capsys):
     ]  # fmt: skip
     for row in rows:
         foreign = {"sft": "ppo/", "ppo": "sft/", "eval": "ppo/"}[row["phase"]]
-        assert not any(name.startswith(foreign) for name in row), "keys of the absent phase are absent"
+        assert not any(name.startswith(foreign) for name in row), (
+            "keys of the absent phase are absent"
+        )
     first_ppo = next(row for row in rows if row["phase"] == "ppo")
-    assert first_ppo["ppo/kl"] == 0 and first_ppo["ppo/first_ratio_gap"] < 1e-5 and first_ppo["ppo/sampler_gap"] < 1e-4
+    assert (
+        first_ppo["ppo/kl"] == 0
+        and first_ppo["ppo/first_ratio_gap"] < 1e-5
+        and first_ppo["ppo/sampler_gap"] < 1e-4
+    )
     assert {k: v for k, v in rows[-1].items() if k not in ("step", "phase")} == metrics
 
     out = tmp_path / "run"
-    assert sorted(path.name for path in out.iterdir()) == ["checkpoint-000004", "config.json", "final", "metrics.jsonl", "samples.jsonl"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "checkpoint-000004",
+        "config.json",
+        "final",
+        "metrics.jsonl",
+        "samples.jsonl",
+    ]
     config = json.loads((out / "config.json").read_text())
-    assert config["sft_warmup"] == 2 and config["lr"] == 3e-3 and config["max_length"] == 256 and config["reward"] == "sentiment"
+    assert (
+        config["sft_warmup"] == 2
+        and config["lr"] == 3e-3
+        and config["max_length"] == 256
+        and config["reward"] == "sentiment"
+    )
     assert config["versions"]["torch"] == torch.__version__
     samples = read_rows(out / "samples.jsonl")
-    assert len(samples) == 9 and set(samples[0]) == {"step", "prompt", "response", "score"} and "kl" in samples[-1]
+    assert (
+        len(samples) == 9
+        and set(samples[0]) == {"step", "prompt", "response", "score"}
+        and "kl" in samples[-1]
+    )
     for folder in ("checkpoint-000004", "final"):
         lm, report = AutoModelForCausalLM.from_pretrained(out / folder, output_loading_info=True)
         assert not report["missing_keys"] and not report["unexpected_keys"]
         assert AutoTokenizer.from_pretrained(out / folder).eos_token == "<|endoftext|>"
         assert (out / folder / "value_head.safetensors").is_file()
     printed = capsys.readouterr().out
-    assert re.search(r"reward [+-]\d\.\d+ -> [+-]\d\.\d+, held-out NLL \d\.\d+ -> \d\.\d+, KL to the reference", printed)
+    assert re.search(
+        r"reward [+-]\d\.\d+ -> [+-]\d\.\d+, held-out NLL \d\.\d+ -> \d\.\d+, KL to the reference",
+        printed,
+    )
     assert "\nbefore: " in printed and "\nafter : " in printed
 
 
 def test_two_runs_with_one_seed_are_equal_bit_by_bit_and_another_seed_is_not(tmp_path):
-    (_, first), (_, second), (_, third) = (run(tmp_path, "--seed", seed, name=f"{i}") for i, seed in enumerate((0, 0, 1)))
+    (_, first), (_, second), (_, third) = (
+        run(tmp_path, "--seed", seed, name=f"{i}") for i, seed in enumerate((0, 0, 1))
+    )
     strip = [[{**row, "seconds": 0} for row in rows] for rows in (first, second, third)]
     assert strip[0] == strip[1] != strip[2]
     a, b = weights(tmp_path / "0" / "final"), weights(tmp_path / "1" / "final")
@@ -102,7 +134,9 @@ def test_two_runs_with_one_seed_are_equal_bit_by_bit_and_another_seed_is_not(tmp
 
 def test_evaluating_more_often_changes_nothing(tmp_path):
     """Not even for a reward that draws random numbers."""
-    (tmp_path / "noisy.py").write_text("import random\ndef noisy(completions, **columns):\n    return [random.random() for _ in completions]\n")
+    (tmp_path / "noisy.py").write_text(
+        "import random\ndef noisy(completions, **columns):\n    return [random.random() for _ in completions]\n"
+    )
     reward = ["--reward", f"{tmp_path}/noisy.py:noisy"]
     random.seed(0)
     run(tmp_path, *reward, name="rarely")
@@ -112,9 +146,13 @@ def test_evaluating_more_often_changes_nothing(tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_ratio_0_is_pure_sft_bit_by_bit_and_loads_neither_reward_nor_reference(tmp_path, monkeypatch):
+def test_ratio_0_is_pure_sft_bit_by_bit_and_loads_neither_reward_nor_reference(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(train, "build_reward", lambda *a, **k: pytest.fail("no reward at ratio 0"))
-    monkeypatch.setattr(HybridModel, "frozen_copy", lambda self: pytest.fail("no reference at ratio 0"))
+    monkeypatch.setattr(
+        HybridModel, "frozen_copy", lambda self: pytest.fail("no reference at ratio 0")
+    )
     metrics, _ = run(tmp_path, "--ppo-ratio", 0, "--ref-model", "nowhere")
     assert "eval/reward" not in metrics and "eval/kl" not in metrics
 
@@ -122,7 +160,9 @@ def test_ratio_0_is_pure_sft_bit_by_bit_and_loads_neither_reward_nor_reference(t
     examples, _ = split_examples(load_examples("reviews", limit=60))
     lm, tokenizer = build_tiny([e.prompt + e.target for e in examples])
     model = HybridModel(lm)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=3e-3, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True
+    )
     stream = BatchStream(examples, 4, seed=0)
     for step in range(6):
         optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / 6)
@@ -140,17 +180,30 @@ def test_ratio_1_is_pure_ppo(tmp_path):
 def test_precision_and_checkpointing_train_on_policy(tmp_path, flags):
     _, rows = run(tmp_path, *flags.split(), "--ppo-ratio", 0.7, "--save-every", 3)
     ppo = [row for row in rows if row["phase"] == "ppo"]
-    assert ppo[0]["ppo/kl"] == 0 and all(row["ppo/first_ratio_gap"] < 1e-5 for row in ppo) and ppo[0]["ppo/sampler_gap"] < 0.1
+    assert (
+        ppo[0]["ppo/kl"] == 0
+        and all(row["ppo/first_ratio_gap"] < 1e-5 for row in ppo)
+        and ppo[0]["ppo/sampler_gap"] < 0.1
+    )
     assert {x.dtype for x in weights(tmp_path / "run" / "final").values()} == {torch.float32}
     shutil.rmtree(tmp_path / "run" / "final")
     main(["--resume", str(tmp_path / "run")])
     again = read_rows(tmp_path / "run" / "metrics.jsonl")
-    assert [{**row, "seconds": 0} for row in again] == [{**row, "seconds": 0} for row in rows], "the scaler is resumed too"
+    assert [{**row, "seconds": 0} for row in again] == [{**row, "seconds": 0} for row in rows], (
+        "the scaler is resumed too"
+    )
 
 
 def test_a_ramp_runs(tmp_path):
     _, rows = run(tmp_path, "--ppo-ratio", "0:1", "--sft-warmup", 0)
-    assert [row["phase"] for row in rows if row["phase"] != "eval"] == ["sft", "sft", "sft", "ppo", "ppo", "ppo"]
+    assert [row["phase"] for row in rows if row["phase"] != "eval"] == [
+        "sft",
+        "sft",
+        "sft",
+        "ppo",
+        "ppo",
+        "ppo",
+    ]
 
 
 def test_a_refreshed_reference_is_at_kl_0_again(tmp_path):
@@ -160,18 +213,44 @@ def test_a_refreshed_reference_is_at_kl_0_again(tmp_path):
 
 
 def test_a_named_reference_is_used_from_the_start(tmp_path, tiny_folder):
-    run(tmp_path, "--model", tiny_folder, "--lr", "1e-2", "--ppo-ratio", 0, "--max-length", 40, name="other")
+    run(
+        tmp_path,
+        "--model",
+        tiny_folder,
+        "--lr",
+        "1e-2",
+        "--ppo-ratio",
+        0,
+        "--max-length",
+        40,
+        name="other",
+    )
     flags = ["--model", tiny_folder, "--ppo-ratio", 1, "--max-length", 40]
     _, rows = run(tmp_path, *flags, "--ref-model", tmp_path / "other" / "final")
     assert rows[0]["eval/kl"] > 0 and rows[1]["ppo/kl"] > 0
 
 
 def test_a_local_folder_and_a_users_reward(tmp_path, tiny_folder):
-    (tmp_path / "mine.py").write_text("def vowels(completions, **columns):\n    return [sum(c in 'aeiou' for c in t) / 10 for t in completions]\n")
-    metrics, rows = run(tmp_path, "--model", tiny_folder, "--reward", f"0.5*{tmp_path}/mine.py:vowels + rouge_l + 0.1*perplexity", "--kl-target", 3)
+    (tmp_path / "mine.py").write_text(
+        "def vowels(completions, **columns):\n    return [sum(c in 'aeiou' for c in t) / 10 for t in completions]\n"
+    )
+    metrics, rows = run(
+        tmp_path,
+        "--model",
+        tiny_folder,
+        "--reward",
+        f"0.5*{tmp_path}/mine.py:vowels + rouge_l + 0.1*perplexity",
+        "--kl-target",
+        3,
+    )
     ppo = [row for row in rows if row["phase"] == "ppo"][-1]
-    assert ppo["ppo/score"] == pytest.approx(0.5 * ppo["reward/vowels"] + ppo["reward/rouge_l"] + 0.1 * ppo["reward/perplexity"], abs=1e-6)
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["max_length"] == 64, "the model's context"
+    assert ppo["ppo/score"] == pytest.approx(
+        0.5 * ppo["reward/vowels"] + ppo["reward/rouge_l"] + 0.1 * ppo["reward/perplexity"],
+        abs=1e-6,
+    )
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["max_length"] == 64, (
+        "the model's context"
+    )
     assert ppo["ppo/kl_coef"] < 0.05, "a KL below its target makes the price fall"
     assert "eval/fluent" in metrics
 
@@ -179,15 +258,25 @@ def test_a_local_folder_and_a_users_reward(tmp_path, tiny_folder):
 @pytest.mark.parametrize("n", [1, 3])
 def test_data_smaller_than_a_batch(tmp_path, n):
     path = tmp_path / "few.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"p{i}", "target": f"the answer {i}"}) + "\n" for i in range(n)))
+    path.write_text(
+        "".join(
+            json.dumps({"prompt": f"p{i}", "target": f"the answer {i}"}) + "\n" for i in range(n)
+        )
+    )
     metrics, _ = run(tmp_path, "--data", path)
     assert math.isfinite(metrics["eval/nll"])
 
 
 def test_dialogues_train_and_sample(tmp_path):
     path = tmp_path / "chat.jsonl"
-    turns = [{"role": role, "content": f"{role} says {i}"} for i in range(3) for role in ("user", "assistant")]
-    path.write_text((json.dumps({"messages": turns}) + "\n") * 4 + json.dumps({"messages": turns[2:]}) + "\n")
+    turns = [
+        {"role": role, "content": f"{role} says {i}"}
+        for i in range(3)
+        for role in ("user", "assistant")
+    ]
+    path.write_text(
+        (json.dumps({"messages": turns}) + "\n") * 4 + json.dumps({"messages": turns[2:]}) + "\n"
+    )
     _, rows = run(tmp_path, "--data", path, "--reward", "rouge_1")
     assert any(row["phase"] == "ppo" for row in rows)
 
@@ -205,17 +294,38 @@ def test_micro_batches_change_memory_not_results(tmp_path):
 
 @pytest.mark.parametrize("cut", [3, 5])  # inside the SFT stretch; between two PPO steps
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(tmp_path, cut):
-    flags = ["--steps", 8, "--sft-warmup", 3, "--ppo-ratio", 0.7, "--kl-target", 2, "--micro-batch-size", 3, "--ref-refresh", 3]
+    flags = [
+        "--steps",
+        8,
+        "--sft-warmup",
+        3,
+        "--ppo-ratio",
+        0.7,
+        "--kl-target",
+        2,
+        "--micro-batch-size",
+        3,
+        "--ref-refresh",
+        3,
+    ]
     flags += ["--reward", "clip(ema(sentiment), -2, 2) + mixture(length, repetition)"]
     run(tmp_path, *flags, name="whole")
     run(tmp_path, *flags, "--save-every", cut, name="cut")
     out = tmp_path / "cut"
-    for later in [folder for folder in out.glob("checkpoint-*") if folder.name != f"checkpoint-{cut:06d}"] + [out / "final"]:
+    for later in [
+        folder for folder in out.glob("checkpoint-*") if folder.name != f"checkpoint-{cut:06d}"
+    ] + [out / "final"]:
         shutil.rmtree(later)
     with (out / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "torn')  # a crash in the middle of a line
     main(["--resume", str(out)])
-    rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in read_rows(tmp_path / name / "metrics.jsonl")] for name in ("whole", "cut")]
+    rows = [
+        [
+            {k: v for k, v in row.items() if k != "seconds"}
+            for row in read_rows(tmp_path / name / "metrics.jsonl")
+        ]
+        for name in ("whole", "cut")
+    ]
     assert rows[0] == rows[1]
     assert (tmp_path / "whole" / "samples.jsonl").read_text() == (out / "samples.jsonl").read_text()
     a, b = weights(tmp_path / "whole" / "final"), weights(out / "final")
@@ -225,7 +335,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(tmp_path, cut):
 def test_a_resumed_run_may_not_contradict_itself(tmp_path, capsys):
     run(tmp_path, "--save-every", 3)
     out = tmp_path / "run"
-    assert "--lr 0.1 contradicts the run that is resumed, which has 0.003" in fails(capsys, "--resume", out, "--lr", 0.1)
+    assert "--lr 0.1 contradicts the run that is resumed, which has 0.003" in fails(
+        capsys, "--resume", out, "--lr", 0.1
+    )
     assert "nothing to resume there" in fails(capsys, "--resume", tmp_path / "nowhere")
     before = (out / "config.json").read_text()
     assert "the run has done its 6 steps" in fails(capsys, "--resume", out, "--steps", 3)
@@ -240,12 +352,19 @@ def test_a_flag_may_be_said_again_when_resuming(tmp_path, tiny_folder):
     flags += ["--ref-model", f"a={tiny_folder}", "--ref-model", f"b={tiny_folder}:2"]
     run(tmp_path, *flags, "--save-every", 3)
     shutil.rmtree(tmp_path / "run" / "final")
-    assert main([*FAST, *map(str, flags), "--resume", str(tmp_path / "run"), "--save-every", "3"])["eval/nll"] > 0
+    assert (
+        main([*FAST, *map(str, flags), "--resume", str(tmp_path / "run"), "--save-every", "3"])[
+            "eval/nll"
+        ]
+        > 0
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of")
 def test_ten_lost_steps_in_a_row_end_the_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "sft_step", lambda *a, **k: {"sft/loss": math.nan, "sft/skipped_steps": 1.0})
+    monkeypatch.setattr(
+        train, "sft_step", lambda *a, **k: {"sft/loss": math.nan, "sft/skipped_steps": 1.0}
+    )
     with pytest.raises(SystemExit) as caught:
         run(tmp_path, "--steps", 20, "--ppo-ratio", 0)
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
@@ -255,20 +374,32 @@ def test_ten_lost_steps_in_a_row_end_the_run(tmp_path, monkeypatch, capsys):
 
 def test_real_model_on_real_stories(tmp_path, shared):
     metrics, rows = run(
-        tmp_path, "--model", shared / "stories260K", "--data", shared / "tinystories" / "tinystories_sample.txt", "--max-new-tokens", 24
+        tmp_path,
+        "--model",
+        shared / "stories260K",
+        "--data",
+        shared / "tinystories" / "tinystories_sample.txt",
+        "--max-new-tokens",
+        24,
     )
-    assert rows[0]["eval/nll"] < 1.8, "a pretrained model: anything near log 512 = 6.2 means wrong tokens"
+    assert rows[0]["eval/nll"] < 1.8, (
+        "a pretrained model: anything near log 512 = 6.2 means wrong tokens"
+    )
     assert abs(metrics["eval/nll"] - rows[0]["eval/nll"]) < 0.1
 
 
 def test_random_gpt2_with_the_real_gpt2_tokenizer(tmp_path, shared):
     folder = tmp_path / "gpt2"
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_embd=16, n_layer=1, n_head=2)).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("gpt2", n_embd=16, n_layer=1, n_head=2)
+    ).save_pretrained(folder)
     GPT2Tokenizer.from_pretrained(shared / "gpt2_tokenizer").save_pretrained(folder)
     text = (shared / "reviews_rt" / "rt-polarity.pos").read_bytes()
     (tmp_path / "reviews.txt").write_bytes(text)
-    _, rows = run(tmp_path, "--model", folder, "--data", tmp_path / "reviews.txt", "--encoding", "latin-1")
+    _, rows = run(
+        tmp_path, "--model", folder, "--data", tmp_path / "reviews.txt", "--encoding", "latin-1"
+    )
     assert rows[0]["eval/nll"] == pytest.approx(math.log(50257), abs=0.1)
     assert AutoTokenizer.from_pretrained(tmp_path / "run" / "final").pad_token_id is None
 
@@ -318,7 +449,9 @@ def fails(capsys, *flags) -> str:
 )
 def test_a_mistake_is_one_line(tmp_path, capsys, flags, message):
     assert message in fails(capsys, "--out", tmp_path / "run", "--limit", 20, *flags.split())
-    assert not (tmp_path / "run").exists(), "nothing is written before everything is known to be right"
+    assert not (tmp_path / "run").exists(), (
+        "nothing is written before everything is known to be right"
+    )
 
 
 def test_a_run_is_not_written_over(tmp_path, capsys):
@@ -362,5 +495,11 @@ def test_models_that_do_not_fit_together(tmp_path, capsys, tiny_folder, tiny):
 
 def test_the_command_line_itself(tmp_path):
     """Exit status and streams as a shell sees them."""
-    done = subprocess.run([sys.executable, "train.py", "--steps", "-3"], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("error: argument --steps") and done.stderr.count("\n") == 1
+    done = subprocess.run(
+        [sys.executable, "train.py", "--steps", "-3"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (
+        (done.returncode, done.stdout) == (2, "")
+        and done.stderr.startswith("error: argument --steps")
+        and done.stderr.count("\n") == 1
+    )
