@@ -19,6 +19,7 @@ With P parameters, L layers of width W, vocabulary V, and T tokens in the rows t
 CUDA context, the allocator's gaps and a judge take; add 10 to 20 %.
 """
 
+import math
 from typing import Callable, NamedTuple
 
 import torch
@@ -127,6 +128,33 @@ def table(sizes: Sizes, rows: Callable[[int], tuple[int, int]], **options) -> st
             f"{devices} devices, {together} rows at a time on each: {ddp:.3g} GiB under DDP, {zero:.3g} GiB under ZeRO-2"
         )
     return "\n".join(lines)
+
+
+def print_estimate(args, samples: bool) -> None:
+    """--dry-run: what a run would take, from the model's config alone. `samples`: does it sample?"""
+    sizes = TINY if args.model == "tiny" else sizes_of(args.model)
+    if args.optimizer != "adamw":
+        print(f"--optimizer {args.optimizer} is counted like adamw")
+    length = args.max_length or 256
+    has_rl = args.ppo_ratio != 0
+    samples = samples and has_rl
+    # a demonstration or a preference may fill its row
+    response = args.max_new_tokens if samples and args.ppo_ratio == 1 else length
+    references = max(1, len(args.ref_model or [])) if has_rl else 0
+    options = dict(
+        length=length, response=response, amp=args.amp != "no",
+        checkpointing=args.gradient_checkpointing, references=references,
+    )  # fmt: skip
+
+    def rows(devices: int) -> tuple[int, int]:  # in the model together, and sampled together
+        share = math.ceil(args.batch_size / devices)
+        together = args.micro_batch_size or math.ceil(share / (args.grad_accum or 1))
+        rows_each = 2 if has_rl and not samples else 1  # a preference is two rows
+        return min(share, together) * rows_each, share if samples else 0
+
+    sampled = f", {args.max_new_tokens} of them sampled" if samples else ""
+    print(f"rows of {length} tokens{sampled}; the formula is in cost.py")
+    print(table(sizes, rows, **options))
 
 
 def readme_table() -> str:

@@ -1,9 +1,14 @@
-"""DPO: learn from preferences without sampling and without a reward model (Rafailov et al. 2305.18290). The worked example of a fork.
+"""DPO: learn from preferences, without sampling and without a reward model.
 
-    loss = -log sigmoid( beta * [ (log pi(chosen) - log pi_ref(chosen)) - (log pi(rejected) - log pi_ref(rejected)) ] )        (eq. 7)
+Rafailov et al. 2305.18290, eq. 7, with log pi and log ref summed over a response:
 
-The same layout as everything else: a pair is two rows of a Batch, and `forward(...).logprobs.sum(1)` is the log-probability of a response.
-Left out on purpose: the other losses of the family (IPO, SimPO, ...); they differ from `dpo_loss` in a line or two. Run it: `python train.py --algorithm dpo`.
+    loss = -log sigmoid(beta * [(log pi - log ref)(chosen) - (log pi - log ref)(rejected)])
+
+The worked example of a fork. The layout is that of everything else: a pair is two rows of a Batch,
+and `forward(...).logprobs.sum(1)` is the log-probability of a response. Left out on purpose: the
+other losses of the family (IPO, SimPO, ...); they differ from `dpo_loss` in a line or two.
+
+    python train.py --algorithm dpo --out out-dpo
 """
 
 from dataclasses import dataclass
@@ -21,14 +26,17 @@ from data import (
     make_batch,
     review_pairs,
 )
-from engine import Backend, UserError, accumulate, apply_gradients
+from engine import Backend, UserError, accumulate, apply_gradients, number
 from hybrid import HybridModel
 from references import ReferenceMixture, reference_logprobs
 
 
 @dataclass
 class PairBatch(Batch):
-    """n pairs as 2n rows: the chosen responses, then the rejected ones in the same order. An index names a pair."""
+    """n pairs as 2n rows: the chosen responses, then the rejected ones in the same order.
+
+    An index names a pair.
+    """
 
     ref_logprobs: torch.Tensor  # (2n, T) under the reference
 
@@ -46,15 +54,30 @@ class PairBatch(Batch):
         return torch.maximum(*self.attention_mask.sum(1).chunk(2))  # (n,)
 
 
+def add_flags(parser) -> None:
+    group = parser.add_argument_group("dpo")
+    group.add_argument(
+        "--preference-data", help="preference pairs (default: made from the built-in task)"
+    )
+    group.add_argument(
+        "--beta",
+        type=number(float, 0, above=True),
+        default=0.1,
+        help="how close to the reference (0.05 to 0.5; smaller is freer)",
+    )
+
+
 def preference_pairs(args, examples: list[Example]) -> list[Pair]:
-    """Preferences from --preference-data, or made from the examples of the built-in task; none unless the algorithm is dpo. Raises UserError without any."""
-    if args.algorithm != "dpo":
-        return []
+    """Preferences from --preference-data, or made from the examples of the built-in task.
+
+    Raises UserError where there are none.
+    """
     if args.preference_data is not None:
         return load_pairs(args.preference_data, encoding=args.encoding, what="--preference-data")
     if args.data != "reviews":
         raise UserError(
-            "--algorithm dpo learns from preferences: give --preference-data (prompt, chosen, rejected)"
+            f"--algorithm {args.algorithm} learns from preferences: give --preference-data "
+            "(prompt, chosen, rejected)"
         )
     return review_pairs(examples)
 
@@ -66,23 +89,19 @@ def preference_batch(
     max_length: int,
     micro_batch_size: int | None = None,
 ) -> PairBatch:
-    """Token ids of both responses to each prompt, EOS at their ends, and what the reference thinks of them. Rows as in PairBatch."""
-    prompts = [encode_prompt(tokenizer, Example(pair.prompt, "")) for pair in pairs]
-    responses = [
-        encode_target(tokenizer, text)
-        for text in [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    ]
-    # One prompt for both: cut once, by the longer of the two responses, since eq. 7 compares them given the same x.
+    """Token ids of both responses to each prompt, EOS at their ends, and their log-probabilities
+    under the reference. Rows as in PairBatch."""
     n = len(pairs)
-    room = [max(1, max_length - max(len(responses[i]), len(responses[i + n]))) for i in range(n)]
-    prompts = [prompt[-most:] for prompt, most in zip(prompts, room)]
-    batch = make_batch(tokenizer, prompts * 2, responses, max_length).to(
-        next(reference.parameters()).device
-    )
-    return PairBatch(
-        **vars(batch),
-        ref_logprobs=reference_logprobs(reference, batch, pairs * 2, micro_batch_size)[0],
-    )
+    prompts = [encode_prompt(tokenizer, Example(pair.prompt, "")) for pair in pairs]
+    texts = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    responses = [encode_target(tokenizer, text) for text in texts]
+    # Both responses get one prompt, cut by the longer of the two: eq. 7 compares them given one x.
+    longest = [max(len(responses[i]), len(responses[i + n])) for i in range(n)]
+    prompts = [ids[-max(1, max_length - most) :] for ids, most in zip(prompts, longest)]
+    batch = make_batch(tokenizer, prompts * 2, responses, max_length)
+    batch = batch.to(next(reference.parameters()).device)
+    ref_logprobs, _ = reference_logprobs(reference, batch, pairs * 2, micro_batch_size)  # (2n, T)
+    return PairBatch(**vars(batch), ref_logprobs=ref_logprobs)
 
 
 def dpo_loss(
@@ -93,18 +112,19 @@ def dpo_loss(
     beta: float = 0.1,
     label_smoothing: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probabilities of whole responses, in nats, (B,) each -> losses, chosen_rewards, rejected_rewards, (B,) each; rewards detached.
+    """Log-probabilities of whole responses, in nats, (B,) each -> losses, chosen_rewards,
+    rejected_rewards, (B,) each; rewards detached.
 
-    `label_smoothing` is the share of pairs whose preference is taken to be the wrong way round (conservative DPO, Mitchell 2023).
+    `label_smoothing` is the share of pairs whose preference is taken to be the wrong way round
+    (conservative DPO, Mitchell 2023).
 
-    >>> losses, *_ = dpo_loss(*torch.tensor([[-3.0], [-3.0], [-5.0], [-5.0]]))       # no change against the reference: log 2
-    >>> round(losses.item(), 4)
+    >>> losses, *_ = dpo_loss(*torch.tensor([[-3.0], [-3.0], [-5.0], [-5.0]]))
+    >>> round(losses.item(), 4)  # no change against the reference: log 2
     0.6931
     """
-    chosen_rewards = beta * (
-        policy_chosen_logps - reference_chosen_logps
-    )  # (B,) the implicit reward, eq. 5 but for a constant of the prompt
-    rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)  # (B,)
+    # The implicit reward, eq. 5 but for a constant that depends on the prompt alone; (B,) each
+    chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
+    rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
     margin = chosen_rewards - rejected_rewards  # (B,)
     losses = -(1 - label_smoothing) * logsigmoid(margin) - label_smoothing * logsigmoid(
         -margin
@@ -123,24 +143,24 @@ def dpo_step(
     max_grad_norm: float = 1.0,
     backend: Backend | None = None,
 ) -> dict[str, float]:
-    """One optimiser step on pairs, `micro_batch_size` of them at a time. Returns `dpo/...`: loss, accuracy (share of pairs with the larger
-    implicit reward on the chosen side), the two rewards and their margin, grad_norm."""
+    """One update on pairs, `micro_batch_size` of them at a time. -> metrics `dpo/...`: loss,
+    accuracy (share of pairs whose chosen side has the larger implicit reward), the two rewards and
+    their margin, grad_norm."""
 
     def loss_fn(part: PairBatch):
         scores = model(part.input_ids, part.attention_mask, part.response_mask, entropy=False)
-        policy, reference = (
-            scores.logprobs.sum(1).chunk(2),
-            part.ref_logprobs.sum(1).chunk(2),
-        )  # (b,), (b,) each: chosen, rejected
-        losses, chosen, rejected = dpo_loss(*policy, *reference, beta, label_smoothing)
-        accuracy = (chosen > rejected).float().mean()
+        policy = scores.logprobs.sum(1).chunk(2)  # chosen (b,), rejected (b,)
+        reference = part.ref_logprobs.sum(1).chunk(2)  # chosen (b,), rejected (b,)
+        losses, chosen, rejected = dpo_loss(*policy, *reference, beta, label_smoothing)  # (b,) each
+        loss = losses.mean()
         stats = {
-            "loss": losses.mean().detach(),
-            "accuracy": accuracy,
+            "loss": loss.detach(),
+            "accuracy": (chosen > rejected).float().mean(),
             "chosen_reward": chosen.mean(),
             "rejected_reward": rejected.mean(),
+            "margin": (chosen - rejected).mean(),
         }
-        return losses.mean(), stats | {"margin": (chosen - rejected).mean()}
+        return loss, stats
 
     backend = backend or Backend(model)
     pairs = torch.arange(len(batch), device=batch.input_ids.device)  # (n,)

@@ -360,3 +360,15 @@ def apply_gradients(
         if math.isfinite(grad_norm)
         else {"skipped_steps": 1.0}
     )
+
+
+def mean_stats(history: list[dict[str, float]]) -> dict[str, float]:
+    """The stats of several updates as one: their means over the updates that were not skipped
+    (maxima where a name ends in `_max`), and the number of those skipped."""
+    taken = [stats for stats in history if not stats["skipped_steps"]] or history
+    means = {}
+    for name in taken[0]:
+        values = [stats[name] for stats in taken]
+        means[name] = max(values) if name.endswith("_max") else sum(values) / len(values)
+    means["skipped_steps"] = sum(stats["skipped_steps"] for stats in history)
+    return means

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from tqdm import tqdm
 
 import parallel
 from data import (
@@ -29,7 +30,7 @@ from data import (
     make_batch,
     review_metrics,
 )
-from engine import Parser, UserError, one_line_errors, pick_device
+from engine import NonFiniteReward, Parser, UserError, one_line_errors, pick_device
 from generate import sample
 from hybrid import HybridModel, forward_rows
 from ppo import kl_estimate
@@ -115,6 +116,64 @@ def evaluate(
     if is_reviews:
         metrics |= review_metrics([example.prompt for example in examples], completions)
     return {f"eval/{name}": float(value) for name, value in metrics.items()}, samples
+
+
+def measure(run, args, folder) -> None:
+    """Evaluate a run (runs.py) as it is now and write that down: `run.after`, `run.samples_after`.
+
+    A reward that gives no finite number leaves out the reward; before training it is an error.
+    """
+    options = dict(
+        **run.sampling, reference=run.reference, batch_size=args.batch_size,
+        micro_batch_size=args.micro_batch_size, seed=args.seed, is_reviews=args.data == "reviews",
+    )  # fmt: skip
+    if run.reward is not None:
+        run.reward.reference = run.reference
+    what = run.model, run.tokenizer, run.held_out
+    try:
+        run.after, samples = evaluate(*what, reward=run.reward, **options)
+    except NonFiniteReward as problem:
+        if run.step == 0:
+            raise  # nothing is lost yet
+        tqdm.write(f"step {run.step}: {problem}; this evaluation goes without the reward")
+        run.after, samples = evaluate(*what, reward=None, **options)
+    run.samples_after = samples[:3]
+    folder.write(run, "eval", run.after)
+    folder.write_samples(run, run.samples_after)
+
+
+def print_evaluation(run) -> None:
+    """The last evaluation of a run and its samples."""
+    numbers = [f"{name.removeprefix('eval/')} {value:.3f}" for name, value in run.after.items()]
+    tqdm.write(f"step {run.step}  {'  '.join(numbers)}")
+    for sample in run.samples_after:
+        marks = [f"{name} {sample[name]:+.2f}" for name in ("score", "kl") if name in sample]
+        text = f"{one_line(sample['prompt'])} >>> {one_line(sample['response'])}"
+        tqdm.write(f"    {text}    {'  '.join(marks)}")
+
+
+def print_summary(run, out: Path) -> None:
+    """What changed, in three lines, and the verdict."""
+    before, after = run.before, run.after
+    parts = []
+    if "eval/reward" in after:
+        parts.append(f"reward {before['eval/reward']:+.3f} -> {after['eval/reward']:+.3f}")
+    if "eval/nll" in after:
+        parts.append(f"held-out NLL {before['eval/nll']:.3f} -> {after['eval/nll']:.3f}")
+    else:
+        parts.append("no target to measure an NLL on")
+    if "eval/kl" in after:
+        parts.append(f"KL to the reference {after['eval/kl']:.2f} nats a response")
+    print(f"{', '.join(parts)}; model in {out / 'final'}")
+    for label, samples in (("before", run.samples_before), ("after ", run.samples_after)):
+        texts = [one_line(s["prompt"] + " >>> " + s["response"]) for s in samples[:2]]
+        print(f"{label}: {' | '.join(texts)}")
+    print(verdict(read_rows(out / "metrics.jsonl")))
+
+
+def one_line(text: str, width: int = 160) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 3] + "..."
 
 
 def whole_texts(source: list[str]) -> list[Example]:

@@ -1,25 +1,38 @@
-"""GRPO: several responses to each prompt, and each is as good as it is better than its siblings (Shao et al. 2402.03300). The second fork.
+"""GRPO: several responses to each prompt; a response is as good as it is better than its siblings.
 
-    A_i = (score_i - mean of the group) / standard deviation of the group            for every token of response i; no value head, no GAE
-    loss = clipped surrogate + kl_coef * k3(pi || reference)                         (the paper's eq. 3 and 4, with the sign turned)
+Shao et al. 2402.03300. No value head and no GAE: for every token of response i
 
-Departures, both common since: the mean is over the tokens of the whole optimiser step, as everywhere here, where the paper takes the mean of
-each response first; and the KL is penalised in the loss, as in the paper, not in the reward, as in ppo.py.
-Left out on purpose: process rewards. Run it: `python train.py --algorithm grpo --group-size 8`.
+    A_i = (score_i - mean of the group) / standard deviation of the group
+    loss = clipped surrogate + kl_coef * k3(pi || reference)    (eq. 3 and 4, the sign turned)
+
+The KL is paid in the loss, as in the paper; ppo.py has it in the reward. One difference: the mean is
+over the tokens of the whole update, as everywhere here; the paper takes the mean of each response
+first. Left out on purpose: process rewards.
+
+    python train.py --algorithm grpo --group-size 8 --out out-grpo8
 """
 
 from dataclasses import replace
 
 import torch
 
-from data import Batch
-from engine import Backend
+from engine import number
 from hybrid import HybridModel, masked_mean
 from ppo import Rollout, clipped_surrogate, kl_estimate, update_epochs
 
 
+def add_flags(parser) -> None:
+    parser.add_argument_group("grpo").add_argument(
+        "--group-size",
+        type=number(int, 1),
+        default=1,
+        help="responses to each prompt; grpo compares them (4 to 16); they count in --batch-size",
+    )
+
+
 def group_advantages(scores: torch.Tensor, group_size: int) -> torch.Tensor:
-    """scores (B,), the responses to one prompt next to each other -> (B,): standardised within each group, 0 where all are alike.
+    """scores (B,), the responses to one prompt next to each other -> (B,): standardised within each
+    group, 0 where all are alike.
 
     NaN marks a response without a score: it is left out of its group's statistics and gets 0.
 
@@ -43,9 +56,8 @@ def grpo_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """All (B, T) -> a scalar mean over tokens, detached scalar stats."""
     policy_loss, stats = clipped_surrogate(new_logprobs, old_logprobs, advantages, mask, cliprange)
-    kl = masked_mean(
-        torch.where(mask, kl_estimate(new_logprobs, ref_logprobs, "k3"), 0), mask
-    )  # scalar, nats a token; eq. 4
+    kl = kl_estimate(new_logprobs, ref_logprobs, "k3")  # (B, T) eq. 4
+    kl = masked_mean(torch.where(mask, kl, 0), mask)  # scalar, nats a token
     return policy_loss + kl_coef * kl, stats | {"kl_loss": kl.detach()}
 
 
@@ -58,38 +70,27 @@ def grpo_step(
     kl_coef: float = 0.04,
     ppo_epochs: int = 1,
     minibatches: int = 1,
-    micro_batch_size: int | None = None,
     temperature: float = 1.0,
     cliprange: float = 0.2,
-    target_kl: float | None = None,
-    max_grad_norm: float = 1.0,
-    backend: Backend | None = None,
-    generator: torch.Generator | None = None,
-    demonstrations: Batch | None = None,
-    sft_weight: float = 0.0,
+    **options,
 ) -> dict[str, float]:
-    """GRPO's updates on a rollout of `collect_rollout(..., kl_coef=0)`, whose rewards are then the scores alone. -> metrics `grpo/...`."""
+    """GRPO's updates on a rollout of `collect_rollout(..., kl_coef=0)`, whose rewards are then the
+    scores alone. `options` are those of `update_epochs`. -> metrics `grpo/...`; the metrics of the
+    rollout keep their names, `ppo/...`."""
     scored = rollout.response_mask.any(1)  # (B,)
     scores = torch.where(scored, rollout.rewards.sum(1), torch.nan)  # (B,)
     advantages = group_advantages(scores, group_size)[:, None] * rollout.response_mask  # (B, T)
+    rollout = replace(rollout, advantages=advantages)
 
     def loss_fn(part: Rollout):
-        new = model(
-            part.input_ids, part.attention_mask, part.response_mask, temperature, entropy=False
-        )
+        columns = part.input_ids, part.attention_mask, part.response_mask
+        new = model(*columns, temperature, entropy=False)
         return grpo_loss(
-            new.logprobs,
-            part.logprobs,
-            part.ref_logprobs,
-            part.advantages,
-            part.response_mask,
-            cliprange,
-            kl_coef,
-        )
+            new.logprobs, part.logprobs, part.ref_logprobs, part.advantages, part.response_mask,
+            cliprange, kl_coef,
+        )  # fmt: skip
 
-    metrics = update_epochs(
-        model, replace(rollout, advantages=advantages), optimizer, loss_fn, epochs=ppo_epochs, minibatches=minibatches,
-        micro_batch_size=micro_batch_size, target_kl=target_kl, max_grad_norm=max_grad_norm, backend=backend, generator=generator, demonstrations=demonstrations, sft_weight=sft_weight,
-    )  # fmt: skip
+    options |= dict(ppo_epochs=ppo_epochs, minibatches=minibatches)
+    metrics = update_epochs(model, rollout, optimizer, loss_fn, **options)
     metrics["group_std"] = float(scores.view(-1, group_size).std(1, unbiased=False).nanmean())
     return {f"grpo/{name}": value for name, value in metrics.items()}

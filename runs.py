@@ -1,362 +1,252 @@
-"""What a run leaves behind, so that nothing is lost: its folder, rows of metrics, checkpoints, and how it stops.
+"""A run: its state, its folder, its log, its bar, and how it stops. Nothing here trains.
 
-    out/
-      config.json             every flag as resolved, versions, git commit if any
-      metrics.jsonl           one object per step; samples.jsonl, skipped.jsonl likewise
-      checkpoint-000200/      a plain Hugging Face folder, value_head.safetensors, and trainer_state.pt: what the next step depends on
-      final/                  the same form, at the end
-
-Every file that counts is written under another name, flushed to the disk (fsync) and renamed, and is renamed before it is deleted, so
-a folder called checkpoint-* is complete whenever the process dies. A torn last line of a .jsonl is dropped when the run goes on.
-Left out on purpose: uploading, best-of selection.
+`Run` is what the loop of train.py reads and changes; `RunFolder` is its way to the disk
+(checkpoints.py has the files).
 
     python train.py --resume out
 """
 
 import importlib
-import json
 import math
-import os
-import pickle
-import random
-import shutil
 import signal
-import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
-import transformers
-from safetensors import SafetensorError
+from tqdm import tqdm
 
-from engine import UserError, first_line
+import parallel
+from checkpoints import (  # noqa: F401  (read_rows and checkpoints can be had from here too)
+    append_rows,
+    checkpoints,
+    forget_after,
+    load_checkpoint,
+    newest_checkpoint,
+    open_run_folder,
+    read_config,
+    read_rows,
+    recover,
+    save_checkpoint,
+    write_config,
+)  # fmt: skip
+from engine import NonFiniteReward, UserError
 from hybrid import HybridModel
 
+# What a resumed run may do differently
+MAY_CHANGE = ("device", "steps", "eval_every", "eval_size", "save_every", "keep", "log")
+MAX_LOST = 10  # steps in a row without an update, after which the run ends
 
-def open_run_folder(out: Path, flags: dict, overwrite: bool) -> None:
-    """Create the folder with its config.json. Raises UserError rather than write over anything without `overwrite`."""
-    files = [
-        out / name
-        for name in ("config.json", "metrics.jsonl", "samples.jsonl", "skipped.jsonl", "final")
-    ]
-    try:
-        old = [path for path in [*files, *out.glob("checkpoint-*")] if path.exists()]
-        if old and not overwrite:
-            raise UserError(
-                f"--out {out} already holds a run ({old[0].name}); give another folder, --resume {out}, or --overwrite"
-            )
-        out.mkdir(parents=True, exist_ok=True)
-        for path in old:
-            discard(path)
-        versions = {
-            "python": sys.version.split()[0],
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
+
+@dataclass(frozen=True)
+class Algorithm:
+    """An entry of the table ALGORITHMS in train.py: all that depends on the algorithm."""
+
+    train: Callable  # (run, args) -> metrics: one step of the loop
+    step: Callable  # (model, batch, optimizer, **options) -> metrics: the updates of that step
+    step_flags: tuple[str, ...] = ()  # flags that `step` takes as keyword arguments
+    flags: tuple[str, ...] = ()  # other flags that matter to it, and not to every algorithm
+    add_flags: Callable | None = None  # adds flags of its own to the command line
+    samples: bool = True  # it learns from responses that are sampled and scored by --reward
+    wants_pairs: bool = False  # it learns from preference pairs
+    least_group: int = 1  # --group-size must be at least this
+    kl_in_loss: bool = False  # `step` takes kl_coef; otherwise the KL is paid in the reward
+
+
+@dataclass
+class Run:
+    """Everything that a step needs or changes. Made by `prepare`, changed by the loop."""
+
+    model: HybridModel
+    tokenizer: object
+    held_out: list  # examples that are only measured on
+    optimizer: torch.optim.Optimizer
+    backend: object  # how gradients come about and are applied (engine.py)
+    scaler: object  # of fp16, else None
+    kl_controller: object
+    schedule: object
+    sft_stream: object
+    prompt_stream: object
+    pair_stream: object
+    order_generator: torch.Generator  # orders the rows of PPO's minibatches
+    sampling_generator: torch.Generator  # draws the responses; seeded at every step
+    update: dict  # keyword arguments of every xxx_step
+    sampling: dict  # keyword arguments of sampling and of evaluation
+    reward: object = None  # None: pure SFT that measures no reward
+    reference: object = None  # None until RL first starts
+    user: object = None  # who answers in a dialogue
+    drawn: list = field(default_factory=list)  # the examples of this step
+    step: int = 0  # steps that are done
+    rl_steps: int = 0
+    skipped: int = 0  # steps in a row without an update
+    before: dict | None = None  # the evaluation before training, and its samples
+    samples_before: list | None = None
+    after: dict | None = None  # the last evaluation, and its samples
+    samples_after: list | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.value_head.weight.device
+
+    def stateful(self) -> dict:
+        """Whatever has a state that a checkpoint must keep, by its name in trainer_state.pt."""
+        things = {
+            "optimizer": self.optimizer,
+            "kl_controller": self.kl_controller,
+            "schedule": self.schedule,
+            "sft_stream": self.sft_stream,
+            "prompt_stream": self.prompt_stream,
+            "pair_stream": self.pair_stream,
+            "reward": self.reward,
+            "scaler": self.scaler,
         }
-        write_config(out, {**flags, "versions": versions, "git_commit": git_commit()})
-    except OSError as problem:
-        raise UserError(f"--out {out} cannot be written: {problem.strerror or problem}") from None
+        if hasattr(self.backend, "state_dict"):  # ZeRO: the optimiser's state is spread out
+            things["optimizer"] = self.backend
+        return {name: thing for name, thing in things.items() if thing is not None}
+
+    def counters(self) -> dict:
+        """What a checkpoint keeps besides: restored by name."""
+        names = ("step", "rl_steps", "skipped", "before", "samples_before")
+        return {name: getattr(self, name) for name in names}
 
 
-def write_config(out: Path, config: dict) -> None:
-    write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
+class RunFolder:
+    """The folder of a run: opened, written and resumed here. Every process calls; process 0 writes.
 
+    With --resume, `run` is put back where its newest checkpoint left it; `is_new` says that there
+    was none. Raises UserError rather than write over anything without --overwrite.
+    """
 
-def read_config(out: Path) -> dict:
-    """The flags of a run. Raises UserError where there is none."""
-    try:
-        config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        config = None
-    if not isinstance(config, dict) or "ppo_ratio" not in config:
-        raise UserError(
-            f"--resume {out}: nothing to resume there; expected a run folder with a config.json"
-        )
-    config["ppo_ratio"] = (
-        tuple(config["ppo_ratio"]) if isinstance(config["ppo_ratio"], list) else config["ppo_ratio"]
-    )
-    return config
+    def __init__(self, args, run: Run):
+        if args.log != "none":
+            require(args.log)
+        self.out, self.steps, self.keep = Path(args.resume or args.out), args.steps, args.keep
+        checkpoint = None
+        if args.resume:
+            parallel.on_main(recover, self.out)
+            checkpoint = newest_checkpoint(self.out)
+            if checkpoint is None and parallel.rank() == 0:
+                print(f"{self.out} has no checkpoint yet: the run starts again")
+        self.is_new = checkpoint is None
+        if checkpoint is not None:
+            load_checkpoint(checkpoint, run)
+            if run.step >= args.steps:
+                raise UserError(
+                    f"--resume {self.out}: the run has done its {run.step} steps; "
+                    "give more --steps to go on"
+                )
+        if args.resume:
+            changed = {name: getattr(args, name) for name in MAY_CHANGE}
+            parallel.on_main(write_config, self.out, {**read_config(self.out), **changed})
+        else:
+            parallel.on_main(open_run_folder, self.out, vars(args), args.overwrite)
+        # A run that died before its first checkpoint starts again, so nothing of it is kept.
+        parallel.on_main(forget_after, self.out, -1 if self.is_new else run.step)
+        self.log = MetricLog(self.out, args.log if parallel.rank() == 0 else "none", vars(args))
 
+    def write(self, run: Run, phase: str, metrics: dict[str, float]) -> None:
+        parallel.on_main(self.log.write, run.step, phase, metrics)
 
-def git_commit() -> str | None:
-    """The commit of this code, None where there is no git or no repository."""
-    if shutil.which("git") is None:
-        return None
-    done = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
-    return done.stdout.strip() or None
+    def write_samples(self, run: Run, samples: list[dict]) -> None:
+        rows = [{"step": run.step, **sample} for sample in samples]
+        parallel.on_main(append_rows, self.out / "samples.jsonl", rows)
 
+    def save(self, run: Run, name: str) -> None:
+        # On every process: the state of ZeRO's optimiser is spread over them.
+        states = {name: thing.state_dict() for name, thing in run.stateful().items()}
+        parallel.on_main(save_checkpoint, self.out / name, run, states, self.keep)
 
-# ------------------------------------------------------------------------------------------------ files that survive
+    def save_step(self, run: Run) -> Path:
+        """Save under the name of the step, unless that is there already. -> the folder."""
+        folder = self.out / f"checkpoint-{run.step:06d}"
+        if not folder.is_dir():
+            self.save(run, folder.name)
+        return folder
 
-
-def write_text(path: Path, text: str) -> None:
-    """The whole text or none of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    _flush(temporary)
-    os.replace(temporary, path)
-    _flush(path.parent)
-
-
-def discard(path: Path) -> None:
-    """Delete a file or folder so that no half of it keeps its name."""
-    doomed = path.with_name(f".{path.name}.old")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.replace(path, doomed)
-    shutil.rmtree(doomed) if doomed.is_dir() else doomed.unlink()
-
-
-def _flush(path: Path) -> None:
-    """fsync of a file or folder: a rename may reach the disk before the contents do."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def append_rows(path: Path, rows: list[dict]) -> None:
-    """Add JSON lines. Raises UserError when the disk does not take them, and ValueError for a number that JSON lacks."""
-    text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-    try:
-        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
-    except OSError as problem:
-        raise UserError(
-            f"{path} cannot be written: {problem.strerror}; make room and go on with --resume {path.parent}"
-        ) from None
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The complete lines of a .jsonl file; none where there is no file."""
-    if not path.is_file():
-        return []
-    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last line break was torn
-    rows = []
-    for line in lines:
+    @contextmanager
+    def nothing_lost(self, run: Run):
+        """For whatever asks the reward. A reward that gives no finite number costs this step. A
+        reward that raises ends the run; first, everything is saved as it was, and the prompts of
+        this step will be drawn again."""
+        position = run.prompt_stream.state_dict()
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break  # torn by a full disk, and written on behind: nothing after it can be trusted
-    return rows
+            yield
+        except NonFiniteReward as problem:
+            tqdm.write(f"step {run.step + 1}: {problem}")
+        except UserError as problem:
+            if run.step == 0:
+                raise
+            if run.step == self.steps:
+                self.save(run, "final")
+                raise UserError(
+                    f"{problem}; all steps are done, the model is in {self.out / 'final'}"
+                ) from None
+            run.prompt_stream.load_state_dict(position)
+            self.save_step(run)
+            raise UserError(
+                f"{problem}; saved as of step {run.step}: "
+                f"mend it and go on with --resume {self.out}"
+            ) from None
 
-
-def forget_after(out: Path, step: int) -> None:
-    """Drop the rows that a run resumed at `step` will write again."""
-    for name in ("metrics.jsonl", "samples.jsonl", "skipped.jsonl"):
-        kept = [row for row in read_rows(out / name) if row["step"] <= step]
-        if (out / name).exists():
-            write_text(
-                out / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+    def count_lost_updates(self, run: Run, phase: str, metrics: dict[str, float]) -> None:
+        """Write down the batch of a skipped update. MAX_LOST steps in a row without an update end
+        the run with a UserError; the weights, those before the first of them, are saved."""
+        if metrics.get("ppo/unscored") != 1:  # no answer from a judge is no lost gradient
+            has_updated = any(name.endswith("/grad_norm") for name in metrics)
+            run.skipped = 0 if has_updated else run.skipped + 1
+        if skipped_updates(metrics):
+            prompts = [example.prompt for example in run.drawn]
+            row = {"step": run.step, "phase": phase, "prompts": prompts}
+            file = self.out / "skipped.jsonl"
+            parallel.on_main(append_rows, file, [row])
+            tqdm.write(
+                f"step {run.step}: {phase} reward or gradient not finite, update skipped; "
+                f"the batch is in {file}"
+            )
+        if run.skipped == MAX_LOST:
+            run.skipped = 0  # a resumed run has ten tries again
+            folder = self.save_step(run)
+            raise UserError(
+                f"no finite reward and gradient in {MAX_LOST} steps in a row (now step "
+                f"{run.step}); the last good weights are in {folder}, the batches in "
+                f"{self.out / 'skipped.jsonl'}; start a new run from there with --model and a "
+                "smaller --lr"
             )
 
 
-# ------------------------------------------------------------------------------------------------ checkpoints
+def skipped_updates(metrics: dict[str, float]) -> float:
+    """How many updates of a step were skipped because a gradient or a reward was not finite."""
+    return sum(value for name, value in metrics.items() if name.endswith("/skipped_steps"))
 
 
-def save_checkpoint(
-    folder: Path,
-    model,
-    tokenizer,
-    reference,
-    counters: dict,
-    states: dict,
-    order: torch.Generator,
-    keep: int,
-) -> None:
-    """The model as a plain Hugging Face folder, and `trainer_state.pt`: everything else that the next step depends on.
-
-    `states` are state_dicts by name, `order` draws the order of PPO's minibatches; `keep` newest checkpoint-* remain. Raises UserError when the disk refuses.
-    """
-    unfinished = folder.with_name(f".{folder.name}.tmp")
-    state = {
-        "counters": counters,
-        "stateful": states,
-        "order": order.get_state(),
-        # For rewards that users write. Responses are drawn from a seed that follows from the step.
-        "rng": {
-            "python": random.getstate(),
-            "numpy": _numpy_state(),
-            "torch": torch.get_rng_state(),
-        },
-        "reference": reference and reference.state_dict(),
-    }
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        model.save(unfinished, tokenizer)
-        torch.save(state, unfinished / "trainer_state.pt")
-        for path in [*unfinished.rglob("*"), unfinished]:
-            _flush(path)
-        replaced = folder.with_name(f".{folder.name}.old")
-        if (
-            folder.exists()
-        ):  # only `final` is ever there already; for an instant it has no name, and recover() knows
-            shutil.rmtree(replaced, ignore_errors=True)
-            os.replace(folder, replaced)
-        os.replace(unfinished, folder)
-        _flush(folder.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
-        for old in checkpoints(folder.parent)[:-keep]:
-            discard(old)
-    except (
-        OSError,
-        RuntimeError,
-        SafetensorError,
-    ) as problem:  # torch and safetensors have errors of their own for a full disk
-        shutil.rmtree(unfinished, ignore_errors=True)
-        newest = newest_checkpoint(folder.parent)
-        rest = (
-            f"the newest complete checkpoint is {newest}; make room and go on with --resume {folder.parent}"
-            if newest
-            else "there is no older one"
-        )
-        raise UserError(f"{folder} could not be written ({first_line(problem)}); {rest}") from None
-
-
-def load_checkpoint(
-    folder: Path,
-    model: HybridModel,
-    reference: HybridModel | None,
-    stateful: dict,
-    order: torch.Generator,
-):
-    """The inverse: everything is put back in place, `stateful` things by their load_state_dict. -> counters, reference."""
-    state = _read_state(folder)
-    model.load_state_dict(HybridModel.load(str(folder), "checkpoint")[0].state_dict())
-    for name, thing in stateful.items():
-        thing.load_state_dict(state["stateful"][name])
-    order.set_state(state["order"])
-    random.setstate(state["rng"]["python"])
-    kind, keys, *rest = state["rng"]["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(state["rng"]["torch"])
-    if state["reference"] is not None:
-        shapes = {name: value.shape for name, value in state["reference"].items()}
-        if (
-            reference is None
-            or {name: value.shape for name, value in reference.state_dict().items()} != shapes
-        ):
-            reference = model.frozen_copy()  # it was taken from the policy; a --ref-model of another shape has been replaced since
-        reference.load_state_dict(state["reference"])
-    return state["counters"], reference
-
-
-def checkpoints(out: Path) -> list[Path]:
-    """The folders checkpoint-<number>, oldest first; folders of other names are somebody else's."""
-    return sorted(
-        (path for path in out.glob("checkpoint-*") if path.name[11:].isdecimal()),
-        key=lambda path: int(path.name[11:]),
-    )
-
-
-def recover(out: Path) -> None:
-    """Clean up behind a killed process: `final` gets its name back if it died while being replaced, half-deleted things go."""
-    if (out / ".final.old" / "trainer_state.pt").is_file() and not (out / "final").exists():
-        os.replace(out / ".final.old", out / "final")
-    for rest in [*out.glob(".*.old"), *out.glob(".*.tmp")]:
-        shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
-
-
-def newest_checkpoint(out: Path) -> Path | None:
-    """The complete checkpoint, `final` included, with the most steps. Raises UserError for one that cannot be read."""
-    newest, most = None, -1
-    for folder in [*checkpoints(out), out / "final"]:
-        if (folder / "trainer_state.pt").is_file():
-            step = _read_state(folder)["counters"]["step"]
-            newest, most = (folder, step) if step > most else (newest, most)
-    return newest
-
-
-def _read_state(folder: Path) -> dict:
-    try:
-        return torch.load(
-            folder / "trainer_state.pt", weights_only=True, map_location="cpu", mmap=True
-        )
-    except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as problem:
-        reason = first_line(problem)
-        raise UserError(
-            f"{folder}/trainer_state.pt is damaged ({reason}); move {folder} away to resume from an older checkpoint"
-        ) from None
-
-
-def _numpy_state() -> tuple:
-    kind, keys, *rest = np.random.get_state()
-    return (kind, keys.tolist(), *rest)
-
-
-# ------------------------------------------------------------------------------------------------ how a run stops
-
-
-class Stop:
-    """`signal` is None until the user (Ctrl-C) or the machine (SIGTERM) asks the run to end."""
-
-    def __init__(self):
-        self.signal: int | None = None
-
-
-@contextmanager
-def graceful_stop():
-    """Let the first SIGINT or SIGTERM wait until the step is done and saved; a second one acts at once."""
-    stop = Stop()
-    if (
-        threading.current_thread() is not threading.main_thread()
-    ):  # only the main thread may set handlers
-        yield stop
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(number, frame):
-        stop.signal = number
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-    for number in before:
-        signal.signal(number, ask)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-# ------------------------------------------------------------------------------------------------ metrics
-
-
-def finite(metrics: dict[str, float]) -> dict[str, float]:
-    """JSON knows no NaN: a number that is none, as the loss of a skipped step may be, is left out."""
-    return {name: value for name, value in metrics.items() if math.isfinite(value)}
+# ---------------------------------------------------------------------------------- log, bar, stop
 
 
 class MetricLog:
-    """metrics.jsonl is the truth; Weights & Biases or TensorBoard may mirror it. One global step for both phases."""
+    """metrics.jsonl is the truth; Weights & Biases or TensorBoard may mirror it, step by step."""
 
     def __init__(self, out: Path, mirror: str, config: dict):
-        self.path, self._send = out / "metrics.jsonl", lambda step, metrics: None
-        if mirror == "wandb":
-            run = require("wandb").init(
-                project="hybridtrainer", dir=str(out), config=config
-            )  # WANDB_MODE=offline works
-            self._send = lambda step, metrics: run.log(metrics, step=step)
+        self.path, self.mirror = out / "metrics.jsonl", mirror
+        if mirror == "wandb":  # WANDB_MODE=offline works
+            self.wandb = require("wandb").init(project="hybridtrainer", dir=str(out), config=config)
         if mirror == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            writer = SummaryWriter(str(out / "tensorboard"))
-
-            def send(step: int, metrics: dict) -> None:
-                for name, value in metrics.items():
-                    writer.add_scalar(name, value, step)
-                writer.flush()
-
-            self._send = send
+            self.tensorboard = SummaryWriter(str(out / "tensorboard"))
 
     def write(self, step: int, phase: str, metrics: dict[str, float]) -> None:
-        append_rows(self.path, [{"step": step, "phase": phase, **finite(metrics)}])
-        self._send(step, finite(metrics))
+        """A number that is not finite (the loss of a skipped update) is left out: JSON has none."""
+        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        append_rows(self.path, [{"step": step, "phase": phase, **metrics}])
+        if self.mirror == "wandb":
+            self.wandb.log(metrics, step=step)
+        if self.mirror == "tensorboard":
+            for name, value in metrics.items():
+                self.tensorboard.add_scalar(name, value, step)
+            self.tensorboard.flush()
 
 
 def require(package: str):
@@ -367,3 +257,75 @@ def require(package: str):
         raise UserError(
             f"--log {package} needs the package {package}: pip install {package}"
         ) from None
+
+
+class ProgressBar:
+    """The bar, and behind it the latest SFT loss, score and KL, whichever phase is running."""
+
+    METRICS = {"loss": "sft/loss", "reward": "ppo/score", "kl": "ppo/kl"}
+
+    def __init__(self, args, run: Run):
+        pace = 0.1 if sys.stderr.isatty() else 10  # seconds between two states; a log needs few
+        self.values: dict[str, str] = {}
+        self.bar = tqdm(
+            total=args.steps, initial=run.step, desc="train", dynamic_ncols=True,
+            mininterval=pace, disable=parallel.rank() > 0,
+        )  # fmt: skip
+
+    def __enter__(self) -> "ProgressBar":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.bar.close()
+
+    def show(self, metrics: dict[str, float]) -> None:
+        """One more step is done."""
+        for name, key in self.METRICS.items():
+            if key in metrics:
+                self.values[name] = f"{metrics[key]:.3f}"
+        self.bar.set_postfix(self.values, refresh=False)
+        self.bar.update()
+
+
+class Stop:
+    """`signal` is None until the user (Ctrl-C) or the machine (SIGTERM) asks the run to end."""
+
+    def __init__(self):
+        self.signal: int | None = None
+
+    def asked(self) -> bool:
+        """If one process got a signal, all of them stop. So every process must ask."""
+        signals = [number for number in parallel.everybody(self.signal) if number is not None]
+        self.signal = signals[0] if signals else None
+        return self.signal is not None
+
+    def exit_if_asked(self, step: int, out: Path) -> None:
+        """Raises SystemExit, once `asked` was true and the step is saved."""
+        if self.signal is not None:
+            tqdm.write(f"stopped after step {step}; go on with: python train.py --resume {out}")
+            raise SystemExit(128 + self.signal)
+
+
+@contextmanager
+def graceful_stop():
+    """The first SIGINT or SIGTERM waits until the step is saved; a second one acts at once."""
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():  # only it may set handlers
+        yield stop
+        return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    def ask(number, frame) -> None:
+        stop.signal = number
+        restore()
+
+    for number in handlers:
+        signal.signal(number, ask)
+    try:
+        yield stop
+    finally:
+        restore()

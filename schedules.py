@@ -1,36 +1,43 @@
-"""When to demonstrate and when to let the policy try: what each cycle of the loop does, also by what the last rollouts were like.
+"""When to learn from demonstrations and when from the reward: the phase of each step.
 
-    ratio     by a fixed share of the cycles, or a ramp (`is_ppo_step` below)
-    gate      every cycle is a rollout; prompts whose responses all score below --threshold are demonstrated, the others are learnt from by
-              reinforcement (SuperRL 2506.01096; HPT 2509.04419)
-    buffer    like gate, but hard prompts are collected, and an SFT cycle runs whenever they fill a batch (ReLIFT 2506.07527)
-    mix       every cycle is a rollout, and every update has both losses: ratio * RL + (1 - ratio) * SFT (PPO-ptx 2203.02155; CHORD 2508.11408)
+    ratio    a fixed share of the steps is RL, or a ramp (`is_ppo_step` below)
+    gate     every step is a rollout; prompts whose responses all score below --threshold get an SFT
+             update at once, the others an RL update (SuperRL 2506.01096; HPT 2509.04419)
+    buffer   like gate, but hard prompts wait, and an SFT step runs when they fill a batch (ReLIFT
+             2506.07527)
+    mix      every step is a rollout, and every update has both losses: ratio * RL + (1 - ratio) *
+             SFT (PPO-ptx 2203.02155; CHORD 2508.11408)
 
-`phase(step)` is asked before a cycle, `look(examples, scores)` hears how a rollout went and returns the examples to demonstrate in the same cycle, after the
-RL update, which must stay on-policy. A schedule of your own is a subclass of Ratio and a line in SCHEDULES.
+"RL" is whatever --algorithm names. The loop asks `phase(step)` before a step; after a rollout it
+tells `after_rollout` the scores. A schedule of your own is a subclass of Ratio and a line in
+SCHEDULES.
 
-    python train.py --schedule gate --threshold 0.2
+    python train.py --schedule gate --threshold 0.2 --out out-gate2
 """
 
+import argparse
 import math
 
 import torch
 
 from data import Example
+from engine import UserError, number
 
 
 def is_ppo_step(
     step: int, ppo_ratio: float | tuple[float, float], steps: int | None = None
 ) -> bool:
-    """Is cycle `step` (from 0) a PPO cycle? Error diffusion: of the first k cycles, floor(k * ppo_ratio) are PPO, for every k.
+    """Is step `step` (from 0) a PPO step? By error diffusion: of the first k steps,
+    floor(k * ppo_ratio) are PPO, for every k.
 
-    A pair (start, end) is a ramp over `steps` cycles, the curriculum: the k * ratio above becomes the area under the ramp.
+    A pair (start, end) is a ramp over `steps` steps, the curriculum: k * ratio above becomes the
+    area under the ramp.
 
     >>> [is_ppo_step(step, 0.5) for step in range(4)]
     [False, True, False, True]
     """
 
-    def owed(k: int) -> float:  # PPO cycles due among the first k
+    def owed(k: int) -> float:  # PPO steps due among the first k
         if isinstance(ppo_ratio, tuple):
             start, end = ppo_ratio
             return k * start + (end - start) * k * k / (2 * steps)
@@ -40,7 +47,9 @@ def is_ppo_step(
 
 
 class Ratio:
-    """SFT for `sft_warmup` cycles, then RL in a share of them. The others differ from it in a method or two."""
+    """SFT for `sft_warmup` steps, then RL in a share of them. The others change a method or two."""
+
+    flags: tuple[str, ...] = ()  # flags that matter to this schedule and not to every one
 
     def __init__(
         self,
@@ -52,47 +61,27 @@ class Ratio:
         threshold: float,
         batch_size: int,
     ):
-        self.examples, self.ppo_ratio, self.steps, self.sft_warmup = (
-            examples,
-            ppo_ratio,
-            steps,
-            sft_warmup,
-        )
-        self.threshold, self.batch_size = threshold, batch_size
+        self.examples, self.ppo_ratio, self.steps = examples, ppo_ratio, steps
+        self.sft_warmup, self.threshold, self.batch_size = sft_warmup, threshold, batch_size
 
     def phase(self, step: int) -> str:
-        """Whose turn it is: `sft` or `rl`."""
+        """What step `step` learns from: `sft` or `rl`."""
         since = step - self.sft_warmup
-        return (
-            "rl"
-            if since >= 0 and is_ppo_step(since, self.ppo_ratio, self.steps - self.sft_warmup)
-            else "sft"
-        )
+        if since >= 0 and is_ppo_step(since, self.ppo_ratio, self.steps - self.sft_warmup):
+            return "rl"
+        return "sft"
 
     def demonstrations(self) -> list[Example] | None:
-        """What an SFT cycle is to learn from; None: whatever comes next."""
+        """The examples of an SFT step; None: the next ones of the data."""
 
     def sft_weight(self, step: int) -> float:
         """The share of SFT in the loss of an RL update."""
         return 0.0
 
-    def look(self, examples: list[Example], scores: torch.Tensor) -> list[Example]:
-        """A rollout's examples and their scores (B,), NaN where there is none -> examples to demonstrate now, instead of learning from their rollouts."""
+    def after_rollout(self, examples: list[Example], scores: torch.Tensor) -> list[Example]:
+        """The examples of a rollout and their scores (B,), NaN where there is none -> the examples
+        that get an SFT update now; their rows are then left out of the RL loss."""
         return []
-
-    def hard(self, examples: list[Example], scores: torch.Tensor) -> list[Example]:
-        """The examples (each once) whose responses all score below the threshold, and that have a target to be shown."""
-        best: dict[int, float] = {}
-        for example, score in zip(examples, scores.tolist()):
-            best[id(example)] = max(
-                best.get(id(example), -math.inf), math.inf if math.isnan(score) else score
-            )
-        chosen = {
-            id(example): example
-            for example in examples
-            if example.target and best[id(example)] < self.threshold
-        }
-        return list(chosen.values())
 
     def metrics(self) -> dict[str, float]:
         return {}
@@ -101,23 +90,24 @@ class Ratio:
         return {}
 
     def load_state_dict(self, state: dict) -> None:
-        """Nothing to remember."""
+        """There is nothing to remember."""
 
 
 class _AlwaysRollout(Ratio):
-    """After the warm-up every cycle is a rollout, whatever --ppo-ratio says."""
+    """After the warm-up every step is a rollout, whatever --ppo-ratio says."""
 
     def phase(self, step: int) -> str:
         return "sft" if step < self.sft_warmup else "rl"
 
 
 class Gate(_AlwaysRollout):
-    """Hard prompts are demonstrated at once."""
+    """Hard prompts get an SFT update at once."""
 
+    flags = ("threshold",)
     hard_share = 0.0  # of the prompts of the last rollout
 
-    def look(self, examples: list[Example], scores: torch.Tensor) -> list[Example]:
-        hard = self.hard(examples, scores)
+    def after_rollout(self, examples: list[Example], scores: torch.Tensor) -> list[Example]:
+        hard = hard_examples(examples, scores, self.threshold)
         self.hard_share = len(hard) / len({id(example) for example in examples})
         return hard
 
@@ -133,16 +123,18 @@ class Buffer(Gate):
         self.buffer: list[Example] = []
 
     def phase(self, step: int) -> str:
-        return "sft" if step < self.sft_warmup or len(self.buffer) >= self.batch_size else "rl"
+        is_full = len(self.buffer) >= self.batch_size
+        return "sft" if step < self.sft_warmup or is_full else "rl"
 
     def demonstrations(self) -> list[Example] | None:
         if len(self.buffer) < self.batch_size:
             return None
-        batch, self.buffer = self.buffer[: self.batch_size], self.buffer[self.batch_size :]
+        batch = self.buffer[: self.batch_size]
+        self.buffer = self.buffer[self.batch_size :]
         return batch
 
-    def look(self, examples: list[Example], scores: torch.Tensor) -> list[Example]:
-        self.buffer += super().look(examples, scores)
+    def after_rollout(self, examples: list[Example], scores: torch.Tensor) -> list[Example]:
+        self.buffer += super().after_rollout(examples, scores)
         return []
 
     def metrics(self) -> dict[str, float]:
@@ -163,10 +155,85 @@ class Mix(_AlwaysRollout):
         if not isinstance(self.ppo_ratio, tuple):
             return 1 - self.ppo_ratio
         start, end = self.ppo_ratio
-        return 1 - (
-            start
-            + (end - start) * (step - self.sft_warmup) / max(1, self.steps - 1 - self.sft_warmup)
-        )
+        progress = (step - self.sft_warmup) / max(1, self.steps - 1 - self.sft_warmup)
+        return 1 - (start + (end - start) * progress)
 
 
 SCHEDULES = {"ratio": Ratio, "gate": Gate, "buffer": Buffer, "mix": Mix}
+
+
+def hard_examples(examples: list[Example], scores: torch.Tensor, below: float) -> list[Example]:
+    """The examples (each once) that have a target and whose responses all score below `below`.
+
+    A response without a score (NaN) counts as good: nobody knows that it is not.
+    """
+    best: dict[int, float] = {}
+    for example, score in zip(examples, scores.tolist()):
+        score = math.inf if math.isnan(score) else score
+        best[id(example)] = max(best.get(id(example), -math.inf), score)
+    hard = {id(e): e for e in examples if e.target and best[id(e)] < below}
+    return list(hard.values())
+
+
+def leave_out(rollout, examples: list[Example], chosen: list[Example]) -> None:
+    """Take the rows of the `chosen` examples out of the RL loss of a rollout, in place.
+
+    Their advantages stay part of the whitening: the others are judged against all that was tried.
+    """
+    chosen_ids = {id(example) for example in chosen}
+    kept = [id(example) not in chosen_ids for example in examples]
+    rollout.response_mask &= torch.tensor(kept, device=rollout.response_mask.device)[:, None]
+
+
+# ---------------------------------------------------------------------------------- flags
+
+
+def ratio(text: str) -> float | tuple[float, float]:
+    """`0.5`, or a ramp `0.1:0.9`."""
+    numbers = [number(float, 0, 1)(part) for part in text.split(":")]
+    if len(numbers) > 2:
+        raise argparse.ArgumentTypeError(f"expected a number or start:end, found {text!r}")
+    return numbers[0] if len(numbers) == 1 else tuple(numbers)
+
+
+def add_flags(parser) -> None:
+    group = parser.add_argument_group("schedule")
+    group.add_argument(
+        "--schedule",
+        choices=tuple(SCHEDULES),
+        default="ratio",
+        help="what each step learns from; ratio: by --ppo-ratio; gate, buffer: SFT on prompts that "
+        "score low; mix: both losses in one update",
+    )
+    group.add_argument(
+        "--ppo-ratio",
+        type=ratio,
+        default=0.5,
+        help="share of the steps that are PPO (GRPO, DPO): 0 pure SFT, 1 pure PPO, 0.1:0.9 a ramp; "
+        "with --schedule mix the weight of RL; gate and buffer do not use it",
+    )
+    group.add_argument(
+        "--sft-warmup",
+        type=number(int, 0),
+        help="SFT steps before the first PPO step (default: 30%% of a mixed run of 'tiny', else 0)",
+    )
+    group.add_argument(
+        "--threshold",
+        type=number(float, -1e9),
+        default=0.0,
+        help="gate, buffer: a prompt whose responses all score below this is hard",
+    )
+
+
+def check_flags(args) -> None:
+    """Raises UserError for flags of a schedule that contradict each other."""
+    if args.schedule != "ratio" and args.ppo_ratio == 0:
+        raise UserError(
+            f"--schedule {args.schedule} without PPO is pure SFT: say --ppo-ratio 0 alone"
+        )
+    warmup = args.sft_warmup
+    if warmup is not None and warmup >= args.steps and args.ppo_ratio != 0:
+        raise UserError(
+            f"--sft-warmup {warmup} leaves no PPO step in --steps {args.steps}; "
+            "for pure SFT say --ppo-ratio 0"
+        )

@@ -8,7 +8,7 @@ import torch
 
 from ppo import (
     AdaptiveKLController,
-    FixedKLController,
+    Scores,
     compute_gae,
     kl_estimate,
     masked_whiten,
@@ -249,7 +249,7 @@ def test_the_score_sits_on_the_last_response_token():
     )
     scores = torch.tensor([10.0, 20.0, 30.0])
     last = torch.where(mask, torch.arange(mask.shape[1]), -1).max(1).values
-    rewards = place_rewards(kl, mask, 0.5, scores, torch.arange(len(mask)), last)
+    rewards = place_rewards(kl, mask, 0.5, Scores(scores, torch.arange(len(mask)), last))
     assert rewards.tolist() == [[0, -0.5, -1.0, 8.5, 0], [0, 0, 18.0, 0, 0], [0, -0.5, 0, 29.0, 0]]
     torch.testing.assert_close(rewards.sum(1), scores - 0.5 * (kl * mask).sum(1))
 
@@ -262,6 +262,6 @@ def test_adaptive_kl_controller_by_hand():
     assert controller.value == pytest.approx(0.2 * 1.01 * 1.02)
     controller.update(0.0, 50)  # clipped at -0.2
     assert controller.value == pytest.approx(0.2 * 1.01 * 1.02 * 0.9)
-    fixed = FixedKLController(0.2)
+    fixed = AdaptiveKLController(0.2, None, 1000)
     fixed.update(600.0, 10)
     assert fixed.value == 0.2

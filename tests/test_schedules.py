@@ -36,13 +36,18 @@ def test_ratio_warms_up_and_then_alternates():
         "sft",
         "rl",
     ]
-    assert make("ratio").look([A], torch.tensor([-1.0])) == [] and make("ratio").sft_weight(5) == 0
+    assert (
+        make("ratio").after_rollout([A], torch.tensor([-1.0])) == []
+        and make("ratio").sft_weight(5) == 0
+    )
 
 
 def test_gate_demonstrates_the_prompts_whose_responses_all_score_low():
     gate = make("gate")
     assert [gate.phase(step) for step in range(4)] == ["sft", "sft", "rl", "rl"]
-    hard = gate.look([A, A, B, B, C, C], torch.tensor([0.1, 0.4, 0.1, 0.9, float("nan"), 0.0]))
+    hard = gate.after_rollout(
+        [A, A, B, B, C, C], torch.tensor([0.1, 0.4, 0.1, 0.9, float("nan"), 0.0])
+    )
     assert hard == [A], "B has one good response, C one that nobody scored"
     assert gate.metrics() == {"schedule/hard": pytest.approx(1 / 3)}
 
@@ -50,11 +55,11 @@ def test_gate_demonstrates_the_prompts_whose_responses_all_score_low():
 def test_buffer_collects_until_a_batch_is_full_and_survives_a_checkpoint():
     buffer = make("buffer")
     assert (
-        buffer.look([A, B], torch.tensor([0.0, 1.0])) == []
+        buffer.after_rollout([A, B], torch.tensor([0.0, 1.0])) == []
         and buffer.phase(2) == "rl"
         and buffer.demonstrations() is None
     )
-    buffer.look([B, C], torch.tensor([0.0, 0.0]))
+    buffer.after_rollout([B, C], torch.tensor([0.0, 0.0]))
     twin = make("buffer")
     twin.load_state_dict(json.loads(json.dumps(buffer.state_dict())))
     for each in (buffer, twin):
@@ -183,7 +188,9 @@ def test_mixed_gradient_is_the_weighted_sum_of_the_two():
 
 def test_equal_records_are_two_prompts_and_a_prompt_without_target_is_never_hard():
     gate, twin = make("gate"), Example("a", "t")
-    hard = gate.look([A, A, twin, twin, Example("d", "")], torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0]))
+    hard = gate.after_rollout(
+        [A, A, twin, twin, Example("d", "")], torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0])
+    )
     assert len(hard) == 1 and hard[0] is A
 
 

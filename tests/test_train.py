@@ -15,6 +15,7 @@ import torch
 from conftest import FAST, ROOT
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Tokenizer
 
+import prepare
 import train
 from data import BatchStream, demonstration_batch, load_examples, split_examples
 from hybrid import HybridModel, build_tiny
@@ -149,7 +150,9 @@ def test_evaluating_more_often_changes_nothing(tmp_path):
 def test_ratio_0_is_pure_sft_bit_by_bit_and_loads_neither_reward_nor_reference(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(train, "build_reward", lambda *a, **k: pytest.fail("no reward at ratio 0"))
+    monkeypatch.setattr(
+        prepare, "build_reward", lambda *a, **k: pytest.fail("no reward at ratio 0")
+    )
     monkeypatch.setattr(
         HybridModel, "frozen_copy", lambda self: pytest.fail("no reference at ratio 0")
     )

@@ -1,0 +1,283 @@
+"""What a run leaves on the disk, so that a crash loses nothing: config, rows, checkpoints.
+
+    out/
+      config.json             every flag as resolved, versions, git commit if any
+      metrics.jsonl           one object per step; samples.jsonl, skipped.jsonl likewise
+      checkpoint-000200/      a plain Hugging Face folder, value_head.safetensors, and
+                              trainer_state.pt: everything else that the next step depends on
+      final/                  the same form, at the end
+
+Every file that counts is written under another name, flushed to the disk (fsync) and renamed. A
+folder is renamed before it is deleted. So a folder called checkpoint-* is complete, whenever the
+process dies. Left out on purpose: uploading, a choice of the best checkpoint.
+
+    python train.py --resume out
+"""
+
+import json
+import os
+import pickle
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from safetensors import SafetensorError
+
+from engine import UserError, first_line
+from hybrid import HybridModel
+
+RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "skipped.jsonl", "final")
+
+# ---------------------------------------------------------------------------------- files
+
+
+def write_text(path: Path, text: str) -> None:
+    """The whole text or none of it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    flush(temporary)
+    os.replace(temporary, path)
+    flush(path.parent)
+
+
+def discard(path: Path) -> None:
+    """Delete a file or folder. It is renamed first, so that a crash never leaves a half-deleted
+    folder under this name."""
+    doomed = path.with_name(f".{path.name}.old")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(path, doomed)
+    remove(doomed)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, or a folder with all that is in it."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def flush(path: Path) -> None:
+    """fsync of a file or folder: a rename may reach the disk before the contents do."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---------------------------------------------------------------------------------- rows
+
+
+def append_rows(path: Path, rows: list[dict]) -> None:
+    """Add JSON lines. Raises UserError when the disk does not take them, ValueError for a number
+    that JSON lacks."""
+    lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
+    try:
+        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write("".join(lines))
+    except OSError as problem:
+        raise UserError(
+            f"{path} cannot be written: {problem.strerror}; "
+            f"make room and go on with --resume {path.parent}"
+        ) from None
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The complete lines of a .jsonl file; none where there is no file."""
+    if not path.is_file():
+        return []
+    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last line break was torn
+    rows = []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break  # torn by a full disk, and written on after it: the rest cannot be trusted
+    return rows
+
+
+def forget_after(out: Path, step: int) -> None:
+    """Drop the rows that a run resumed at `step` will write again."""
+    for name in ("metrics.jsonl", "samples.jsonl", "skipped.jsonl"):
+        if (out / name).exists():
+            kept = [row for row in read_rows(out / name) if row["step"] <= step]
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in kept]
+            write_text(out / name, "".join(lines))
+
+
+# ---------------------------------------------------------------------------------- config.json
+
+
+def open_run_folder(out: Path, flags: dict, overwrite: bool) -> None:
+    """Create the folder with its config.json. Raises UserError rather than write over anything."""
+    try:
+        paths = [*[out / name for name in RUN_FILES], *out.glob("checkpoint-*")]
+        old = [path for path in paths if path.exists()]
+        if old and not overwrite:
+            raise UserError(
+                f"--out {out} already holds a run ({old[0].name}); give another folder, "
+                f"--resume {out}, or --overwrite"
+            )
+        out.mkdir(parents=True, exist_ok=True)
+        for path in old:
+            discard(path)
+        versions = {
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+        write_config(out, {**flags, "versions": versions, "git_commit": git_commit()})
+    except OSError as problem:
+        raise UserError(f"--out {out} cannot be written: {problem.strerror or problem}") from None
+
+
+def write_config(out: Path, config: dict) -> None:
+    write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def read_config(out: Path) -> dict:
+    """The flags of a run. Raises UserError where there is none."""
+    try:
+        config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = None
+    if not isinstance(config, dict) or "ppo_ratio" not in config:
+        raise UserError(
+            f"--resume {out}: nothing to resume there; expected a run folder with a config.json"
+        )
+    if isinstance(config["ppo_ratio"], list):
+        config["ppo_ratio"] = tuple(config["ppo_ratio"])
+    return config
+
+
+def git_commit() -> str | None:
+    """The commit of this code, None where there is no git or no repository."""
+    if shutil.which("git") is None:
+        return None
+    command = ["git", "rev-parse", "HEAD"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip() or None
+
+
+# ---------------------------------------------------------------------------------- save and load
+
+
+def save_checkpoint(folder: Path, run, states: dict, keep: int) -> None:
+    """Write the model of a run (runs.py) as a plain Hugging Face folder with a trainer_state.pt.
+
+    `states` has the state_dict of everything in `run.stateful()`, by name. The newest `keep`
+    folders checkpoint-* remain. Raises UserError when the disk refuses.
+    """
+    unfinished = folder.with_name(f".{folder.name}.tmp")
+    state = {
+        "counters": run.counters(),
+        "stateful": states,
+        "order": run.order_generator.get_state(),
+        # For rewards that users write. Responses are drawn from a seed that follows from the step.
+        "rng": {
+            "python": random.getstate(),
+            "numpy": _numpy_state(),
+            "torch": torch.get_rng_state(),
+        },
+        "reference": None if run.reference is None else run.reference.state_dict(),
+    }
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        run.model.save(unfinished, run.tokenizer)
+        torch.save(state, unfinished / "trainer_state.pt")
+        for path in [*unfinished.rglob("*"), unfinished]:
+            flush(path)
+        replaced = folder.with_name(f".{folder.name}.old")
+        if folder.exists():  # only `final` ever is; for an instant it has no name: recover() knows
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.replace(folder, replaced)
+        os.replace(unfinished, folder)
+        flush(folder.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+        for old in checkpoints(folder.parent)[:-keep]:
+            discard(old)
+    except (OSError, RuntimeError, SafetensorError) as problem:  # each has its own for a full disk
+        shutil.rmtree(unfinished, ignore_errors=True)
+        newest = newest_checkpoint(folder.parent)
+        rest = "there is no older one"
+        if newest is not None:
+            rest = (
+                f"the newest complete checkpoint is {newest}; "
+                f"make room and go on with --resume {folder.parent}"
+            )
+        raise UserError(f"{folder} could not be written ({first_line(problem)}); {rest}") from None
+
+
+def load_checkpoint(folder: Path, run) -> None:
+    """The inverse: put `run`, which has just been prepared, back where it was."""
+    state = _read_state(folder)
+    run.model.load_state_dict(HybridModel.load(str(folder), "checkpoint")[0].state_dict())
+    for name, thing in run.stateful().items():
+        thing.load_state_dict(state["stateful"][name])
+    run.order_generator.set_state(state["order"])
+    random.setstate(state["rng"]["python"])
+    kind, keys, *rest = state["rng"]["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["rng"]["torch"])
+    if state["reference"] is not None:
+        if run.reference is None or _shapes(run.reference.state_dict()) != _shapes(
+            state["reference"]
+        ):
+            # It was taken from the policy; a --ref-model of another shape has been replaced since.
+            run.reference = run.model.frozen_copy()
+        run.reference.load_state_dict(state["reference"])
+    for name, value in state["counters"].items():
+        setattr(run, name, value)
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The folders checkpoint-<number>, oldest first. Other names belong to somebody else."""
+    numbered = [path for path in out.glob("checkpoint-*") if path.name[11:].isdecimal()]
+    return sorted(numbered, key=lambda path: int(path.name[11:]))
+
+
+def newest_checkpoint(out: Path) -> Path | None:
+    """The complete checkpoint, `final` included, with the most steps. Raises UserError for one that
+    cannot be read."""
+    newest, most = None, -1
+    for folder in [*checkpoints(out), out / "final"]:
+        if (folder / "trainer_state.pt").is_file():
+            step = _read_state(folder)["counters"]["step"]
+            if step > most:
+                newest, most = folder, step
+    return newest
+
+
+def recover(out: Path) -> None:
+    """Clean up after a killed process: `final` gets its name back if the process died while it was
+    being replaced; half-written and half-deleted things go."""
+    if (out / ".final.old" / "trainer_state.pt").is_file() and not (out / "final").exists():
+        os.replace(out / ".final.old", out / "final")
+    for rest in [*out.glob(".*.old"), *out.glob(".*.tmp")]:
+        remove(rest)
+
+
+def _read_state(folder: Path) -> dict:
+    path = folder / "trainer_state.pt"
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as problem:
+        raise UserError(
+            f"{path} is damaged ({first_line(problem)}); "
+            f"move {folder} away to resume from an older checkpoint"
+        ) from None
+
+
+def _shapes(state: dict) -> dict:
+    return {name: value.shape for name, value in state.items()}
+
+
+def _numpy_state() -> tuple:
+    kind, keys, *rest = np.random.get_state()
+    return (kind, keys.tolist(), *rest)
