@@ -171,6 +171,7 @@ class ModelUser:
 
 def add_flags(parser):
     from engine import number
+
     group = parser.add_argument_group("dialogue")
     group.add_argument("--turns", type=number(int, 1), default=1, help="x")
     group.add_argument("--user-model", help="x")
@@ -179,19 +180,25 @@ def add_flags(parser):
 
 def check_flags(args):
     from engine import UserError
+
     if args.turns == 1 and (args.turn_rewards or args.user_model):
         raise UserError("--turn-rewards and --user-model are for dialogues: give --turns above 1")
     if args.turns > 1 and args.schedule in ("gate", "buffer"):
         raise UserError("--turns above 1 goes with --schedule ratio or mix")
     if args.turns * args.max_new_tokens >= args.max_length:
-        raise UserError(f"--turns {args.turns} of --max-new-tokens {args.max_new_tokens} leave no room for a prompt in --max-length {args.max_length}")
+        raise UserError(
+            f"--turns {args.turns} of --max-new-tokens {args.max_new_tokens} leave no room for a prompt in --max-length {args.max_length}"
+        )
 
 
 def load_user(args, device):
     from engine import UserError
+
     if args.user_model is None:
         return scripted_user
     user_model, user_tokenizer = HybridModel.load(args.user_model, "--user-model")
     if args.max_new_tokens >= user_model.max_positions:
-            raise UserError(f"--user-model {args.user_model} has a context of {user_model.max_positions} tokens, no room for a dialogue and --max-new-tokens {args.max_new_tokens}")
+        raise UserError(
+            f"--user-model {args.user_model} has a context of {user_model.max_positions} tokens, no room for a dialogue and --max-new-tokens {args.max_new_tokens}"
+        )
     return ModelUser(user_model.to(device).eval(), user_tokenizer, args.max_new_tokens)

@@ -132,26 +132,27 @@ def dpo_loss(
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 
-def dpo_step(
+def update_pairs(
     model: HybridModel,
     batch: PairBatch,
     optimizer: torch.optim.Optimizer,
+    pair_loss,
     *,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
     micro_batch_size: int | None = None,
     max_grad_norm: float = 1.0,
     backend: Backend | None = None,
 ) -> dict[str, float]:
-    """One update on pairs, `micro_batch_size` of them at a time. -> metrics `dpo/...`: loss,
-    accuracy (share of pairs whose chosen side has the larger implicit reward), the two rewards and
-    their margin, grad_norm."""
+    """One update on pairs, `micro_batch_size` of them at a time.
+
+    `pair_loss` has the arguments and results of `dpo_loss`. -> loss, accuracy (share of pairs whose
+    chosen side has the larger implicit reward), the two rewards and their margin, grad_norm.
+    """
 
     def loss_fn(part: PairBatch):
         scores = model(part.input_ids, part.attention_mask, part.response_mask, entropy=False)
         policy = scores.logprobs.sum(1).chunk(2)  # chosen (b,), rejected (b,)
         reference = part.ref_logprobs.sum(1).chunk(2)  # chosen (b,), rejected (b,)
-        losses, chosen, rejected = dpo_loss(*policy, *reference, beta, label_smoothing)  # (b,) each
+        losses, chosen, rejected = pair_loss(*policy, *reference)  # (b,) each
         loss = losses.mean()
         stats = {
             "loss": loss.detach(),
@@ -165,5 +166,32 @@ def dpo_step(
     backend = backend or Backend(model)
     pairs = torch.arange(len(batch), device=batch.input_ids.device)  # (n,)
     stats = accumulate(backend, batch, pairs, micro_batch_size, loss_fn)
-    stats |= apply_gradients(backend, optimizer, max_grad_norm)
+    return stats | apply_gradients(backend, optimizer, max_grad_norm)
+
+
+def dpo_step(
+    model: HybridModel,
+    batch: PairBatch,
+    optimizer: torch.optim.Optimizer,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    **options,
+) -> dict[str, float]:
+    """`update_pairs` with `dpo_loss`; `options` are those of `update_pairs`. -> `dpo/...`."""
+
+    def pair_loss(*logps: torch.Tensor):
+        return dpo_loss(*logps, beta, label_smoothing)
+
+    stats = update_pairs(model, batch, optimizer, pair_loss, **options)
     return {f"dpo/{name}": value for name, value in stats.items()}
+
+
+def train_on_pairs(run, args) -> dict[str, float]:
+    """A step of the loop in train.py: one update on the next preference pairs."""
+    run.drawn = run.pair_stream.next()
+    batch = preference_batch(
+        run.tokenizer, run.reference, run.drawn, args.max_length, args.micro_batch_size
+    )
+    options = {flag: getattr(args, flag) for flag in run.algorithm.step_flags}
+    return run.algorithm.step(run.model, batch, run.optimizer, **run.update, **options)

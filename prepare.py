@@ -21,7 +21,6 @@ from data import (
     split_examples,
 )
 from dialogue import load_user
-from dpo import preference_pairs
 from engine import (
     AMP_DTYPES,
     OPTIMIZERS,
@@ -111,9 +110,10 @@ def make_run(args, algorithm, model, tokenizer, train_examples, held_out) -> Run
     else:
         backend = Backend(model, scaler)
     with_target = [example for example in train_examples if example.target]
-    pairs = preference_pairs(args, train_examples) if algorithm.wants_pairs else []
+    pairs = algorithm.load_pairs(args, train_examples) if algorithm.load_pairs else []
     prompts_at_once = args.batch_size // args.group_size
     return Run(
+        algorithm=algorithm,
         model=model,
         tokenizer=tokenizer,
         held_out=held_out,

@@ -113,33 +113,52 @@ def check_flags(args):
 
 def load_references(args, model, tokenizer):
     from engine import AMP_DTYPES, compile_lm
+
     if not args.ref_model or args.ppo_ratio == 0:
         return None
     references, weights = {}, {}
     for name, path, weight in map(parse_reference, args.ref_model):
-            loaded, ref_tokenizer = HybridModel.load(path, "--ref-model")
-            if ref_tokenizer.get_vocab() != tokenizer.get_vocab():
-                raise UserError(f"--ref-model {path} has another vocabulary than --model {args.model}, so their KL is undefined")
-            if args.max_length > loaded.max_positions:
-                raise UserError(f"--ref-model {path} has a context of {loaded.max_positions} tokens; --max-length is {args.max_length}")
-            if name in references:
-                raise UserError(f"--ref-model {name}: expected a name of its own for each, NAME=PATH:WEIGHT")
-            loaded.amp_dtype = AMP_DTYPES[args.amp]  # the same arithmetic on both sides, or the KL is not 0 where they are equal
-            references[name], weights[name] = loaded.frozen_copy().to(model.value_head.weight.device), weight
-            if args.compile:
-                compile_lm(references[name])
+        loaded, ref_tokenizer = HybridModel.load(path, "--ref-model")
+        if ref_tokenizer.get_vocab() != tokenizer.get_vocab():
+            raise UserError(
+                f"--ref-model {path} has another vocabulary than --model {args.model}, so their KL is undefined"
+            )
+        if args.max_length > loaded.max_positions:
+            raise UserError(
+                f"--ref-model {path} has a context of {loaded.max_positions} tokens; --max-length is {args.max_length}"
+            )
+        if name in references:
+            raise UserError(
+                f"--ref-model {name}: expected a name of its own for each, NAME=PATH:WEIGHT"
+            )
+        loaded.amp_dtype = AMP_DTYPES[
+            args.amp
+        ]  # the same arithmetic on both sides, or the KL is not 0 where they are equal
+        references[name], weights[name] = (
+            loaded.frozen_copy().to(model.value_head.weight.device),
+            weight,
+        )
+        if args.compile:
+            compile_lm(references[name])
     reference = references[name] if len(references) == 1 else ReferenceMixture(references, weights)
-    if args.ref_ema and {n: p.shape for n, p in reference.named_parameters()} != {n: p.shape for n, p in model.named_parameters()}:
-            raise UserError(f"--ref-ema averages weights, but --ref-model {path} and --model {args.model} differ in theirs")
+    if args.ref_ema and {n: p.shape for n, p in reference.named_parameters()} != {
+        n: p.shape for n, p in model.named_parameters()
+    }:
+        raise UserError(
+            f"--ref-ema averages weights, but --ref-model {path} and --model {args.model} differ in theirs"
+        )
     return reference
 
 
 def renew_reference(run, args):
-    if run.reference is None or (args.ref_refresh and run.rl_steps and run.rl_steps % args.ref_refresh == 0):
+    if run.reference is None or (
+        args.ref_refresh and run.rl_steps and run.rl_steps % args.ref_refresh == 0
+    ):
         run.reference = run.model.frozen_copy()
 
 
 def follow_policy(run, args):
     from hybrid import merge
+
     if args.ref_ema:
         merge(run.reference, run.model, 1 - args.ref_ema)

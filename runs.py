@@ -51,7 +51,7 @@ class Algorithm:
     flags: tuple[str, ...] = ()  # other flags that matter to it, and not to every algorithm
     add_flags: Callable | None = None  # adds flags of its own to the command line
     samples: bool = True  # it learns from responses that are sampled and scored by --reward
-    wants_pairs: bool = False  # it learns from preference pairs
+    load_pairs: Callable | None = None  # (args, examples) -> preference pairs, if it wants them
     least_group: int = 1  # --group-size must be at least this
     kl_in_loss: bool = False  # `step` takes kl_coef; otherwise the KL is paid in the reward
 
@@ -60,6 +60,7 @@ class Algorithm:
 class Run:
     """Everything that a step needs or changes. Made by `prepare`, changed by the loop."""
 
+    algorithm: Algorithm
     model: HybridModel
     tokenizer: object
     held_out: list  # examples that are only measured on

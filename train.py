@@ -32,8 +32,7 @@ from sft import sft_step
 
 def train(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
     """The whole run: step, write it down, measure, save. -> the last evaluation."""
-    algorithm = ALGORITHMS[args.algorithm]
-    run = prepare(args, algorithm)  # whatever can be wrong is wrong here
+    run = prepare(args, ALGORITHMS[args.algorithm])  # whatever can be wrong is wrong here
     folder = RunFolder(args, run)  # with --resume it puts `run` back where it was
     lr_factor = learning_rate_factor(args.scheduler, args.steps, args.warmup_steps)
     if folder.is_new:
@@ -55,7 +54,7 @@ def train(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
             else:
                 renew_reference(run, args)
                 with folder.nothing_lost(run):  # when a user's reward raises
-                    metrics = algorithm.train(run, args)
+                    metrics = run.algorithm.train(run, args)
                 run.rl_steps += 1
                 follow_policy(run, args)
             run.step += 1
@@ -96,7 +95,7 @@ def train_on_demonstrations(run: Run, args: argparse.Namespace) -> dict[str, flo
 
 def train_on_reward(run: Run, args: argparse.Namespace) -> dict[str, float]:
     """PPO, GRPO: sample responses, score them, update. On-policy, because they are sampled here."""
-    algorithm, kl_coef = ALGORITHMS[args.algorithm], run.kl_controller.value
+    algorithm, kl_coef = run.algorithm, run.kl_controller.value
     run.drawn = [e for e in run.prompt_stream.next() for _ in range(args.group_size)]
     # A seed of its own for each step and process: room for a million steps on 1,024 processes
     seed = (args.seed * 2**20 + run.step) * 2**10 + parallel.rank()
@@ -132,17 +131,6 @@ def train_on_reward(run: Run, args: argparse.Namespace) -> dict[str, float]:
     return metrics
 
 
-def train_on_pairs(run: Run, args: argparse.Namespace) -> dict[str, float]:
-    """DPO: one update on the next preference pairs."""
-    algorithm = ALGORITHMS[args.algorithm]
-    run.drawn = run.pair_stream.next()
-    batch = dpo.preference_batch(
-        run.tokenizer, run.reference, run.drawn, args.max_length, args.micro_batch_size
-    )
-    options = {flag: getattr(args, flag) for flag in algorithm.step_flags}
-    return algorithm.step(run.model, batch, run.optimizer, **run.update, **options)
-
-
 UPDATES = ("ppo_epochs", "minibatches", "cliprange", "target_kl")
 SAMPLING = ("group_size", "kl_coef", "kl_target", "kl_horizon", "missing_eos_penalty")
 ADVANTAGES = ("kl_estimator", "gamma", "lam", "whiten_rewards")
@@ -164,13 +152,13 @@ ALGORITHMS = {
         kl_in_loss=True,
     ),
     "dpo": Algorithm(
-        train_on_pairs,
+        dpo.train_on_pairs,
         dpo.dpo_step,
         step_flags=("beta",),
         flags=("preference_data",),
         add_flags=dpo.add_flags,
+        load_pairs=dpo.preference_pairs,
         samples=False,
-        wants_pairs=True,
     ),
 }
 
