@@ -1,8 +1,8 @@
-"""The command line: every flag that is not an extension's own, what a resumed run remembers, and defaults.
+"""The command line: every flag that is no extension's own, their defaults, and what a resumed run remembers.
 
-An extension adds its flags by `add_flags(parser)` and refuses what cannot be by `check_flags(args)`; an algorithm names the
-flags that matter to it in its entry of ALGORITHMS (train.py), a schedule in its `flags`. A flag that does nothing in a run is
-refused. Left out on purpose: configuration files.
+An extension adds its flags by `add_flags(parser)` and refuses what cannot be by `check_flags(args)`. An algorithm names
+the flags that matter to it in its entry of ALGORITHMS (train.py), a schedule in its `flags`: a flag that does nothing in
+a run is refused. Left out on purpose: configuration files.
 
     python train.py --help
 """
@@ -20,220 +20,85 @@ from engine import AMP_DTYPES, OPTIMIZERS, SCHEDULERS, Parser, UserError, number
 from runs import MAY_CHANGE, Algorithm, read_config
 
 EXTENSIONS = (schedules, references, dialogue)
-EVERY_TIME = (
-    "resume",
-    "overwrite",
-    "deepspeed",
-    "dry_run",
-)  # flags that --resume does not take from config.json
+EVERY_TIME = ("resume", "overwrite", "deepspeed", "dry_run")  # flags that --resume does not take from config.json
 
 
 def make_parser(algorithms: dict[str, Algorithm]) -> Parser:
     """All flags. `algorithms` is the table of train.py."""
-    parser = Parser(
-        "Train any Hugging Face causal LM by alternating supervised fine-tuning and PPO."
-    )
+    parser = Parser("Train any Hugging Face causal LM by alternating supervised fine-tuning and PPO.")
     count, positive, share = number(int, 1), number(float, 0, above=True), number(float, 0, 1)
+    # fmt: off
     add = parser.add_argument_group("model and data").add_argument
-    add(
-        "--model",
-        default="tiny",
-        help="'tiny' (built here, 1 M parameters), a local folder, or a hub id such as gpt2",
-    )
-    add(
-        "--data",
-        default="reviews",
-        help="'reviews' (built in), a .jsonl .json .csv .parquet .txt file, or a hub dataset id",
-    )
+    add("--model", default="tiny", help="'tiny' (built here, 1 M parameters), a local folder, or a hub id such as gpt2")
+    add("--data", default="reviews",
+        help="'reviews' (built in), a .jsonl .json .csv .parquet .txt file, or a hub dataset id")
     add_data_flags(parser.add_argument_group("how --data is read"))
     add = parser.add_argument_group("training").add_argument
     add("--algorithm", choices=tuple(algorithms), default="ppo", help="what takes turns with SFT")
     add("--steps", type=count, default=700, help="steps of the loop, SFT and PPO together")
-    add(
-        "--batch-size",
-        type=count,
-        default=32,
-        help="demonstrations of an SFT step, episodes of a PPO step, pairs of a DPO step; of all processes together",
-    )
-    add(
-        "--micro-batch-size",
-        type=count,
-        help="rows per forward and backward on each process; changes memory, not results (default: its share of the batch)",
-    )
-    add(
-        "--grad-accum",
-        type=count,
-        help="the same, said as the number of parts into which each process cuts its share",
-    )
-    add(
-        "--max-length",
-        type=number(int, 2),
-        help="tokens of prompt and response together (default: 256, or the model's context)",
-    )
-    add(
-        "--lr",
-        type=positive,
-        help="peak learning rate (default: 3e-3 for 'tiny', else 1e-5; 1e-6 to 1e-3)",
-    )
-    add(
-        "--optimizer",
-        choices=tuple(OPTIMIZERS),
-        default="adamw",
-        help="torch's own; muon takes the matrices, AdamW the rest",
-    )
-    add(
-        "--scheduler",
-        choices=tuple(SCHEDULERS),
-        default="linear",
-        help="learning rate after the warm-up; wsd decays in the last fifth",
-    )
-    add(
-        "--warmup-steps",
-        type=number(int, 0),
-        default=20,
-        help="steps over which the learning rate rises",
-    )
+    add("--batch-size", type=count, default=32,
+        help="demonstrations of an SFT step, episodes of a PPO step, pairs of a DPO step; of all processes together")
+    add("--micro-batch-size", type=count,
+        help="rows per forward and backward on each process; changes memory, not results (default: its whole share)")
+    add("--grad-accum", type=count, help="the same, said as the number of parts into which each process cuts its share")
+    add("--max-length", type=number(int, 2),
+        help="tokens of prompt and response together (default: 256, or the model's context)")
+    add("--lr", type=positive, help="peak learning rate (default: 3e-3 for 'tiny', else 1e-5; 1e-6 to 1e-3)")
+    add("--optimizer", choices=tuple(OPTIMIZERS), default="adamw",
+        help="torch's own; muon takes the matrices, AdamW the rest")
+    add("--scheduler", choices=tuple(SCHEDULERS), default="linear",
+        help="learning rate after the warm-up; wsd decays in the last fifth")
+    add("--warmup-steps", type=number(int, 0), default=20, help="steps over which the learning rate rises")
     add("--max-grad-norm", type=positive, default=1.0, help="gradient clipping")
     add = parser.add_argument_group("reward and sampling").add_argument
-    add(
-        "--reward",
-        help="reward expression, such as '0.7*rouge_l + 0.3*bleu' or my.py:function (default: sentiment)",
-    )
-    add(
-        "--mixture-data",
-        help="preference pairs (prompt, chosen, rejected) that fit the weights of a mixture(...) reward",
-    )
+    add("--reward", help="reward expression, such as '0.7*rouge_l + 0.3*bleu' or my.py:function (default: sentiment)")
+    add("--mixture-data", help="preference pairs (prompt, chosen, rejected) to fit the weights of a mixture(...) reward")
     add("--max-new-tokens", type=count, default=32, help="length limit of a response, EOS included")
-    add(
-        "--temperature",
-        type=number(float, 0.01),
-        default=1.0,
-        help="divides the logits of policy, old policy and reference (0.7 to 1)",
-    )
-    add(
-        "--missing-eos-penalty",
-        type=number(float, 0),
-        default=0.0,
-        help="taken off the score of a response that hit the length limit",
-    )
+    add("--temperature", type=number(float, 0.01), default=1.0,
+        help="divides the logits of policy, old policy and reference (0.7 to 1)")
+    add("--missing-eos-penalty", type=number(float, 0), default=0.0,
+        help="taken off the score of a response that hit the length limit")
     add = parser.add_argument_group("ppo").add_argument
-    add(
-        "--kl-coef",
-        type=number(float, 0),
-        default=0.05,
-        help="price of one nat of KL, in units of reward (0.01 to 0.2)",
-    )
-    add(
-        "--kl-target",
-        type=positive,
-        help="adapt the price until a response has this KL, in nats (1 to 10)",
-    )
-    add(
-        "--kl-horizon",
-        type=positive,
-        default=1000,
-        help="episodes in which the price can change by a factor of 1.2",
-    )
-    add(
-        "--kl-estimator",
-        choices=("k1", "k2", "k3"),
-        default="k1",
-        help="per-token KL in the reward; only k1 also gives the KL's unbiased gradient",
-    )
+    add("--kl-coef", type=number(float, 0), default=0.05,
+        help="price of one nat of KL, in units of reward (0.01 to 0.2)")
+    add("--kl-target", type=positive, help="adapt the price until a response has this KL, in nats (1 to 10)")
+    add("--kl-horizon", type=positive, default=1000, help="episodes in which the price can change by a factor of 1.2")
+    add("--kl-estimator", choices=("k1", "k2", "k3"), default="k1",
+        help="per-token KL in the reward; only k1 also gives the KL's unbiased gradient")
     add("--ppo-epochs", type=count, default=2, help="passes over each rollout (1 to 4)")
     add("--minibatches", type=count, default=2, help="updates per pass (1 to 8)")
-    add(
-        "--cliprange",
-        type=positive,
-        default=0.2,
-        help="the ratio may leave 1 by this much (0.1 to 0.3)",
-    )
-    add(
-        "--cliprange-value",
-        type=positive,
-        default=0.2,
-        help="a value may leave its old self by this much",
-    )
+    add("--cliprange", type=positive, default=0.2, help="the ratio may leave 1 by this much (0.1 to 0.3)")
+    add("--cliprange-value", type=positive, default=0.2, help="a value may leave its old self by this much")
     add("--vf-coef", type=number(float, 0), default=0.1, help="weight of the value loss")
     add("--gamma", type=share, default=1.0, help="discount per token; 1 for text")
-    add(
-        "--lam",
-        type=share,
-        default=0.95,
-        help="GAE lambda, 1 unbiased, 0 smallest variance (0.9 to 1)",
-    )
-    add(
-        "--target-kl",
-        type=positive,
-        help="stop the passes over a rollout once approxkl exceeds this (0.01 to 0.1)",
-    )
+    add("--lam", type=share, default=0.95, help="GAE lambda, 1 unbiased, 0 smallest variance (0.9 to 1)")
+    add("--target-kl", type=positive, help="stop the passes over a rollout once approxkl exceeds this (0.01 to 0.1)")
     add("--whiten-rewards", action="store_true", help="scale per-token rewards to unit variance")
     add = parser.add_argument_group("run").add_argument
-    add(
-        "--out",
-        default="out",
-        help="run folder: config, metrics, samples, checkpoints, final model",
-    )
+    add("--out", default="out", help="run folder: config, metrics, samples, checkpoints, final model")
     add("--overwrite", action="store_true", help="replace the run that --out holds")
-    add(
-        "--resume",
-        metavar="OUT",
-        help="go on from the newest checkpoint of this run folder, with its flags",
-    )
-    add(
-        "--eval-every",
-        type=number(int, 0),
-        default=100,
-        help="steps between evaluations; 0 only at the start and the end",
-    )
+    add("--resume", metavar="OUT", help="go on from the newest checkpoint of this run folder, with its flags")
+    add("--eval-every", type=number(int, 0), default=100,
+        help="steps between evaluations; 0 only at the start and the end")
     add("--eval-size", type=count, default=256, help="held-out examples per evaluation")
-    add(
-        "--save-every",
-        type=number(int, 0),
-        default=100,
-        help="steps between checkpoints; 0 only the final model",
-    )
+    add("--save-every", type=number(int, 0), default=100, help="steps between checkpoints; 0 only the final model")
     add("--keep", type=count, default=2, help="checkpoints to keep, the newest ones")
-    add(
-        "--log",
-        choices=("none", "wandb", "tensorboard"),
-        default="none",
-        help="mirror of metrics.jsonl (optional packages)",
-    )
-    add(
-        "--seed",
-        type=number(int, 0, 2**32 - 2),
-        default=0,
-        help="of model, data order and sampling: the same seed, the same run",
-    )
+    add("--log", choices=("none", "wandb", "tensorboard"), default="none",
+        help="mirror of metrics.jsonl (optional packages)")
+    add("--seed", type=number(int, 0, 2**32 - 2), default=0,
+        help="of model, data order and sampling: the same seed, the same run")
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cuda, mps or cpu")
-    add(
-        "--amp",
-        choices=tuple(AMP_DTYPES),
-        default="no",
-        help="compute in bf16 or fp16 (with loss scaling); weights and losses stay float32",
-    )
-    add(
-        "--gradient-checkpointing",
-        action="store_true",
-        help="recompute activations in the backward pass: less memory, a third more time",
-    )
-    add(
-        "--compile",
-        action="store_true",
-        help="torch.compile the model: slow to start, then faster on a GPU (on the CPU hardly)",
-    )
-    add(
-        "--deepspeed",
-        metavar="JSON",
-        help="DeepSpeed configuration with ZeRO stage 1 or 2, under torchrun (optional package)",
-    )
-    add(
-        "--dry-run",
-        action="store_true",
-        help="print the memory that this run would take on 1 to 8 devices, and exit",
-    )
+    add("--amp", choices=tuple(AMP_DTYPES), default="no",
+        help="compute in bf16 or fp16 (with loss scaling); weights and losses stay float32")
+    add("--gradient-checkpointing", action="store_true",
+        help="recompute activations in the backward pass: less memory, a third more time")
+    add("--compile", action="store_true",
+        help="torch.compile the model: slow to start, then faster on a GPU (on the CPU hardly)")
+    add("--deepspeed", metavar="JSON",
+        help="DeepSpeed configuration with ZeRO stage 1 or 2, under torchrun (optional package)")
+    add("--dry-run", action="store_true", help="print the memory that this run would take on 1 to 8 devices, and exit")
+    # fmt: on
     for extension in EXTENSIONS:
         extension.add_flags(parser)
     for algorithm in algorithms.values():
@@ -252,16 +117,10 @@ def parse_args(argv: list[str] | None, algorithms: dict[str, Algorithm]) -> argp
     if args.overwrite:
         raise UserError("--resume goes on with a run, --overwrite replaces one; say one of the two")
     config = read_config(Path(args.resume))
-    remembered = {
-        name: config.get(name, value)
-        for name, value in vars(args).items()
-        if name not in EVERY_TIME
-    }
+    remembered = {name: config.get(name, value) for name, value in vars(args).items() if name not in EVERY_TIME}
     remembered["out"] = args.resume
     parser.set_defaults(**dict.fromkeys(remembered))  # a flag that is not given again is None
-    given = {
-        name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None
-    }
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     given = {name: value for name, value in given.items() if name in remembered}
     if "out" in given and Path(given["out"]).resolve() == Path(args.resume).resolve():
         given["out"] = args.resume
@@ -279,9 +138,7 @@ def spelled(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def check_flags_matter(
-    parser: Parser, args: argparse.Namespace, algorithms: dict[str, Algorithm]
-) -> None:
+def check_flags_matter(parser: Parser, args: argparse.Namespace, algorithms: dict[str, Algorithm]) -> None:
     """Raises UserError for a flag that does nothing in this run."""
     used_by = {name: (*entry.step_flags, *entry.flags) for name, entry in algorithms.items()}
     used_by |= {name: schedule.flags for name, schedule in schedules.SCHEDULES.items()}
@@ -289,17 +146,11 @@ def check_flags_matter(
     for flag in dict.fromkeys(flag for flags in used_by.values() for flag in flags):
         if flag not in used_here and getattr(args, flag) != parser.get_default(flag):
             owners = [name for name, flags in used_by.items() if flag in flags]
-            raise UserError(
-                f"{spelled(flag)} belongs to {' and '.join(owners)} and does nothing here; leave it out"
-            )
+            raise UserError(f"{spelled(flag)} belongs to {' and '.join(owners)} and does nothing here; leave it out")
     if args.micro_batch_size is not None and args.grad_accum is not None:
-        raise UserError(
-            "--micro-batch-size and --grad-accum say the same in two ways; give one of them"
-        )
+        raise UserError("--micro-batch-size and --grad-accum say the same in two ways; give one of them")
     if args.schedule in ("gate", "buffer") and args.ppo_ratio != parser.get_default("ppo_ratio"):
-        raise UserError(
-            f"--schedule {args.schedule} follows the scores, not --ppo-ratio; leave that out"
-        )
+        raise UserError(f"--schedule {args.schedule} follows the scores, not --ppo-ratio; leave that out")
 
 
 def resolve_defaults(args: argparse.Namespace, algorithm: Algorithm, context: int) -> None:
@@ -312,18 +163,12 @@ def resolve_defaults(args: argparse.Namespace, algorithm: Algorithm, context: in
         args.max_length = min(256, context)
     if args.lr is None:
         args.lr = 3e-3 if is_tiny else 1e-5
-    if (
-        args.sft_warmup is None
-    ):  # a model that has not learnt to write yet has nothing for PPO to improve
+    if args.sft_warmup is None:  # a model that has not learnt to write yet has nothing for PPO to improve
         args.sft_warmup = round(0.3 * args.steps) if is_tiny and args.ppo_ratio not in (0, 1) else 0
     if args.micro_batch_size is None:
-        args.micro_batch_size = math.ceil(
-            args.batch_size / (parallel.world() * (args.grad_accum or 1))
-        )
+        args.micro_batch_size = math.ceil(args.batch_size / (parallel.world() * (args.grad_accum or 1)))
     if args.max_length > context:
-        raise UserError(
-            f"--max-length {args.max_length} is beyond the model's context of {context} tokens"
-        )
+        raise UserError(f"--max-length {args.max_length} is beyond the model's context of {context} tokens")
     if args.max_new_tokens >= args.max_length:
         raise UserError(
             f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt in --max-length {args.max_length}"
@@ -335,7 +180,8 @@ def resolve_defaults(args: argparse.Namespace, algorithm: Algorithm, context: in
         )
     if args.batch_size < parallel.world():
         raise UserError(
-            f"--batch-size {args.batch_size} counts all {parallel.world()} processes together; give each at least one row"
+            f"--batch-size {args.batch_size} counts all {parallel.world()} processes together; "
+            "give each at least one row"
         )
     least = algorithm.least_group
     if args.batch_size % args.group_size or args.group_size < least:
@@ -344,16 +190,10 @@ def resolve_defaults(args: argparse.Namespace, algorithm: Algorithm, context: in
             f"--group-size {args.group_size}: expected a divisor of --batch-size {args.batch_size}{at_least}"
         )
     if not algorithm.samples and (args.schedule != "ratio" or args.turns > 1):
-        raise UserError(
-            f"--algorithm {args.algorithm} samples nothing, so it goes with --schedule ratio and one turn"
-        )
+        raise UserError(f"--algorithm {args.algorithm} samples nothing, so it goes with --schedule ratio and one turn")
     for extension in EXTENSIONS:
         extension.check_flags(args)
-    if (
-        args.reward is None
-        and args.ppo_ratio != 0
-        and (algorithm.samples or args.data == "reviews")
-    ):
+    if args.reward is None and args.ppo_ratio != 0 and (algorithm.samples or args.data == "reviews"):
         args.reward = "sentiment"
         if args.data != "reviews" and parallel.rank() == 0:
             print("no --reward was given: it is sentiment, praise minus blame by a word list")

@@ -1,0 +1,122 @@
+"""The two worked forks of docs/extensions.md: built by the recipe, then trained, resumed, checked.
+
+A fork is one new file, one import and one entry in train.py; whatever else depends on the algorithm
+follows from the entry.
+"""
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import FAST, ROOT
+
+TEXT = (ROOT / "docs" / "extensions.md").read_text(encoding="utf-8")
+
+
+def block(name: str, kind: str) -> str:
+    """The code block of a fork: its file, or its diff of train.py."""
+    blocks = re.findall(rf"```{kind}\n(.*?)```", TEXT, re.DOTALL)
+    return next(b for b in blocks if re.search(rf"^# {name}\.py$|^\+import {name}$", b, re.M))
+
+
+def apply(diff: str, source: str) -> str:
+    """Put the `+` lines of a diff behind the line of context that stands before them."""
+    for context, added in re.findall(r"^ (.*\n)((?:\+.*\n)+)", diff, re.MULTILINE):
+        lines = "".join(line[1:] for line in added.splitlines(keepends=True))
+        assert source.count(f"\n{context}") == 1, context
+        source = source.replace(f"\n{context}", f"\n{context}{lines}")
+    return source
+
+
+@pytest.fixture(scope="module")
+def fork(tmp_path_factory):
+    """A copy of the code in which both forks are built."""
+    folder = tmp_path_factory.mktemp("fork")
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, folder)
+    source = (folder / "train.py").read_text(encoding="utf-8")
+    for name in ("ipo", "rloo"):
+        (folder / f"{name}.py").write_text(block(name, "python"), encoding="utf-8")
+        diff = block(name, "diff")
+        source = apply(diff, source)
+        added = [line for line in diff.splitlines() if line.startswith("+")]
+        assert len(added) <= 12 and sum("import" in line for line in added) == 1
+    (folder / "train.py").write_text(source, encoding="utf-8")
+    return folder
+
+
+def run(folder, *flags):
+    command = [sys.executable, "train.py", *map(str, flags)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+
+
+def rows_of(folder, phase: str) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row for row in map(json.loads, lines) if row["phase"] == phase]
+
+
+FLAGS = {"ipo": ["--beta", "0.2"], "rloo": ["--group-size", "2", "--target-kl", "0.5"]}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_a_fork_by_the_recipe_trains_and_resumes_bit_by_bit(fork, tmp_path, name):
+    flags = [*FAST, "--sft-warmup", 1, "--algorithm", name, *FLAGS[name], "--save-every", 3]
+    for out in ("whole", "half"):
+        done = run(fork, *flags, "--out", tmp_path / out)
+        assert done.returncode == 0, done.stderr[-2000:]
+    rows = rows_of(tmp_path / "whole", name)
+    assert len(rows) >= 2 and all(row[f"{name}/grad_norm"] > 0 for row in rows)
+    assert rows[0].get("rloo/first_ratio_gap", 0) < 1e-5
+    shutil.rmtree(tmp_path / "half" / "final")
+    done = run(fork, "--resume", tmp_path / "half")
+    assert done.returncode == 0, done.stderr[-2000:]
+    whole, half = [tmp_path / out / "final" / "model.safetensors" for out in ("whole", "half")]
+    assert whole.read_bytes() == half.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--algorithm rloo --group-size 2 --gamma 0.9", "--gamma belongs to ppo and does nothing"),
+        ("--algorithm rloo --group-size 2 --vf-coef 0.3", "--vf-coef belongs to ppo"),
+        ("--algorithm rloo", "at least 2 for rloo"),
+        ("--algorithm rloo --group-size 2 --beta 0.3", "--beta belongs to"),
+        ("--algorithm ipo --kl-coef 0.3", "--kl-coef belongs to"),
+        ("--algorithm ipo --data examples.jsonl", "examples.jsonl does not exist"),
+        ("--algorithm ipo --schedule gate", "samples nothing"),
+    ],
+)
+def test_a_fork_refuses_the_flags_that_do_nothing_in_it(fork, tmp_path, flags, message):
+    done = run(fork, *FAST, *flags.split(), "--out", tmp_path / "out")
+    assert done.returncode == 2 and message in done.stderr, done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def load(fork, name: str):
+    spec = importlib.util.spec_from_file_location(f"fork_{name}", fork / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_ipo_by_hand(fork):
+    logps = torch.tensor([[-3.1, -7.3], [-4.7, -2.9], [-3.7, -8.0], [-4.2, -3.3]])
+    losses, chosen, rejected = load(fork, "ipo").ipo_loss(*logps, beta=0.3)
+    # margins: (0.6 - -0.5) = 1.1 and (0.7 - 0.4) = 0.3; the target is 1 / 0.6
+    expected = torch.tensor([(1.1 - 1 / 0.6) ** 2, (0.3 - 1 / 0.6) ** 2])
+    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(chosen, torch.tensor([0.18, 0.21]))
+    torch.testing.assert_close(rejected, torch.tensor([-0.15, 0.12]))
+
+
+def test_rloo_by_hand(fork):
+    nan = float("nan")
+    rewards = torch.tensor([1.3, -0.4, 2.2, 0.7, nan, 0.2, nan, nan, 5.0])
+    advantages = load(fork, "rloo").leave_one_out(rewards, group_size=3)
+    expected = [1.3 - 0.9, -0.4 - 1.75, 2.2 - 0.45, 0.7 - 0.2, 0, 0.2 - 0.7, 0, 0, 0]
+    torch.testing.assert_close(advantages, torch.tensor(expected))
