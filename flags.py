@@ -1,8 +1,8 @@
 """The command line: every flag that is no extension's own, their defaults, and what a resumed run remembers.
 
-An extension adds its flags by `add_flags(parser)` and refuses what cannot be by `check_flags(args)`. An algorithm names
-the flags that matter to it in its entry of ALGORITHMS (train.py), a schedule in its `flags`: a flag that does nothing in
-a run is refused. Left out on purpose: configuration files.
+An extension adds its flags by `add_flags(parser)` and refuses what cannot be by `check_flags(args)`. An algorithm
+names the flags that matter to it in its entry of ALGORITHMS (train.py), a schedule in its `flags`: a flag that does
+nothing in a run is refused. Left out on purpose: configuration files.
 
     python train.py --help
 """
@@ -52,7 +52,7 @@ def make_parser(algorithms: dict[str, Algorithm]) -> Parser:
     add("--max-grad-norm", type=positive, default=1.0, help="gradient clipping")
     add = parser.add_argument_group("reward and sampling").add_argument
     add("--reward", help="reward expression, such as '0.7*rouge_l + 0.3*bleu' or my.py:function (default: sentiment)")
-    add("--mixture-data", help="preference pairs (prompt, chosen, rejected) to fit the weights of a mixture(...) reward")
+    add("--mixture-data", help="preference pairs (prompt, chosen, rejected) that fit the weights of a mixture(...)")
     add("--max-new-tokens", type=count, default=32, help="length limit of a response, EOS included")
     add("--temperature", type=number(float, 0.01), default=1.0,
         help="divides the logits of policy, old policy and reference (0.7 to 1)")
