@@ -32,8 +32,9 @@ from transformers import DynamicCache, PreTrainedTokenizerFast
 import parallel
 from engine import Parser, UserError, check_new_folder, first_line, number, one_line_errors
 from lm import (
+    TINY_LM,  # noqa: F401  (`from hybrid import ...` offers it, and build_tiny)
     accepts,
-    build_tiny,  # noqa: F401  (also offered by `from hybrid import ...`)
+    build_tiny,  # noqa: F401
     can_pack,
     check_architecture,
     context_of,
