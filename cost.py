@@ -26,7 +26,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine import UserError, first_line
-from hybrid import TINY_LM
+from lm import TINY_LM
 
 GIB = 2**30
 

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from engine import UserError, first_line
-from hybrid import context_of, load_lm
+from lm import context_of, load_lm
 
 BATCH_SIZE = 16  # texts that a judge reads together
 MAX_LENGTH = 1024  # tokens; what is longer loses its beginning, so that the end of the response is always read

@@ -32,8 +32,8 @@ from engine import (
     one_line_errors,
     pick_device,
 )
-from hybrid import build_tiny, disable_dropout
 from judges import batched_logits, sequence_logits, tokenize
+from lm import build_tiny, disable_dropout
 
 
 def reward_model_loss(chosen_scores: torch.Tensor, rejected_scores: torch.Tensor) -> torch.Tensor:

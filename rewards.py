@@ -40,8 +40,8 @@ import torch
 import parallel
 from data import Example, encode_prompt, encode_target, read_records
 from engine import NonFiniteReward, Parser, UserError, one_line_errors
-from hybrid import context_of
 from judges import JUDGES, frozen_lm
+from lm import context_of
 from mixture import Mixture, RunningNorm
 from self_play import SelfPlay
 

@@ -1,10 +1,12 @@
-"""Supervised fine-tuning: raise the log-probability of the target, token by token, and of nothing else.
+"""Supervised fine-tuning: raise the log-probability of the target, token by token, of nothing else.
 
-    loss = - mean over target tokens of log pi(token | everything before it)          (cross-entropy)
+    loss = - mean over target tokens of log pi(token | everything before it)      (cross-entropy)
 
-The prompt is read but not trained on, the EOS of a complete target is trained like any other token (a model that never
-learns to stop is the most common SFT bug), and the mean is over the tokens of the whole optimiser step.
-Left out on purpose: label smoothing, anything that needs a Trainer. Run it alone with `python train.py --ppo-ratio 0`.
+The prompt is read but not trained on, the EOS of a complete target is trained like any other token
+(a model that never learns to stop is the most common SFT bug), the mean is over the whole update.
+Left out on purpose: label smoothing, anything that needs a Trainer.
+
+    python train.py --ppo-ratio 0        # SFT alone
 """
 
 import torch
@@ -35,22 +37,21 @@ def sft_step(
     max_grad_norm: float = 1.0,
     backend: Backend | None = None,
 ) -> dict[str, float]:
-    """One optimiser step on one batch. Returns `sft/loss`, `sft/entropy` (nats per token), `sft/tokens`, `sft/grad_norm`.
+    """One update on one batch. Returns `sft/` loss, entropy (nats a token), tokens, grad_norm.
 
-    The value head is not part of the loss and comes out unchanged. `backend` is for float16 and several processes; None is plain torch.
+    The value head is not part of the loss and comes out unchanged. `backend` is for float16 and
+    several processes; None is plain torch.
     """
 
-    def loss_fn(part: Batch):
-        scores = model(part.input_ids, part.attention_mask, part.response_mask)
-        loss = sft_loss(scores.logprobs, part.response_mask)  # scalar
-        return loss, {
-            "loss": loss.detach(),
-            "entropy": masked_mean(scores.entropy, part.response_mask),
-        }
+    def loss_fn(rows: Batch):
+        scores = model(rows.input_ids, rows.attention_mask, rows.response_mask)
+        loss = sft_loss(scores.logprobs, rows.response_mask)  # scalar
+        entropy = masked_mean(scores.entropy, rows.response_mask)  # scalar
+        return loss, {"loss": loss.detach(), "entropy": entropy}
 
-    rows = torch.arange(len(batch), device=batch.input_ids.device)  # (B,)
+    index = torch.arange(len(batch), device=batch.input_ids.device)  # (B,)
     backend = backend or Backend(model)
-    stats = accumulate(backend, batch, rows, micro_batch_size, loss_fn)
+    stats = accumulate(backend, batch, index, micro_batch_size, loss_fn)
     stats["tokens"] = float(batch.response_mask.sum())
     stats |= apply_gradients(backend, optimizer, max_grad_norm)
     return {f"sft/{name}": value for name, value in stats.items()}
@@ -60,6 +61,5 @@ def sft_step(
 def held_out_nll(model: HybridModel, batch: Batch, micro_batch_size: int) -> float:
     """The SFT loss over the whole batch, without learning from it: nats per response token."""
     batch = batch.to(next(model.parameters()).device)
-    return float(
-        sft_loss(forward_rows(model, batch, micro_batch_size).logprobs, batch.response_mask)
-    )
+    logprobs = forward_rows(model, batch, micro_batch_size).logprobs  # (B, T)
+    return float(sft_loss(logprobs, batch.response_mask))

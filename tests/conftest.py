@@ -1,4 +1,4 @@
-"""Tiny models, tokenizers and paths that the tests share. Everything is built here: no network, no download."""
+"""Tiny models, tokenizers and paths that the tests share. All are built here, without a network."""
 
 import os
 import sys
@@ -9,16 +9,21 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ["HF_HUB_OFFLINE"] = "1"  # a hub look-up must fail at once, also where there is a network
+os.environ["HF_HUB_OFFLINE"] = "1"  # a hub look-up must fail at once, on a network too
 
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
-from data import make_reviews  # noqa: E402
-from hybrid import HybridModel, build_tiny  # noqa: E402
+from hybrid import HybridModel  # noqa: E402
+from lm import build_tiny  # noqa: E402
+from sources import make_reviews  # noqa: E402
 
 SHARED = ROOT.parent / "shared" / "data"
 REVIEWS = make_reviews(300)
-FAST = "--limit 60 --steps 6 --batch-size 4 --max-new-tokens 6 --eval-size 4 --eval-every 0 --device cpu --warmup-steps 0".split()  # a run in seconds
+# The flags of a run that takes seconds
+FAST = (
+    "--limit 60 --steps 6 --batch-size 4 --max-new-tokens 6 --eval-size 4 --eval-every 0 "
+    "--device cpu --warmup-steps 0"
+).split()
 
 # model_type -> what its config needs to be tiny; the vocabulary is 61 and the width 32 everywhere
 SMALL = dict(
@@ -70,7 +75,7 @@ ARCHITECTURES = {
 
 
 def build_lm(model_type: str, seed: int = 0, **changes) -> torch.nn.Module:
-    """A random LM of the named architecture whose logits are far from uniform, so that a wrong mask or shift shows."""
+    """A random LM whose logits are far from uniform, so that a wrong mask or shift shows."""
     common = dict(vocab_size=61, pad_token_id=None, bos_token_id=1, eos_token_id=2)
     config = AutoConfig.for_model(model_type, **{**common, **ARCHITECTURES[model_type], **changes})
     torch.manual_seed(seed)
@@ -84,7 +89,7 @@ def build_lm(model_type: str, seed: int = 0, **changes) -> torch.nn.Module:
 
 @pytest.fixture(params=["gpt2", "llama"])
 def model(request) -> HybridModel:
-    """One model with learned absolute positions, one with rotary positions: padding bugs hide in the second."""
+    """One model with learned positions, one with rotary ones: padding bugs hide in the second."""
     hybrid = HybridModel(build_lm(request.param))
     torch.manual_seed(1)
     torch.nn.init.normal_(hybrid.value_head.weight)
@@ -104,7 +109,7 @@ def tokenizer(tiny):
 
 @pytest.fixture(scope="session")
 def tiny_folder(tiny, tmp_path_factory) -> Path:
-    """A Hugging Face folder with a random GPT-2 and the tokenizer of the built-in task: what a user's `--model` may be."""
+    """A folder that `--model` may name: a random GPT-2 and the tokenizer of the built-in task."""
     folder = tmp_path_factory.mktemp("tiny-gpt2")
     config = AutoConfig.for_model(
         "gpt2",

@@ -1,4 +1,4 @@
-"""Sources, splits, token ids and the layout: what goes into a batch is what the record says, masks included."""
+"""Sources, splits, token ids, the layout: a batch holds what the record says, masks included."""
 
 import json
 import random
@@ -9,23 +9,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GPT2Tokenizer
 
-from data import (
-    BatchStream,
-    Example,
-    decode,
-    encode_prompt,
-    encode_target,
-    is_fluent_review,
-    load_examples,
-    main,
-    make_batch,
-    make_reviews,
-    render_dialogue,
-    review_metrics,
-    split_examples,
-    to_examples,
-)
+from data import BatchStream, decode, encode_prompt, encode_target, main, make_batch, split_examples
 from engine import UserError
+from reviews import is_fluent_review, review_metrics
+from sources import Example, load_examples, make_reviews, render_dialogue, to_examples
 
 CHAT = [
     {"role": "system", "content": "Be kind."},
@@ -153,7 +140,10 @@ def test_bos_comes_exactly_once(tokenizer, tmp_path, eos_too):
         bos_adding, " dull"
     )
 
-    bos_adding.chat_template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    bos_adding.chat_template = (
+        "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
     ids = encode_prompt(bos_adding, to_examples({"messages": CHAT})[1])
     assert ids.count(bos_adding.bos_token_id) == 1
     assert (
@@ -241,7 +231,8 @@ def test_every_assistant_turn_is_an_example_with_its_true_history(tokenizer):
     [
         (
             {"prompt": "p"},
-            "no target field: looked for target, completion, response, output, answer; the record has prompt",
+            "no target field: looked for target, completion, response, output, answer; "
+            "the record has prompt",
         ),
         ({"target": "t"}, "no prompt field"),
         ({}, "the record has nothing"),
@@ -500,8 +491,8 @@ def test_the_command_says_what_a_file_becomes(tmp_path, capsys):
         "id,Frage,Antwort\n" + "".join(f"{i},Was ist {i}?,Eine Zahl\n" for i in range(30))
     )
     main([str(tmp_path / "d.csv"), "--prompt-field", "Frage", "--target-field", "Antwort"])
-    *shown, counts, note = capsys.readouterr().out.splitlines()
-    assert len(shown) == 3 and '"prompt": "Was ist 0?"' in shown[0]
+    *records, counts, note = capsys.readouterr().out.splitlines()
+    assert len(records) == 3 and '"prompt": "Was ist 0?"' in records[0]
     assert (
         re.fullmatch(r"30 examples, \d of them held out, 0 without a target", counts)
         and "touch, as in 'Was ist 0?Eine Zahl'" in note

@@ -1,5 +1,6 @@
-"""Dialogues of several turns: the row token by token, what is trained and what is not, scores where they belong."""
+"""Dialogues of several turns: the row token by token, what is trained, where the scores stand."""
 
+import argparse
 import copy
 import json
 
@@ -8,14 +9,25 @@ import torch
 from conftest import SHARED
 
 from data import Example, load_examples, render_dialogue
-from dialogue import Episode, ModelUser, sample_episodes, scripted_user, text_between
+from dialogue import (
+    Episode,
+    ModelUser,
+    add_flags,
+    check_flags,
+    load_user,
+    sample_episodes,
+    scripted_user,
+    text_between,
+)
+from engine import UserError
 from hybrid import HybridModel
 from ppo import collect_rollout, ppo_step
 from runs import read_rows
 from train import main
 
 CHATML = (
-    "{% if bos_token %}{{ bos_token }}{% endif %}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if bos_token %}{{ bos_token }}{% endif %}"
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 LENGTHS = dict(max_length=200, max_new_tokens=6)
@@ -184,7 +196,7 @@ def test_one_score_at_the_end_or_one_for_each_turn(policy):
     assert rollout.rewards[0, first_end] == 1 and rollout.rewards[0, last[0]] == 2
 
 
-def test_a_cut_turn_is_penalised_where_it_was_cut(policy):
+def test_a_truncated_turn_is_penalised_at_its_own_end(policy):
     model, tokenizer = policy
     logits = model.logits
     never = torch.zeros(len(tokenizer)).index_fill(0, torch.tensor([tokenizer.eos_token_id]), -1e9)
@@ -263,7 +275,10 @@ def test_user_turns_come_from_messages_and_from_turns(tmp_path):
     )
 
 
-RUN = "--ppo-ratio 1 --steps 3 --batch-size 4 --eval-size 4 --max-new-tokens 6 --max-length 120 --device cpu --reward length --save-every 0".split()
+RUN = (
+    "--ppo-ratio 1 --steps 3 --batch-size 4 --eval-size 4 --max-new-tokens 6 --max-length 120 "
+    "--device cpu --reward length --save-every 0"
+).split()
 
 
 def test_questions_without_answers_serve_ppo_alone(tmp_path, capsys):
@@ -283,6 +298,30 @@ def test_questions_without_answers_serve_ppo_alone(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([*RUN, "--turns", "2", "--out", str(tmp_path / "no")])
     assert "says what the user replies" in capsys.readouterr().err
+
+
+def test_flags_are_read_checked_and_name_the_user(tiny_folder):
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    run = dict(schedule="ratio", max_new_tokens=10, max_length=40)
+    one = argparse.Namespace(**vars(parser.parse_args([])), **run)
+    check_flags(one)
+    assert one.turns == 1 and load_user(one, torch.device("cpu")) is scripted_user
+    words = ["--turns", "3", "--user-model", str(tiny_folder), "--turn-rewards"]
+    args = argparse.Namespace(**vars(parser.parse_args(words)), **run)
+    check_flags(args)
+    user = load_user(args, torch.device("cpu"))
+    assert isinstance(user, ModelUser) and user.max_new_tokens == 10
+    for change, message in (
+        (dict(turns=1), "are for dialogues"),
+        (dict(schedule="gate"), "goes with --schedule ratio or mix"),
+        (dict(turns=4), "--turns 4 of --max-new-tokens 10 leave no room for a prompt"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_flags(argparse.Namespace(**{**vars(args), **change}))
+    args.max_new_tokens = 64
+    with pytest.raises(UserError, match="context of 64 tokens, no room for a dialogue"):
+        load_user(args, torch.device("cpu"))
 
 
 def test_mt_bench_with_a_real_model_on_both_sides(tmp_path, shared):

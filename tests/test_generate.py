@@ -1,4 +1,4 @@
-"""The sampler: what it draws is what the scorer scores, whatever the model's own generation settings say."""
+"""The sampler: what it draws is what the scorer scores, whatever the model's own settings say."""
 
 from collections import Counter
 from contextlib import nullcontext
@@ -48,7 +48,7 @@ def test_sampler_equals_scorer(architecture, temperature):
 def test_rows_that_ended_leave_the_batch_and_the_rest_goes_on_unharmed(
     architecture, cached, monkeypatch
 ):
-    """With EOS likely, the batch shrinks several times; what is sampled afterwards must still be what the scorer scores."""
+    """With EOS likely the batch shrinks several times; sampler and scorer still agree."""
     model = HybridModel(build_lm(architecture))
     model._cache_name = model._cache_name if cached else None
     logits, sizes = model.logits, []
@@ -105,11 +105,11 @@ def test_a_hostile_generation_config_changes_nothing(model):
 
 
 def test_greedy_equals_hugging_face_one_prompt_at_a_time(model):
-    """The KV cache, the left padding and the positions are right if batched greedy tokens are those of HF's own loop."""
+    """Cache, left padding and positions are right if greedy tokens are those of HF's own loop."""
     prompts, _ = ragged_batch(seed=3)
-    ours = generate(model, prompts, max_new_tokens=10, eos_token_id=EOS, temperature=0).responses
-    for prompt, response in zip(prompts, ours):
-        theirs = model.lm.generate(
+    options = dict(max_new_tokens=10, eos_token_id=EOS, temperature=0)
+    for prompt, response in zip(prompts, generate(model, prompts, **options).responses):
+        expected = model.lm.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt)).long(),
             do_sample=False,
@@ -117,7 +117,7 @@ def test_greedy_equals_hugging_face_one_prompt_at_a_time(model):
             eos_token_id=EOS,
             pad_token_id=0,
         )
-        assert response == theirs[0, len(prompt) :].tolist()
+        assert response == expected[0, len(prompt) :].tolist()
 
 
 def test_an_architecture_without_a_cache_gives_the_same_tokens(model):
@@ -166,7 +166,7 @@ def test_frequencies_are_the_probabilities(temperature):
         assert abs(counts[token] / n - p) < 3 * (p * (1 - p) / n) ** 0.5
 
 
-def test_rows_stop_at_their_first_eos_and_the_limit_cuts_the_rest():
+def test_rows_stop_at_their_first_eos_and_the_limit_truncates_the_rest():
     generation = generate(
         Rigged([0.5, 0.25, 0.25]),
         [[1]] * 200,

@@ -1,4 +1,4 @@
-"""HybridModel against the model's own full-logits path, Hugging Face's own loss, and itself under padding."""
+"""HybridModel against the LM's own full logits, Hugging Face's own loss, itself under padding."""
 
 import copy
 
@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hybrid
 from data import make_batch
 from engine import UserError
-from hybrid import HybridModel, load_lm, masked_mean
+from hybrid import HybridModel, masked_mean
+from lm import find_logit_transform, load_lm, pack
 from sft import sft_loss
 
 
@@ -47,7 +48,8 @@ def test_forward_equals_the_full_logits_path(architecture):
         assert x.dtype == torch.float32 and (x[~batch.response_mask] == 0).all()
 
 
-# ALiBi's distances run through a packed row, a state runs on through it, and OPT counts its positions by the mask: read row by row.
+# Read row by row: ALiBi's distances and a recurrent state run through a packed row, and OPT counts
+# its positions by the mask.
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_short_rows_share_a_row_of_the_lm_where_the_architecture_can_tell_them_apart(architecture):
     model = HybridModel(build_lm(architecture))
@@ -94,7 +96,7 @@ def test_packing_loses_nothing_overlaps_nowhere_and_fills_well():
         lengths = torch.randint(
             1, 100, (int(torch.randint(1, 60, (1,), generator=generator)),), generator=generator
         ).tolist()
-        bins, begins, width = hybrid.pack(lengths)
+        bins, begins, width = pack(lengths)
         taken = [(b, begin + i) for b, begin, n in zip(bins, begins, lengths) for i in range(n)]
         assert len(set(taken)) == sum(lengths) and max(
             column for _, column in taken
@@ -107,7 +109,7 @@ def test_packing_loses_nothing_overlaps_nowhere_and_fills_well():
     [("gemma2", 1, 5), ("granite", 1 / 7, None), ("cohere", 0.0625, None), ("gpt2", 1, None)],
 )
 def test_logit_transform_is_found(architecture, scale, cap):
-    found_scale, found_cap = hybrid.find_logit_transform(build_lm(architecture))
+    found_scale, found_cap = find_logit_transform(build_lm(architecture))
     assert found_scale == pytest.approx(scale, rel=1e-4) and found_cap == cap
 
 
@@ -142,7 +144,7 @@ def test_unknown_logit_transform_is_refused():
     ],
 )
 def test_an_architecture_that_breaks_an_assumption_is_refused(claim, break_it):
-    """Bidirectional, noisy in training, blind to masks: each would train silently on wrong numbers."""
+    """Bidirectional, noisy in training, blind to masks: each would train on wrong numbers."""
     lm = build_lm("llama")
     original = lm.forward
 
@@ -159,7 +161,7 @@ def test_an_architecture_that_breaks_an_assumption_is_refused(claim, break_it):
 
 
 def test_sft_loss_and_gradient_equal_hugging_face(model):
-    """HF: labels -100 on prompt and padding; the same mean over target tokens, the same gradient for every parameter."""
+    """HF: labels -100 on prompt and padding; the same mean over targets, the same gradients."""
     batch = make_batch(None, *ragged_batch(), max_length=32)
     oracle = copy.deepcopy(model.lm)
     labels = batch.input_ids.masked_fill(~batch.response_mask, -100)
@@ -173,8 +175,8 @@ def test_sft_loss_and_gradient_equal_hugging_face(model):
     )
     loss.backward()
     torch.testing.assert_close(loss, hf_loss, atol=1e-5, rtol=1e-5)
-    for ours, theirs in zip(model.lm.parameters(), oracle.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-3)
+    for parameter, expected in zip(model.lm.parameters(), oracle.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, expected.grad, atol=1e-5, rtol=1e-3)
     assert model.value_head.weight.grad is None
 
 

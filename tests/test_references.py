@@ -1,7 +1,9 @@
-"""Several references: the mixture against its definition on full logits, and the identities that it must keep."""
+"""Several references: the mixture against its definition on full logits, and its identities."""
 
+import argparse
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +13,23 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from data import Example, make_batch
 from engine import UserError
 from hybrid import HybridModel, forward_rows
-from references import ReferenceMixture, parse_reference, reference_logprobs
+from references import (
+    ReferenceMixture,
+    add_flags,
+    check_flags,
+    follow_policy,
+    load_references,
+    parse_reference,
+    reference_logprobs,
+    renew_reference,
+)
 from runs import read_rows
 from train import main
+
+SHORT = (
+    "--limit 60 --steps 4 --batch-size 4 --max-new-tokens 6 --max-length 40 --eval-size 4 "
+    "--device cpu --ppo-ratio 1 --reward length"
+)
 
 
 @pytest.fixture(scope="module")
@@ -71,29 +87,68 @@ def test_a_record_may_name_its_reference(setting):
 
 
 def test_flags_are_read():
-    assert parse_reference("out/final") == ("reference", "out/final", 1.0) and parse_reference(
-        "calm=a/b:2.5"
-    ) == ("calm", "a/b", 2.5)
+    assert parse_reference("out/final") == ("reference", "out/final", 1.0)
+    assert parse_reference("calm=a/b:2.5") == ("calm", "a/b", 2.5)
     assert parse_reference("calm=org/model") == ("calm", "org/model", 1.0)
+
+
+def flags_of(text: str) -> argparse.Namespace:
+    """The flags of references.py as they are said, and those that it reads of a run."""
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    run = dict(model="it", ppo_ratio=0.5, max_length=40, amp="no", compile=False)
+    return argparse.Namespace(**vars(parser.parse_args(text.split())), **run)
+
+
+def test_what_the_flags_name_is_loaded(tiny, tiny_folder):
+    model, tokenizer = HybridModel.load(str(tiny_folder))
+    assert load_references(flags_of(""), model, tokenizer) is None
+    args = flags_of(f"--ref-model {tiny_folder} --ref-ema 0.9")
+    one = load_references(args, model, tokenizer)
+    assert isinstance(one, HybridModel) and not any(p.requires_grad for p in one.parameters())
+    args.ppo_ratio = 0
+    assert load_references(args, model, tokenizer) is None, "pure SFT needs no reference"
+    two = flags_of(f"--ref-model a={tiny_folder}:3 --ref-model b={tiny_folder}")
+    assert load_references(two, model, tokenizer).weights == [0.75, 0.25]
+    check_flags(two)
+    two.ref_refresh = 2
+    with pytest.raises(UserError, match="move one reference, not a mixture"):
+        check_flags(two)
+    other = HybridModel(copy.deepcopy(tiny[0]))
+    with pytest.raises(UserError, match="--ref-ema averages weights"):
+        load_references(flags_of(f"--ref-model {tiny_folder} --ref-ema 0.5"), other, tokenizer)
+    args.ppo_ratio, args.max_length = 1, 65
+    with pytest.raises(UserError, match="has a context of 64 tokens; --max-length is 65"):
+        load_references(args, model, tokenizer)
+
+
+def test_a_reference_is_renewed_when_it_is_time_and_follows_by_an_average():
+    model = HybridModel(build_lm("llama"))
+    run, args = SimpleNamespace(model=model, reference=None, rl_steps=0), flags_of("")
+    renewed = []  # (--ref-refresh, RL steps so far) where the reference became another copy
+    for every in (0, 2):
+        for rl_steps in range(5):
+            before, args.ref_refresh, run.rl_steps = run.reference, every, rl_steps
+            renew_reference(run, args)
+            if run.reference is not before:
+                renewed.append((every, rl_steps))
+    assert renewed == [(0, 0), (2, 2), (2, 4)]
+    head, args.ref_ema = run.reference.value_head.weight, 0.0
+    with torch.no_grad():
+        model.value_head.weight.add_(1)
+    follow_policy(run, args)
+    assert not head.any()
+    args.ref_ema = 0.75
+    follow_policy(run, args)
+    assert torch.equal(head, torch.full_like(head, 0.25))
 
 
 def test_a_run_against_two_references_logs_both_kls_and_starts_at_zero_where_all_are_equal(
     tmp_path, tiny_folder
 ):
-    flags = f"--model {tiny_folder} --limit 60 --steps 4 --batch-size 4 --max-new-tokens 6 --max-length 40 --eval-size 4 --device cpu --ppo-ratio 1 --reward length --lr 1e-2".split()
-    main(
-        [
-            *flags,
-            "--ref-model",
-            f"one={tiny_folder}:1",
-            "--ref-model",
-            f"two={tiny_folder}:3",
-            "--save-every",
-            "2",
-            "--out",
-            str(tmp_path / "run"),
-        ]
-    )
+    flags = f"--model {tiny_folder} --ref-model one={tiny_folder}:1 --ref-model two={tiny_folder}:3"
+    flags += f" {SHORT} --save-every 2 --lr 1e-2 --out {tmp_path}/run"
+    main(flags.split())
     rows = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row["phase"] == "ppo"]
     assert rows[0]["ppo/kl"] == pytest.approx(0, abs=1e-5) and rows[-1]["ppo/kl"] > 0
     for row in rows:
@@ -113,22 +168,9 @@ def test_a_named_reference_of_another_shape_may_be_renewed_and_the_run_resumed(
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(small, n_layer=1)).save_pretrained(
         small
     )
-    flags = f"--model {tiny_folder} --ref-model {small} --ref-refresh 1 --limit 60 --steps 4 --batch-size 4 --max-new-tokens 6 --max-length 40 --eval-size 4 --device cpu".split()
-    main(
-        [
-            *flags,
-            "--ppo-ratio",
-            "1",
-            "--reward",
-            "length",
-            "--save-every",
-            "2",
-            "--grad-accum",
-            "2",
-            "--out",
-            str(tmp_path / "run"),
-        ]
-    )
+    flags = f"--model {tiny_folder} --ref-model {small} --ref-refresh 1 {SHORT}"
+    flags += f" --save-every 2 --grad-accum 2 --out {tmp_path}/run"
+    main(flags.split())
     final = (tmp_path / "run" / "final" / "model.safetensors").read_bytes()
     shutil.rmtree(tmp_path / "run" / "final")
     main(["--resume", str(tmp_path / "run")])
@@ -136,10 +178,10 @@ def test_a_named_reference_of_another_shape_may_be_renewed_and_the_run_resumed(
 
 
 def test_a_reference_that_moves_by_an_average(tmp_path):
-    """--ref-ema 0 never moves it; at 0.5 the distance is halved at every step; at 1 nothing of the policy enters."""
+    """0 never moves it, of 1 nothing is the policy's; 0.5 halves the distance at every step."""
     kls = {}
     for d in ("0", "0.5", "1"):
-        flags = "--limit 60 --steps 6 --batch-size 4 --max-new-tokens 6 --eval-size 4 --device cpu --ppo-ratio 1 --reward length --save-every 0 --eval-every 0"
+        flags = SHORT.replace("--steps 4", "--steps 6") + " --save-every 0 --eval-every 0"
         main([*flags.split(), "--ref-ema", d, "--out", str(tmp_path / d)])
         kls[d] = [
             row["ppo/kl"]
@@ -164,9 +206,10 @@ def test_dpo_on_own_data_needs_no_reward_to_be_held_to_two_references(tmp_path, 
             for i in range(9)
         )
     )
-    flags = f"--algorithm dpo --data {tmp_path}/d.jsonl --preference-data {tmp_path}/p.jsonl --model {tiny_folder} --max-length 40 --steps 2 --batch-size 4"
-    flags += f" --ppo-ratio 1 --max-new-tokens 6 --device cpu --ref-model a={tiny_folder} --ref-model b={tiny_folder} --out {tmp_path}/run"
-    main(flags.split())
+    flags = f"--algorithm dpo --data {tmp_path}/d.jsonl --preference-data {tmp_path}/p.jsonl"
+    flags += f" --model {tiny_folder} --ref-model a={tiny_folder} --ref-model b={tiny_folder}"
+    flags += " --max-length 40 --steps 2 --batch-size 4 --ppo-ratio 1 --max-new-tokens 6"
+    main(f"{flags} --device cpu --out {tmp_path}/run".split())
     assert [row["phase"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == [
         "eval",
         "dpo",

@@ -26,7 +26,8 @@ import train
 from engine import UserError
 from evaluate import RULES, verdict
 from evaluate import main as evaluate_main
-from hybrid import HybridModel, build_tiny, merge
+from hybrid import HybridModel, merge
+from lm import build_tiny
 from train import main
 
 SHORT = "--limit 60 --steps 14 --sft-warmup 4 --batch-size 4 --micro-batch-size 3 --max-new-tokens 6 --eval-size 4 --eval-every 5 --save-every 3".split()

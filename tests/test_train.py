@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2To
 import prepare
 import train
 from data import BatchStream, demonstration_batch, load_examples, split_examples
-from hybrid import HybridModel, build_tiny
+from hybrid import HybridModel
+from lm import build_tiny
 from sft import sft_step
 from train import is_ppo_step, main
 

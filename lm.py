@@ -1,0 +1,320 @@
+"""A Hugging Face causal LM made ready for `HybridModel`: loaded or built, checked, packed.
+
+`check_architecture`, `find_logit_transform` and `can_pack` try on eight tokens what the rest of the
+code takes for granted; `states_before` does no work for padding. Nothing here is about SFT or PPO,
+so a first reading may skip this file.
+Left out on purpose: encoder-decoder models, quantised weights, a list of known architectures.
+
+    python -m pytest -q tests/test_model.py        # sixteen architectures against their own logits
+"""
+
+import inspect
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+from transformers.activations import NewGELUActivation
+
+from engine import UserError, first_line
+
+TINY_LM = dict(vocab_size=512, max_position_embeddings=256, hidden_size=192)
+TINY_LM |= dict(intermediate_size=512, num_hidden_layers=2, num_attention_heads=4)
+UNREADABLE = (OSError, ValueError, KeyError, ImportError)  # raised by transformers
+SAVE_TOKENIZER = "save one beside the weights with tokenizer.save_pretrained"
+CAP_NAMES = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
+# --------------------------------------------------------------------------- where an LM comes from
+
+
+def load_lm(name: str, what: str = "model") -> tuple[nn.Module, PreTrainedTokenizerFast]:
+    """Causal LM (float32) and tokenizer from a local folder or a hub id.
+
+    `what` is the flag that errors name. Raises UserError that says what to do.
+    """
+    folder = Path(name)
+    is_local = folder.exists() or name.startswith((".", "/", "~"))
+    if (folder / "final" / "config.json").is_file():
+        raise UserError(f"{what} {name} is a run folder; its model is in {folder / 'final'}")
+    if is_local and not (folder / "config.json").is_file():
+        expected = "expected a Hugging Face model folder with a config.json, found none there"
+        raise UserError(f"{what} {name}: {expected}")
+    # The hub's retries are no news; whether it worked is.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    load = AutoModelForCausalLM.from_pretrained
+    try:
+        lm, report = load(name, dtype=torch.float32, output_loading_info=True)
+    except (*UNREADABLE, TypeError, RuntimeError, SafetensorError) as problem:
+        reason = first_line(problem)
+        if is_local:
+            raise UserError(f"{what} {name} cannot be read as a causal LM: {reason}") from None
+        advice = "check the name and the network, or give a downloaded folder"
+        if what == "--model":
+            advice += ", or use the built-in --model tiny"
+        failure = "is no local folder and could not be fetched from the Hugging Face hub"
+        raise UserError(f"{what} {name} {failure} ({reason}); {advice}") from None
+    missing = sorted(report["missing_keys"])
+    if missing:
+        some = f"{len(missing)} of its weights ({', '.join(missing[:3])} ...)"
+        raise UserError(f"{what} {name} lacks {some}; is it a causal LM, and complete?")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (*UNREADABLE, AttributeError) as problem:
+        failure = f"has no tokenizer that can be read ({first_line(problem)})"
+        raise UserError(f"{what} {name} {failure}; {SAVE_TOKENIZER}") from None
+    check_tokenizer(f"{what} {name}", lm, tokenizer)
+    return lm, tokenizer
+
+
+def check_tokenizer(name: str, lm: nn.Module, tokenizer) -> None:
+    """Raises UserError unless there is a vocabulary with EOS, and an embedding for each id."""
+    # transformers makes an empty tokenizer where a folder holds none.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise UserError(f"{name} has no tokenizer; {SAVE_TOKENIZER}")
+    rows = lm.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        sizes = f"{len(tokenizer)} tokens but the model embeds only {rows}"
+        raise UserError(f"{name}: the tokenizer has {sizes}; they do not belong together")
+    if tokenizer.eos_token_id is None:
+        why = "a response could never end; set eos_token in tokenizer_config.json"
+        raise UserError(f"{name}: the tokenizer has no EOS token, so {why}")
+
+
+def build_tiny(texts: list[str], seed: int = 0) -> tuple[nn.Module, PreTrainedTokenizerFast]:
+    """A Llama of about 1 M random parameters, and a BPE of at most 512 tokens trained on `texts`.
+
+    Takes seconds. Any text can be encoded (all bytes are tokens); EOS is `<|endoftext|>`; there is
+    no pad token, as in GPT-2.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TINY_LM["vocab_size"],
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|endoftext|>", clean_up_tokenization_spaces=False
+    )
+    sizes = {**TINY_LM, "vocab_size": len(tokenizer)}
+    ends = dict(bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=None)
+    config = LlamaConfig(**sizes, **ends, tie_word_embeddings=True)
+    with torch.random.fork_rng(devices=[]):  # leaves the caller's random state as it was
+        torch.manual_seed(seed)
+        lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return lm, tokenizer
+
+
+def context_of(lm: nn.Module) -> int:
+    """Tokens that a model can read at once; practically endless where its config names no limit."""
+    return getattr(lm.config.get_text_config(), "max_position_embeddings", None) or 10**9
+
+
+def disable_dropout(lm: nn.Module) -> None:
+    """Set every rate of dropout, layer-drop and router-jitter to 0, for training mode too."""
+    for holder in [lm.config, *lm.modules()]:  # as module, attribute or config entry
+        is_dropout = isinstance(holder, nn.modules.dropout._DropoutNd)
+        for name, value in vars(holder).items():
+            is_rate = "drop" in name or "jitter" in name or (is_dropout and name == "p")
+            if is_rate and isinstance(value, float):
+                setattr(holder, name, 0.0)
+
+
+def fuse_activations(lm: nn.Module) -> None:
+    """transformers writes GPT-2's GELU as eight elementwise operations; torch has it as one."""
+    for module in lm.modules():
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
+
+
+# ------------------------------------------------------------------------ what is taken for granted
+
+
+def eight_tokens(lm: nn.Module) -> torch.Tensor:
+    """Ids 0..7 as one row, (1, 8), on the model's device."""
+    ids = torch.arange(8, device=lm.get_output_embeddings().weight.device)[None]
+    return ids % lm.config.get_text_config().vocab_size
+
+
+def accepts(module: nn.Module) -> set[str]:
+    """The names of the arguments of a module's forward."""
+    return set(inspect.signature(module.forward).parameters)
+
+
+@torch.no_grad()
+def check_architecture(lm: nn.Module) -> None:
+    """Three things that everything here takes for granted, tried on eight tokens.
+
+    A later token must not change an earlier one's scores; training mode must score like evaluation
+    mode; and a row must score the same with padding on its left, since that is how prompts of
+    unequal length are sampled. Raises UserError for a model that lacks one of them.
+    """
+    name, head = type(lm).__name__, lm.get_output_embeddings()
+    if head is None or lm.base_model is lm or "input_ids" not in accepts(lm.base_model):
+        built = "is not built as a decoder with an lm_head on top"
+        raise UserError(f"{name} {built}, so it cannot be trained here")
+    was_training = lm.training
+
+    def logits(ids: torch.Tensor, mask: torch.Tensor, train: bool = False) -> torch.Tensor:
+        """(1, t) each -> (1, t, V)."""
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        lm.train(train)
+        known = {key: value for key, value in inputs.items() if key in accepts(lm)}
+        return lm(**known).logits.float()
+
+    ids = eight_tokens(lm)
+    ones = torch.ones_like(ids)
+    changed = ids.clone()
+    changed[0, -1] = ids[0, 0]
+    padded = torch.cat([ids[:, :3], ids], dim=1)
+    padded_mask = torch.cat([torch.zeros_like(ids[:, :3]), ones], dim=1)
+    plain = logits(ids, ones)
+    differences = {
+        "is not causal: a later token changes the scores of an earlier one": (
+            logits(changed, ones)[:, :-1] - plain[:, :-1]
+        ),
+        "scores differently in training mode, so the PPO ratio could not start at 1": (
+            logits(ids, ones, train=True) - plain
+        ),
+        "does not ignore padding on the left, so prompts of unequal length cannot be sampled": (
+            logits(padded, padded_mask)[:, 3:] - plain
+        ),
+    }
+    lm.train(was_training)
+    tolerance = 1e-4 * float(plain.abs().max()) + 1e-4
+    for problem, difference in differences.items():
+        if not float(difference.abs().max()) <= tolerance:  # true of NaN as well
+            raise UserError(f"{name} {problem}; it cannot be trained here")
+
+
+@torch.no_grad()
+def find_logit_transform(lm: nn.Module) -> tuple[float, float | None]:
+    """(scale, cap): the LM's logits are cap * tanh(scale * lm_head(hidden) / cap).
+
+    Without a cap (None) they are scale * lm_head(hidden). Gemma caps its logits, Cohere and Granite
+    scale them. The cap is read from the config, the scale is measured on eight tokens against the
+    LM's own forward, and so is the whole claim. Raises UserError if it does not hold.
+    """
+    was_training = lm.training
+    lm.eval()
+    ids = eight_tokens(lm)  # (1, 8)
+    mask = torch.ones_like(ids)
+    logits = lm(input_ids=ids, attention_mask=mask).logits.double()  # (1, 8, V)
+    hidden = lm.base_model(input_ids=ids, attention_mask=mask).last_hidden_state  # (1, 8, H)
+    plain = lm.get_output_embeddings()(hidden).double()  # (1, 8, V)
+    lm.train(was_training)
+    config = lm.config.get_text_config()
+    caps = [float(getattr(config, name)) for name in CAP_NAMES if getattr(config, name, None)]
+    cap = caps[0] if caps else None
+    # Undo the cap; what remains is one factor, found by least squares.
+    linear = logits if cap is None else cap * torch.atanh(logits / cap)
+    scale = float((linear * plain).sum() / (plain * plain).sum().clamp(min=1e-30))
+    scale = float(f"{scale:.5g}") if scale else 1.0  # 1.0000003 -> 1
+    again = scale * plain if cap is None else cap * torch.tanh(scale * plain / cap)
+    if not torch.allclose(again, logits, rtol=1e-3, atol=1e-3 * float(logits.abs().max())):
+        change = "its logits after lm_head in a way that is neither a factor nor a soft cap"
+        advice = "teach it to find_logit_transform (lm.py) and HybridModel.logits (hybrid.py)"
+        raise UserError(f"{type(lm).__name__} changes {change}; {advice}")
+    return scale, cap
+
+
+@torch.no_grad()
+def can_pack(lm: nn.Module) -> bool:
+    """Do two texts in one row, told apart by position ids alone, score as they do alone?
+
+    Tried on eight tokens. True of attention with position ids; recurrent models and ALiBi's
+    distances cannot tell the texts apart.
+    """
+    if "position_ids" not in accepts(lm.base_model):
+        return False
+    ids = eight_tokens(lm)  # (1, 8)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]], device=ids.device)
+
+    def read(ids: torch.Tensor, **inputs) -> torch.Tensor:
+        return lm.base_model(input_ids=ids, use_cache=False, **inputs).last_hidden_state
+
+    together = read(ids, position_ids=positions)  # (1, 8, H)
+    alone = torch.cat([read(ids[:, :3]), read(ids[:, 3:])], dim=1)  # (1, 8, H)
+    return bool((together - alone).abs().max() <= 1e-4 * alone.abs().max())
+
+
+# ------------------------------------------------------------------------------------------ packing
+
+
+def states_before(
+    read: Callable,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    response_mask: torch.Tensor,
+    packs: bool,
+) -> torch.Tensor:
+    """`HybridModel.states_before`, (N, H), without work for padding where `packs`.
+
+    `read(input_ids, position_ids=...)` gives the hidden states of rows. Under causal attention no
+    token sees the padding on its right, so the LM needs no mask. Where that padding is a tenth of
+    the batch or more, short rows share a row of the LM, and no text sees another.
+    """
+    # (B, t) each, t = T - 1: nobody asks what follows the last token of a row.
+    input_ids, real = input_ids[:, :-1], attention_mask[:, 1:]
+    rows, width = input_ids.shape
+    # (B,) where each row begins in the flattened input of the LM
+    begins = torch.arange(rows, device=input_ids.device) * width
+    position_ids = None
+    lengths = real.sum(1).tolist()  # B
+    if packs and sum(lengths) < 0.9 * rows * width:
+        bins, columns, bin_width = pack(lengths)
+        flat = [b * bin_width + column for b, column in zip(bins, columns)]
+        begins = torch.tensor(flat, device=input_ids.device)
+        column = torch.arange(width, device=input_ids.device).expand(rows, -1)  # (B, t)
+        to = (begins[:, None] + column)[real]  # (tokens,) where each token goes
+        # Ids and positions; a position of 0 begins a text.
+        packed = input_ids.new_zeros(2, (max(bins) + 1) * bin_width)
+        packed[0, to], packed[1, to] = input_ids[real], column[real]
+        input_ids, position_ids = packed.view(2, -1, bin_width)  # (bins, bin_width) each
+    hidden = read(input_ids, position_ids=position_ids)  # (B, t, H), or (bins, bin_width, H)
+    row, column = response_mask[:, 1:].nonzero(as_tuple=True)  # (N,): column t-1 predicts token t
+    return hidden.flatten(0, 1).index_select(0, begins[row] + column)
+
+
+def pack(lengths: list[int]) -> tuple[list[int], list[int], int]:
+    """Put texts of these lengths side by side into few bins of one width.
+
+    -> bin and first column of each text, and the width: that of the longest text, or a quarter or a
+    half more where less of the bins then stays empty.
+
+    >>> pack([2, 5, 3])
+    ([1, 0, 1], [3, 0, 0], 5)
+    """
+    best, best_size = None, 0
+    for quarters in (4, 5, 6):
+        bins, begins, width = _first_fit(lengths, max(lengths) * quarters // 4)
+        size = (max(bins) + 1) * width
+        if best is None or size < best_size:
+            best, best_size = (bins, begins, width), size
+    return best
+
+
+def _first_fit(lengths: list[int], width: int) -> tuple[list[int], list[int], int]:
+    """The longest text first, each into the first bin with room; the width is what is used."""
+    bins, begins = [0] * len(lengths), [0] * len(lengths)
+    used: list[int] = []  # columns that are taken in each bin
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        b = 0
+        while b < len(used) and used[b] + lengths[i] > width:
+            b += 1
+        if b == len(used):
+            used.append(0)
+        bins[i], begins[i] = b, used[b]
+        used[b] += lengths[i]
+    return bins, begins, max(used)
