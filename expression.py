@@ -79,15 +79,16 @@ def references_of(columns: dict[str, list], name: str) -> list[list[str]]:
 
     Raises UserError, naming the reward, where the data have neither.
     """
-    targets = columns.get("target")
-    if targets is None and "references" not in columns:
+    targets, references = columns.get("target"), columns.get("references")
+    if targets is None and references is None:
         raise UserError(
             f"reward '{name}' compares with a reference text, but the data has no target"
         )
+    if references is None:
+        return [as_list(target) for target in targets]
     if targets is None:
-        targets = [""] * len(columns["references"])
-    found = columns.get("references", targets)
-    return [as_list(value or target) for value, target in zip(found, targets)]
+        targets = [""] * len(references)
+    return [as_list(several or target) for several, target in zip(references, targets)]
 
 
 def as_list(references: str | list[str]) -> list[str]:
@@ -107,7 +108,7 @@ def check_above_0(reward: str, name: str, value: float) -> None:
 def clip(low: float, high: float) -> Callable:
     check_numbers(low, high)
     if low > high:
-        raise ValueError(f"expected two numbers, the lower first, found {low!r} and {high!r}")
+        raise ValueError(f"expected finite numbers, the lower first, found {low!r} and {high!r}")
     return functools.partial(torch.clamp, min=float(low), max=float(high))
 
 
@@ -254,20 +255,21 @@ class Reward:
     ) -> dict[str, torch.Tensor]:
         """The raw values (B,) of every leaf. Each process asks for its share of the texts; what
         fails on one raises on all."""
-        prompts, completions = parallel.share(prompts), parallel.share(completions)
-        columns = {name: parallel.share(values) for name, values in columns.items()}
-        values: dict[str, list[float]] = {name: [] for name in self._leaves}
+        my_prompts, my_completions = parallel.share(prompts), parallel.share(completions)
+        my_columns = {name: parallel.share(values) for name, values in columns.items()}
+        my_values: dict[str, list[float]] = {name: [] for name in self._leaves}
         problem = None
         try:
-            if completions:
+            if my_completions:
                 for name, function in self._leaves.items():
-                    values[name] = call_leaf(name, function, prompts, completions, columns).tolist()
+                    values = call_leaf(name, function, my_prompts, my_completions, my_columns)
+                    my_values[name] = values.tolist()
         except UserError as raised:
             problem = raised
         for raised in parallel.everybody(problem):
             if raised is not None:
                 raise raised
-        return {name: torch.tensor(parallel.gather(numbers)) for name, numbers in values.items()}
+        return {name: torch.tensor(parallel.gather(values)) for name, values in my_values.items()}
 
     def _all(self, kind: type) -> dict:
         return {key: thing for key, thing in self._stateful.items() if isinstance(thing, kind)}
@@ -315,9 +317,9 @@ class Reward:
 
 def load_function(file: str, name: str) -> Callable:
     """The callable `name` of a Python file; an instance, where it is a class."""
-    path, told = Path(file).expanduser(), f"--reward {file}:{name}"
+    path, source = Path(file).expanduser(), f"--reward {file}:{name}"
     if not path.is_file():
-        raise UserError(f"{told}: there is no file {file} (write spaces around a minus sign)")
+        raise UserError(f"{source}: there is no file {file} (write spaces around a minus sign)")
     spec = importlib.util.spec_from_file_location(f"reward_file_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up there
@@ -325,24 +327,24 @@ def load_function(file: str, name: str) -> Callable:
         spec.loader.exec_module(module)
     except Exception as problem:  # the user's own file may raise anything while it is imported
         message = f"importing the file raised {type(problem).__name__}: {problem}"
-        raise UserError(f"{told}: {message}") from problem
+        raise UserError(f"{source}: {message}") from problem
     function = getattr(module, name, None)
     if not callable(function):
         raise UserError(
-            f"{told}: the file has no function of that name; "
+            f"{source}: the file has no function of that name; "
             f"expected def {name}(prompts, completions, **columns) -> list[float]"
         )
     try:
         return function() if isinstance(function, type) else function
     except Exception as problem:  # the user's constructor may raise anything
         message = f"{name}() raised {type(problem).__name__}: {problem}"
-        raise UserError(f"{told}: {message}") from problem
+        raise UserError(f"{source}: {message}") from problem
 
 
 def call_leaf(
     name: str, function: Callable, prompts: list[str], completions: list[str], columns: dict
 ) -> torch.Tensor:
-    """(B,) values of a reward function. Raises UserError, naming it and the text, as above."""
+    """(B,) values of a reward function. Raises UserError that names it and the text."""
     try:
         parameters = inspect.signature(function).parameters
         if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
@@ -402,7 +404,7 @@ def parse(text: str, names: dict[str, tuple[Callable, str]], context: dict) -> R
 
 
 def fit_mixtures(text: str, tree: Node, pairs: list) -> None:
-    """Fit every mixture of the expression `text`. Raises UserError where that cannot be done."""
+    """Fit every mixture of the expression `text` to preference pairs. Raises UserError."""
     mixtures = [node for node in tree.walk() if isinstance(node, MixtureNode)]  # inner ones first
     if not mixtures:
         raise UserError(

@@ -119,8 +119,7 @@ def _label_index(model, label: str | int | None, name: str) -> int:
 
 
 def classifier(context: dict, id: str, label: str | int | None = None) -> Callable:
-    """P(label | completion), 0..1. Without a label: the second of two classes. Multi-label models
-    use sigmoid."""
+    """P(label | completion), 0..1; without a label, of the second of two classes."""
     model, tokenizer = load_judge(AutoModelForSequenceClassification, id, context.get("device"))
     index, config = _label_index(model, label, id), model.config
     multi_label = config.problem_type == "multi_label_classification" or config.num_labels == 1
@@ -133,19 +132,23 @@ def classifier(context: dict, id: str, label: str | int | None = None) -> Callab
     return reward
 
 
-def reward_model(context: dict, path: str) -> Callable:
-    """The scalar of an AutoModelForSequenceClassification(num_labels=1) on prompt + completion,
-    less `reward_mean`, over `reward_std`.
-
-    The two numbers stand in the config of models from reward_model.py; the scalar of another model
-    is taken as it is.
-    """
-    model, tokenizer = load_judge(AutoModelForSequenceClassification, path, context.get("device"))
+def _load_scorer(context: dict, name: str, id: str) -> tuple[torch.nn.Module, object]:
+    """A classifier of one class, whose logit is a score. Raises UserError, naming the reward."""
+    model, tokenizer = load_judge(AutoModelForSequenceClassification, id, context.get("device"))
     if model.config.num_labels != 1:
         raise UserError(
-            f"model({path!r}) has {model.config.num_labels} classes, expected 1 score; "
+            f"{name}({id!r}) has {model.config.num_labels} classes, expected 1 score; "
             "classifier(...) reads classes"
         )
+    return model, tokenizer
+
+
+def reward_model(context: dict, path: str) -> Callable:
+    """(score - reward_mean) / reward_std of prompt + completion, by a classifier of one class.
+
+    The two numbers stand in the config of models from reward_model.py; else they are 0 and 1.
+    """
+    model, tokenizer = _load_scorer(context, "model", path)
     mean, std = getattr(model.config, "reward_mean", 0.0), getattr(model.config, "reward_std", 1.0)
 
     def reward(prompts, completions, **columns):
@@ -156,8 +159,7 @@ def reward_model(context: dict, path: str) -> Callable:
 
 
 def nli(context: dict, id: str) -> Callable:
-    """P(entailment) - P(contradiction) of the completion, given the target as premise; -1..1. For
-    factuality."""
+    """P(entailment) - P(contradiction) of the completion, the target being the premise; -1..1."""
     model, tokenizer = load_judge(AutoModelForSequenceClassification, id, context.get("device"))
     labels = {int(i): str(text) for i, text in model.config.id2label.items()}
     yes = [i for i, text in labels.items() if "entail" in text.lower()]
@@ -177,11 +179,8 @@ def nli(context: dict, id: str) -> Callable:
 
 
 def bleurt(context: dict, id: str) -> Callable:
-    """The scalar that a pair classifier gives to (target, completion), as BLEURT checkpoints do
-    (Sellam et al. 2020)."""
-    model, tokenizer = load_judge(AutoModelForSequenceClassification, id, context.get("device"))
-    if model.config.num_labels != 1:
-        raise UserError(f"bleurt({id!r}) has {model.config.num_labels} classes, expected 1 score")
+    """The score of (target, completion) by a BLEURT checkpoint (Sellam et al. 2020)."""
+    model, tokenizer = _load_scorer(context, "bleurt", id)
 
     def reward(prompts, completions, **columns):
         logits = batched_logits(model, tokenizer, _targets(columns, "bleurt"), completions)
@@ -191,8 +190,7 @@ def bleurt(context: dict, id: str) -> Callable:
 
 
 def cosine_sts(context: dict, id: str | None = None) -> Callable:
-    """Cosine of the mean-pooled last hidden states of completion and target; -1..1. Without an id:
-    by the starting model itself."""
+    """Cosine of the mean-pooled last hidden states of completion and target; -1..1."""
     if id is None:
         lm, tokenizer = frozen_lm(context, "cosine_sts", None)
         model, make_batch = lm.base_model, _plain_batch
@@ -241,8 +239,7 @@ def frozen_lm(context: dict, name: str, id: str | None):
 def perplexity(
     model, tokenizer, texts: list[str], contexts: list[str] | None = None, batch_size: int = 16
 ) -> list[float]:
-    """exp(mean negative log-likelihood per token) of each text, given its context if there are
-    contexts.
+    """exp(mean negative log-likelihood per token) of each text, given its context if it has one.
 
     `model` is a Hugging Face causal LM, used as it stands. Context and text are tokenised apart; an
     empty context is BOS (EOS where there is none). What is beyond the model's context is cut,
@@ -461,8 +458,7 @@ def _endpoint(
 
 
 def comet(context: dict, id: str) -> Callable:
-    """COMET (Rei et al. 2020) with the prompt as source and the target as reference, through the
-    package unbabel-comet."""
+    """COMET (Rei et al. 2020): the prompt is the source, the target is the reference."""
     try:
         from comet import download_model, load_from_checkpoint
     except ImportError:
@@ -517,12 +513,12 @@ def _filled(template: str, prompts: list[str], columns: dict) -> list[str]:
 
 # name -> (make(context, **arguments) -> reward function, "range, needs: meaning")
 JUDGES: dict[str, tuple[Callable, str]] = {
-    "perplexity": (perplexity_reward, "0..1, model= or the starting model: 1 / perplexity"),
+    "perplexity": (perplexity_reward, "0..1, model= or starting model: 1 / perplexity; 0 if empty"),
     "classifier": (classifier, "0..1, id, label=: probability that a classifier gives the label"),
-    "model": (reward_model, "any, id: scalar reward model (see reward_model.py)"),
+    "model": (reward_model, "any, id: reward model on prompt + completion (reward_model.py)"),
     "cosine_sts": (cosine_sts, "-1..1, target, id or the starting model: cosine of embeddings"),
     "nli": (nli, "-1..1, target, id: entailed by the target minus contradicting it"),
-    "gptscore": (gptscore, "below 0, id or the starting model, template=: mean log-probability"),
+    "gptscore": (gptscore, "nats, id or the starting model, template=: mean log-probability"),
     "judge": (judge, "0..1, id or http://.../v1, rubric=: grade by a language model, or no score"),
     "bleurt": (bleurt, "any, target, id: a BLEURT checkpoint"),
     "comet": (comet, "about 0..1, target, id: COMET through unbabel-comet"),

@@ -94,8 +94,7 @@ def words_of(text: str) -> list[str]:
 
 
 def coverage(text: str, keywords: str | list[str]) -> float:
-    """Share of the keywords' content words (all but stop words) that the text has; 0..1, 0 when
-    there are none."""
+    """Share of the keywords that the text has, stop words aside; 0..1, 0 when there are none."""
     keywords = keywords if isinstance(keywords, str) else " ".join(keywords)
     wanted = set(words_of(keywords)) - set(STOP_WORDS)
     return len(wanted & set(words_of(text))) / len(wanted) if wanted else 0.0
@@ -126,8 +125,7 @@ def tfidf_cosine(a: str, b: str, idf: Callable[[str], float]) -> float:
 
 
 def sentence_length_fit(text: str, target: float) -> float:
-    """1 - |mean words per sentence - target| / target, not below 0. A sentence ends at . ! ? or a
-    line break."""
+    """1 - |mean words per sentence - target| / target, at least 0; 0 for a text without words."""
     lengths = [len(words_of(sentence)) for sentence in re.split(r"[.!?\n]+", text)]
     lengths = [length for length in lengths if length]
     return max(0.0, 1 - abs(sum(lengths) / len(lengths) - target) / target) if lengths else 0.0
@@ -140,8 +138,7 @@ def type_token_ratio(text: str) -> float:
 
 
 def formality(text: str) -> float:
-    """Formal words / (formal + informal words) by the two lists above; 0.5 when the text has
-    neither, 0 when it has no word."""
+    """Formal / (formal + informal) words; 0.5 when the text has neither, 0 when it has no word."""
     words = words_of(text)
     formal = sum(word in FORMAL_WORDS for word in words)
     informal = sum(word in INFORMAL_WORDS for word in words)
@@ -151,8 +148,7 @@ def formality(text: str) -> float:
 
 
 def distinct_n(text: str, n: int) -> float:
-    """Different word n-grams / n-grams. A text too short for one repeats nothing: 1; a text
-    without words: 0."""
+    """Different word n-grams / n-grams; 1 for a text too short for one, 0 for one without words."""
     words = words_of(text)
     ngrams = list(zip(*(words[i:] for i in range(n))))
     if ngrams:
@@ -161,15 +157,13 @@ def distinct_n(text: str, n: int) -> float:
 
 
 def lexicon_toxicity(text: str, lexicon: set[str] | dict = frozenset(TOXIC_WORDS)) -> float:
-    """hits / (hits + 1), hits the number of listed words; 0..1. MORE IS WORSE: subtract it. A long
-    text cannot dilute it."""
+    """hits / (hits + 1), hits = listed words, however long the text; 0..1, MORE IS WORSE."""
     hits = sum(word in lexicon for word in words_of(text))
     return hits / (hits + 1)
 
 
 def normalize_answer(text: str) -> str:
-    """Lower case, no punctuation, no articles, single spaces: the comparison of SQuAD (Rajpurkar
-    et al. 2016)."""
+    """Lower case, no punctuation, no articles, single spaces: SQuAD (Rajpurkar et al. 2016)."""
     words = re.sub(r"[^\w\s]", "", text.lower()).split()
     return " ".join(word for word in words if word not in ("a", "an", "the"))
 
@@ -180,8 +174,7 @@ def exact_match(hypothesis: str, reference: str) -> float:
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last number of a text: sign, thousands commas and decimals are understood (the answers of
-    GSM8K stand at the end)."""
+    """The last number of a text, where the answers of GSM8K stand: sign, commas, decimals."""
     found = r"(?<![\w.])-?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
     numbers = re.findall(found, text.replace("\u2212", "-"))  # the typographic minus
     return Decimal(numbers[-1].replace(",", "")) if numbers else None
@@ -338,17 +331,13 @@ MEASURES: dict[str, tuple[Callable, str]] = {
         "0 or 1, target: the last numbers are equal (GSM8K)",
     ),
     "relevance": (relevance_reward, "0..1, prompt or corpus=file: TF-IDF cosine"),
-    "toxicity": (
-        toxicity_reward,
-        "0..1, nothing or lexicon=file: listed words, MORE IS WORSE, so subtract it",
-    ),
+    "toxicity": (toxicity_reward, "0..1, nothing or lexicon=file: toxic words, so subtract it"),
     "style": (
         style_reward,
-        "0..1, nothing: mean of sentence length, type-token ratio and formality, "
-        "or aspect=one of them",
+        "0..1, nothing or aspect=: sentence length, type-token ratio, formality",
     ),
     "repetition": (
         repetition_reward,
-        "0..1, nothing: share of word n-grams that are different, 1 is no repetition",
+        "0..1, nothing: share of different n-grams, 1 is no repetition",
     ),
 }

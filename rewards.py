@@ -56,8 +56,7 @@ _SPLIT_13A = [
 
 
 def tokenize_13a(text: str) -> list[str]:
-    """The `mteval-v13a` tokeniser, sacrebleu's default: split punctuation off, but not inside
-    numbers."""
+    """`mteval-v13a`, sacrebleu's default: punctuation is split off, but not inside numbers."""
     text = text.rstrip().replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
     if "&" in text:
         for entity, char in (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")):
@@ -155,17 +154,15 @@ def corpus_bleu(hypotheses: list[str], references: list[list[str]], max_order: i
 
 
 class Rouge(NamedTuple):
-    """Each 0..1. f1 is the harmonic mean of precision (over the hypothesis) and recall (over the
-    reference)."""
+    """0..1 each."""
 
-    precision: float
-    recall: float
-    f1: float
+    precision: float  # over the hypothesis
+    recall: float  # over the reference
+    f1: float  # their harmonic mean
 
 
 def tokenize_rouge(text: str) -> list[str]:
-    """Lower-case runs of a-z and 0-9, as rouge_score does without a stemmer: everything else,
-    accents too, separates."""
+    """Lower-case runs of a-z and 0-9, as in rouge_score without a stemmer; accents separate too."""
     return re.findall(r"[a-z0-9]+", text.lower())
 
 
@@ -177,8 +174,9 @@ def _rouge(matches: int, hypothesis_size: int, reference_size: int) -> Rouge:
 
 
 def rouge_n(hypothesis: str, reference: str, n: int) -> Rouge:
-    """Overlap of n-grams (Lin 2004, section 2, which defines the recall); each n-gram counts at
-    most as often as the other side has it.
+    """Overlap of n-grams (Lin 2004, section 2, which defines the recall).
+
+    An n-gram counts at most as often as the other side has it.
 
     >>> rouge_n("testing one", "testing one two", 2)
     Rouge(precision=1.0, recall=0.5, f1=0.6666666666666666)
@@ -221,8 +219,7 @@ def rouge_lsum(hypothesis: str, reference: str) -> Rouge:
 
 
 def _lcs_rows(a: list[str], b: list[str]) -> list[int]:
-    """The table of longest common subsequences, one big integer per prefix of b (Crochemore et al.
-    2001; Hyyro 2004).
+    """Longest common subsequences, an integer per prefix of b (Crochemore 2001; Hyyro 2004).
 
     Bit i of rows[j] is 0 where the table grows by one at a[i]: the length for a[:i] and b[:j] is
     the number of zeros below bit i. An addition carries the growth along a whole row, which makes
@@ -240,8 +237,7 @@ def _lcs_rows(a: list[str], b: list[str]) -> list[int]:
 
 
 def _lcs_positions(a: list[str], b: list[str]) -> set[int]:
-    """Positions in a of one longest common subsequence: the one that walking back from the end
-    finds, as ROUGE-1.5.5 does."""
+    """Positions in a of the longest common subsequence that is found from the end (ROUGE-1.5.5)."""
     rows = _lcs_rows(a, b)
 
     def length(i: int, j: int) -> int:  # of a[:i] and b[:j]
@@ -263,8 +259,7 @@ def _lcs_positions(a: list[str], b: list[str]) -> set[int]:
 
 
 def cosine(a: str, b: str) -> float:
-    """Cosine of the term-frequency vectors of two texts (lower-cased words, order ignored), 0..1;
-    0 when either has no word.
+    """Cosine of the word counts of two texts (lower case); 0..1, 0 when either has no word.
 
     >>> round(cosine("good good plot", "good plot plot"), 4)
     0.8
@@ -375,14 +370,8 @@ REWARDS: dict[str, tuple[Callable, str]] = {
         functools.partial(truthful_reward, {"rouge_1": ROUGE_1, "rouge_l": ROUGE_L, "bleu": bleu}),
         "-1..1, correct_answers and incorrect_answers: nearer to which (TruthfulQA)",
     ),
-    "sentiment": (
-        sentiment_reward,
-        "-1..1, nothing or lexicon=file: praise minus blame by a word list",
-    ),
-    "length": (
-        length_reward,
-        "0..1, nothing: 1 at `target` words, falling to 0 at none and at twice as many",
-    ),
+    "sentiment": (sentiment_reward, "-1..1, nothing or lexicon=file: praise minus blame, by words"),
+    "length": (length_reward, "0..1, nothing: 1 at `target` words, 0 at none and at twice as many"),
     **MEASURES,
     **JUDGES,
 }
@@ -419,14 +408,13 @@ def list_rewards() -> str:
 
 @one_line_errors
 def main(argv: list[str]) -> None:
-    """Score the texts of a file: one JSON line per record with the total and every leaf, then the
-    means."""
+    """Score the texts of a file: a JSON line per record with total and leaves, then the means."""
     parser = Parser(main.__doc__)
-    add = parser.add_argument
-    add("expression", nargs="?", help="a reward expression, as for --reward of train.py")
     example = '{"prompt": "Say hello.", "completion": "Hello!", "target": "Hello there!"}'
-    add("file", nargs="?", help=f"records such as {example}")
-    add("--list", action="store_true", help="print every reward, its range and what it needs")
+    listing = "print every reward, its range and what it needs"
+    parser.add_argument("expression", nargs="?", help="an expression, as for --reward of train.py")
+    parser.add_argument("file", nargs="?", help=f"records such as {example}")
+    parser.add_argument("--list", action="store_true", help=listing)
     is_flag = argv[:1] in (["-h"], ["--help"], ["--list"])
     args = parser.parse_args(argv if is_flag else ["--", *argv])  # "-bleu" is an expression
     if args.list:
@@ -444,7 +432,9 @@ def main(argv: list[str]) -> None:
         )
     prompts = [str(record.get("prompt") or "") for record in records]
     completions = [record["completion"] for record in records]
-    names = {name for record in records for name in record if record[name] is not None}
+    names = set()  # of the fields that have a value in some record
+    for record in records:
+        names |= {name for name, value in record.items() if value is not None}
     names -= {"prompt", "completion", "prompts", "completions"}
     columns = {name: [record.get(name) for record in records] for name in names}
     reward = build_reward(args.expression, documents=prompts)

@@ -71,7 +71,7 @@ def test_a_maker_gets_the_context():
         ("words(3)", "cannot read 'words(3)': too many positional arguments"),
         ("letter(when='a')", "got an unexpected keyword argument 'when'"),
         ("clip(words, 1)", "missing a required argument: 'high'"),
-        ("clip(words, 2, 1)", "expected two numbers, the lower first, found 2 and 1"),
+        ("clip(words, 2, 1)", "expected finite numbers, the lower first, found 2 and 1"),
         ("scale(words, True)", "expected a finite number, found True"),
         ("min(words)", "cannot read 'min(words)'"),
         ("min(words, letter, key=1)", "cannot read"),
