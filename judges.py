@@ -1,8 +1,10 @@
-"""Rewards that ask a second model: classifiers, embeddings, reward models, entailment, likelihood, a judge that reads a rubric.
+"""Rewards that ask a model: classifiers, embeddings, reward models, entailment, likelihood, judges.
 
-Text in, floats out: the judge tokenises for itself, so its vocabulary may be another one than the policy's. All are batched, in eval
-mode, without gradients, on the run's device. Each function here makes a reward `f(prompts, completions, **columns) -> list[float]`.
-Left out on purpose: training a judge (reward_model.py does that), pairwise tournaments.
+Text in, floats out: each model reads by its own tokenizer, so its vocabulary may be another one
+than the policy's. All are batched, in eval mode, without gradients, on the run's device. Each
+function here makes a reward function  f(prompts, completions, **columns) -> list[float]; the table
+JUDGES names them for rewards.py. Left out on purpose: training a judge (reward_model.py does that),
+pairwise tournaments.
 
     python train.py --reward 'classifier("path/or/hub-id", label="POSITIVE")'
     python train.py --reward 'judge("http://127.0.0.1:8000/v1", rubric="Is the answer polite?")'
@@ -15,35 +17,39 @@ import math
 import re
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Callable
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
+from data import Example, encode_prompt, encode_target
 from engine import UserError, first_line
 from lm import context_of, load_lm
 
-BATCH_SIZE = 16  # texts that a judge reads together
-MAX_LENGTH = 1024  # tokens; what is longer loses its beginning, so that the end of the response is always read
+BATCH_SIZE = 16  # texts that a model reads together
+MAX_LENGTH = 1024  # tokens; a longer text loses its beginning, so the end is always read
+
+# ------------------------------------------------------------------ classifiers and encoders
 
 
 def load_judge(auto_class, name: str, device) -> tuple[torch.nn.Module, object]:
     """A frozen model and its own tokenizer from a folder or hub id. Raises UserError."""
+    options = dict(dtype=torch.float32, output_loading_info=True)
     try:
-        model, report = auto_class.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True
-        )
+        model, report = auto_class.from_pretrained(name, **options)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as problem:
         raise UserError(
-            f"reward model {name} cannot be loaded ({first_line(problem)}); give a folder, or a hub id and a network"
+            f"reward model {name} cannot be loaded ({first_line(problem)}); "
+            "give a folder, or a hub id and a network"
         ) from None
     missing = [key for key in report["missing_keys"] if not key.startswith("pooler")]
     if missing:
         raise UserError(
-            f"reward model {name} lacks the weights {', '.join(sorted(missing)[:3])}: it was not trained for this use"
+            f"reward model {name} lacks the weights {', '.join(sorted(missing)[:3])}: "
+            "it was not trained for this use"
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # a filler under a mask of 0
@@ -54,16 +60,16 @@ def load_judge(auto_class, name: str, device) -> tuple[torch.nn.Module, object]:
 def tokenize(
     tokenizer, model, texts: list[str], pairs: list[str] | None = None
 ) -> dict[str, torch.Tensor]:
-    """One padded batch on the model's device; each (b, T). A text without tokens is read as one EOS (or pad) token."""
+    """One padded batch on the model's device, (b, T) each. A text without tokens is read as one
+    EOS (or pad) token."""
     limit = min(MAX_LENGTH, context_of(model), tokenizer.model_max_length)
-    limit -= 2 if "roberta" in model.config.model_type else 0  # its positions start at 2
-    inputs = tokenizer(
-        texts, pairs, truncation=True, max_length=limit, padding=True, return_tensors="pt"
-    )
+    if "roberta" in model.config.model_type:
+        limit -= 2  # its positions start at 2
+    options = dict(truncation=True, max_length=limit, padding=True)
+    inputs = tokenizer(texts, pairs, return_tensors="pt", **options)
     if inputs["input_ids"].shape[1] == 0:  # every text of the batch is empty
-        inputs = tokenizer(
-            [tokenizer.pad_token] * len(texts), return_tensors="pt", add_special_tokens=False
-        )
+        fillers = [tokenizer.pad_token] * len(texts)
+        inputs = tokenizer(fillers, return_tensors="pt", add_special_tokens=False)
     inputs["attention_mask"][inputs["attention_mask"].sum(1) == 0, 0] = 1
     return {name: value.to(next(model.parameters()).device) for name, value in inputs.items()}
 
@@ -71,15 +77,16 @@ def tokenize(
 def sequence_logits(
     model, input_ids: torch.Tensor, attention_mask: torch.Tensor, **inputs
 ) -> torch.Tensor:
-    """Class logits of a sequence classifier, (b, T) -> (b, C). Decoders are read at the LAST REAL TOKEN, by the mask.
+    """Class logits of a sequence classifier, (b, T) -> (b, C). Decoders are read at the LAST REAL
+    TOKEN, by the mask.
 
-    Hugging Face finds that token by `ids != pad`, which is wrong as soon as pad doubles as EOS; encoders read their first token.
+    Hugging Face finds that token by `ids != pad`, which is wrong as soon as pad doubles as EOS;
+    encoders read their first token.
     """
     if not hasattr(model, "score"):
         return model(input_ids=input_ids, attention_mask=attention_mask, **inputs).logits.float()
-    hidden = model.base_model(
-        input_ids=input_ids, attention_mask=attention_mask
-    ).last_hidden_state  # (b, T, H)
+    outputs = model.base_model(input_ids=input_ids, attention_mask=attention_mask)
+    hidden = outputs.last_hidden_state  # (b, T, H)
     column = torch.arange(input_ids.shape[1], device=input_ids.device)  # (T,)
     last = torch.where(attention_mask.bool(), column, -1).max(1).values  # (b,)
     return model.score(hidden[torch.arange(len(hidden), device=hidden.device), last]).float()
@@ -90,16 +97,12 @@ def batched_logits(
     model, tokenizer, texts: list[str], pairs: list[str] | None = None
 ) -> torch.Tensor:
     """(N, C) logits on the CPU, BATCH_SIZE texts at a time."""
-    parts = []
+    logits = []
     for i in range(0, len(texts), BATCH_SIZE):
-        batch = tokenize(
-            tokenizer,
-            model,
-            texts[i : i + BATCH_SIZE],
-            pairs[i : i + BATCH_SIZE] if pairs else None,
-        )
-        parts.append(sequence_logits(model, **batch).cpu())
-    return torch.cat(parts)
+        some_pairs = pairs[i : i + BATCH_SIZE] if pairs else None
+        batch = tokenize(tokenizer, model, texts[i : i + BATCH_SIZE], some_pairs)
+        logits.append(sequence_logits(model, **batch).cpu())
+    return torch.cat(logits)
 
 
 def _label_index(model, label: str | int | None, name: str) -> int:
@@ -116,108 +119,188 @@ def _label_index(model, label: str | int | None, name: str) -> int:
 
 
 def classifier(context: dict, id: str, label: str | int | None = None) -> Callable:
-    """P(label | completion), 0..1. Two-class models may leave the label out: the second class. Multi-label models use sigmoid."""
+    """P(label | completion), 0..1; without a label, of the second of two classes."""
     model, tokenizer = load_judge(AutoModelForSequenceClassification, id, context.get("device"))
-    index = _label_index(model, label, id)
-    multi_label = (
-        model.config.problem_type == "multi_label_classification" or model.config.num_labels == 1
-    )
+    index, config = _label_index(model, label, id), model.config
+    multi_label = config.problem_type == "multi_label_classification" or config.num_labels == 1
 
     def reward(prompts, completions, **columns):
         logits = batched_logits(model, tokenizer, completions)  # (N, C)
-        return (logits.sigmoid() if multi_label else logits.softmax(-1))[:, index].tolist()
+        probabilities = logits.sigmoid() if multi_label else logits.softmax(-1)  # (N, C)
+        return probabilities[:, index].tolist()
 
     return reward
 
 
-def reward_model(context: dict, path: str) -> Callable:
-    """The scalar of an AutoModelForSequenceClassification(num_labels=1) on prompt + completion, less `reward_mean`, over `reward_std`.
-
-    The two numbers stand in the config of models from reward_model.py; others are taken as they are (0 and 1).
-    """
-    model, tokenizer = load_judge(AutoModelForSequenceClassification, path, context.get("device"))
+def _load_scorer(context: dict, name: str, id: str) -> tuple[torch.nn.Module, object]:
+    """A classifier of one class, whose logit is a score. Raises UserError, naming the reward."""
+    model, tokenizer = load_judge(AutoModelForSequenceClassification, id, context.get("device"))
     if model.config.num_labels != 1:
         raise UserError(
-            f"model({path!r}) has {model.config.num_labels} classes, expected 1 score; classifier(...) reads classes"
+            f"{name}({id!r}) has {model.config.num_labels} classes, expected 1 score; "
+            "classifier(...) reads classes"
         )
+    return model, tokenizer
+
+
+def reward_model(context: dict, path: str) -> Callable:
+    """(score - reward_mean) / reward_std of prompt + completion, by a classifier of one class.
+
+    The two numbers stand in the config of models from reward_model.py; else they are 0 and 1.
+    """
+    model, tokenizer = _load_scorer(context, "model", path)
     mean, std = getattr(model.config, "reward_mean", 0.0), getattr(model.config, "reward_std", 1.0)
 
     def reward(prompts, completions, **columns):
-        texts = [
-            prompt + completion for prompt, completion in zip(prompts, completions, strict=True)
-        ]
+        texts = [p + c for p, c in zip(prompts, completions, strict=True)]
         return ((batched_logits(model, tokenizer, texts)[:, 0] - mean) / std).tolist()
 
     return reward
 
 
 def nli(context: dict, id: str) -> Callable:
-    """P(entailment) - P(contradiction) of the completion, given the target as premise; -1..1. For factuality."""
+    """P(entailment) - P(contradiction) of the completion, the target being the premise; -1..1."""
     model, tokenizer = load_judge(AutoModelForSequenceClassification, id, context.get("device"))
-    found = {
-        kind: [int(i) for i, text in model.config.id2label.items() if kind in str(text).lower()]
-        for kind in ("entail", "contradict")
-    }
-    if not all(len(indices) == 1 for indices in found.values()):
+    labels = {int(i): str(text) for i, text in model.config.id2label.items()}
+    yes = [i for i, text in labels.items() if "entail" in text.lower()]
+    no = [i for i, text in labels.items() if "contradict" in text.lower()]
+    if len(yes) != 1 or len(no) != 1:
         raise UserError(
-            f"nli({id!r}): expected labels entailment and contradiction, found {', '.join(map(str, model.config.id2label.values()))}"
+            f"nli({id!r}): expected labels entailment and contradiction, "
+            f"found {', '.join(labels.values())}"
         )
-    (yes,), (no,) = found.values()
 
     def reward(prompts, completions, **columns):
-        p = batched_logits(model, tokenizer, _targets(columns, "nli"), completions).softmax(
-            -1
-        )  # (N, C)
-        return (p[:, yes] - p[:, no]).tolist()
+        logits = batched_logits(model, tokenizer, _targets(columns, "nli"), completions)  # (N, C)
+        p = logits.softmax(-1)  # (N, C)
+        return (p[:, yes[0]] - p[:, no[0]]).tolist()
 
     return reward
 
 
 def bleurt(context: dict, id: str) -> Callable:
-    """The scalar that a pair classifier gives to (target, completion), as BLEURT checkpoints do (Sellam et al. 2020)."""
-    model, tokenizer = load_judge(AutoModelForSequenceClassification, id, context.get("device"))
-    if model.config.num_labels != 1:
-        raise UserError(f"bleurt({id!r}) has {model.config.num_labels} classes, expected 1 score")
-    return lambda prompts, completions, **columns: batched_logits(
-        model, tokenizer, _targets(columns, "bleurt"), completions
-    )[:, 0].tolist()
+    """The score of (target, completion) by a BLEURT checkpoint (Sellam et al. 2020)."""
+    model, tokenizer = _load_scorer(context, "bleurt", id)
+
+    def reward(prompts, completions, **columns):
+        logits = batched_logits(model, tokenizer, _targets(columns, "bleurt"), completions)
+        return logits[:, 0].tolist()  # of (N, 1)
+
+    return reward
 
 
 def cosine_sts(context: dict, id: str | None = None) -> Callable:
-    """Cosine of the mean-pooled last hidden states of completion and target; -1..1. Without an id: by the starting model itself."""
-    if id is not None:
-        model, tokenizer = load_judge(AutoModel, id, context.get("device"))
-    else:
+    """Cosine of the mean-pooled last hidden states of completion and target; -1..1."""
+    if id is None:
         lm, tokenizer = frozen_lm(context, "cosine_sts", None)
-        model = lm.base_model
+        model, make_batch = lm.base_model, _plain_batch
+    else:
+        model, tokenizer = load_judge(AutoModel, id, context.get("device"))
+        make_batch = tokenize
 
     @torch.no_grad()
     def embed(texts: list[str]) -> torch.Tensor:  # (N, H)
-        parts = []
+        embeddings = []
         for i in range(0, len(texts), BATCH_SIZE):
-            batch = (
-                _plain_batch(tokenizer, model, texts[i : i + BATCH_SIZE])
-                if id is None
-                else tokenize(tokenizer, model, texts[i : i + BATCH_SIZE])
-            )
+            batch = make_batch(tokenizer, model, texts[i : i + BATCH_SIZE])
             hidden = model(**batch).last_hidden_state.float()  # (b, T, H)
             mask = batch["attention_mask"][:, :, None]  # (b, T, 1)
-            parts.append(((hidden * mask).sum(1) / mask.sum(1)).cpu())
-        return torch.cat(parts)
+            embeddings.append(((hidden * mask).sum(1) / mask.sum(1)).cpu())
+        return torch.cat(embeddings)
 
-    return lambda prompts, completions, **columns: torch.cosine_similarity(
-        embed(completions), embed(_targets(columns, "cosine_sts"))
-    ).tolist()
+    def reward(prompts, completions, **columns):
+        targets = _targets(columns, "cosine_sts")
+        return torch.cosine_similarity(embed(completions), embed(targets)).tolist()
+
+    return reward
+
+
+# ------------------------------------------------------------------ likelihood
+
+
+def frozen_lm(context: dict, name: str, id: str | None):
+    """A causal LM that never changes, and its tokenizer: of a folder or hub id, else a copy of
+    `context["model"]` as it is now.
+
+    `train.py` puts the policy there before training. Raises UserError, naming the reward, where
+    there is neither.
+    """
+    if id is not None:
+        lm, tokenizer = load_lm(id)
+        lm = lm.to(context.get("device", "cpu"))
+    elif "model" in context:
+        lm, tokenizer = copy.deepcopy(context["model"]), context["tokenizer"]
+    else:
+        raise UserError(f'reward {name!r} needs a model to ask: name one, {name}("gpt2")')
+    return lm.eval().requires_grad_(False), tokenizer
+
+
+@torch.no_grad()
+def perplexity(
+    model, tokenizer, texts: list[str], contexts: list[str] | None = None, batch_size: int = 16
+) -> list[float]:
+    """exp(mean negative log-likelihood per token) of each text, given its context if it has one.
+
+    `model` is a Hugging Face causal LM, used as it stands. Context and text are tokenised apart; an
+    empty context is BOS (EOS where there is none). What is beyond the model's context is cut,
+    contexts on the left. A text without tokens has no perplexity: it gets infinity, never a good
+    score.
+    """
+    limit = context_of(model)
+    rows = []  # (ids of the context, ids of the text)
+    for text, context in zip(texts, contexts or [""] * len(texts), strict=True):
+        ids = encode_target(tokenizer, text)[:-1][: limit - 1]  # without EOS
+        context_ids = encode_prompt(tokenizer, Example(context, ""))
+        rows.append((context_ids[-(limit - len(ids)) :], ids))
+    result = []
+    for i in range(0, len(rows), batch_size):
+        result += _perplexities(model, rows[i : i + batch_size])
+    return result
+
+
+def _perplexities(model, rows: list[tuple[list[int], list[int]]]) -> list[float]:
+    """Of the second ids of each row, given the first; inf where there are none."""
+    device = next(model.parameters()).device
+    lengths = torch.tensor(
+        [[len(before), len(before) + len(ids)] for before, ids in rows]
+    )  # (b, 2)
+    n_context, n_all = lengths[:, :1], lengths[:, 1:]  # (b, 1) each
+    width = int(n_all.max())
+    padded = [before + ids + [0] * (width - len(before) - len(ids)) for before, ids in rows]
+    input_ids = torch.tensor(padded, device=device)  # (b, T)
+    column = torch.arange(width)[None]  # (1, T)
+    attention_mask = (column < n_all).to(device)  # (b, T)
+    is_text = ((column >= n_context) & (column < n_all)).to(device)[:, 1:]  # (b, T-1)
+    outputs = model(input_ids=input_ids, attention_mask=attention_mask.long())
+    logprobs = torch.log_softmax(outputs.logits[:, :-1].float(), dim=-1)  # (b, T-1, V)
+    logprobs = logprobs.gather(2, input_ids[:, 1:, None]).squeeze(2)  # (b, T-1)
+    result = []
+    for row, mask in zip(logprobs, is_text):
+        if mask.any():
+            result.append(math.exp(min(-float(row[mask].mean()), 700.0)))
+        else:
+            result.append(math.inf)
+    return result
+
+
+def perplexity_reward(context: dict, model: str | None = None) -> Callable:
+    """1 / perplexity of the completion after the prompt; 0..1."""
+    lm, tokenizer = frozen_lm(context, "perplexity", model)
+
+    def reward(prompts, completions, **columns):
+        return [1 / value for value in perplexity(lm, tokenizer, completions, prompts)]
+
+    return reward
 
 
 def gptscore(context: dict, id: str | None = None, template: str = "{prompt}") -> Callable:
-    """Mean log-probability, in nats, of the completion's tokens after the filled-in template (Fu et al. 2302.04166, eq. 1, equal weights).
+    """Mean log-probability, in nats, of the completion's tokens after the filled-in template (Fu et
+    al. 2302.04166, eq. 1, equal weights).
 
-    `{prompt}` and the data's columns may stand in the template. Without an id the starting model is asked. An empty completion
-    scores like a uniform guess, -log V, which is worse than any real text.
+    `{prompt}` and the data's fields may stand in the template. Without an id the starting model is
+    asked. An empty completion scores like a uniform guess, -log V, which is worse than any real
+    text.
     """
-    from rewards import perplexity
-
     lm, tokenizer = frozen_lm(context, "gptscore", id)
     worst = -math.log(lm.config.get_text_config().vocab_size)
 
@@ -229,8 +312,19 @@ def gptscore(context: dict, id: str | None = None, template: str = "{prompt}") -
     return reward
 
 
+# ------------------------------------------------------------------ a judge that reads a rubric
+
 DEFAULT_RUBRIC = "How good is the response: fluent, relevant to the prompt, and true?"
-QUESTION = "{rubric}\n\nPrompt:\n{prompt}\n\nResponse:\n{completion}\n\nGrade the response from 1 (worst) to {top} (best). Answer with the number alone.\nGrade:"
+QUESTION = """{rubric}
+
+Prompt:
+{prompt}
+
+Response:
+{completion}
+
+Grade the response from 1 (worst) to {top} (best). Answer with the number alone.
+Grade:"""
 
 
 def judge(
@@ -244,28 +338,26 @@ def judge(
 ) -> Callable:
     """A grade by a language model that reads a rubric, mapped from 1..top to 0..1.
 
-    A local model (folder or hub id) gives the expected grade over the digit tokens. An `http(s)://.../v1` endpoint that speaks
-    OpenAI's chat API (vLLM, Ollama, llama.cpp) is asked for a number, `retries` times more if it is late, broken or says something
-    else; answers are cached. A text that got no grade has NO score: it is left out of the update and counted, never scored as 0.
+    A local model (folder or hub id) gives the expected grade over the digit tokens. An
+    `http(s)://.../v1` endpoint that speaks OpenAI's chat API (vLLM, Ollama, llama.cpp) is asked for
+    a number, `retries` times more if it is late, broken or says something else; answers are cached.
+    A text that got no grade has NO score: it is left out of the update and counted, never scored as
+    0.
     """
-    if (
-        type(timeout) not in (int, float)
-        or not timeout > 0
-        or type(retries) is not int
-        or retries < 0
-    ):
+    timeout_is_good = type(timeout) in (int, float) and timeout > 0
+    if not timeout_is_good or type(retries) is not int or retries < 0:
         raise UserError(
-            f"judge(timeout={timeout!r}, retries={retries!r}): expected seconds above 0 and a whole number of at least 0"
+            f"judge(timeout={timeout!r}, retries={retries!r}): expected seconds above 0 and a "
+            "whole number of at least 0"
         )
-    if not (isinstance(top, int) and 2 <= top <= 9):
+    if not isinstance(top, int) or not 2 <= top <= 9:
         raise UserError(
             f"judge(top={top!r}): expected a whole number from 2 to 9, so that a grade is one digit"
         )
-    ask = (
-        _endpoint(id_or_url, model, top, timeout, retries)
-        if id_or_url.startswith(("http://", "https://"))
-        else _local(context, id_or_url, top)
-    )
+    if id_or_url.startswith(("http://", "https://")):
+        ask = _endpoint(id_or_url, model, top, timeout, retries)
+    else:
+        ask = _local(context, id_or_url, top)
 
     def reward(prompts, completions, **columns):
         questions = [
@@ -281,37 +373,19 @@ def judge(
 def _local(context: dict, id: str, top: int) -> Callable[[list[str]], list[float]]:
     """Expected grade under the next-token distribution restricted to the digits 1..top."""
     lm, tokenizer = frozen_lm(context, "judge", id)
-    digits = []  # (top, variants): a digit may be one token with and one without a space before it
-    for digit in range(1, top + 1):
-        variants = {
-            ids[-1]
-            for text in (str(digit), f" {digit}")
-            if len(ids := tokenizer(text, add_special_tokens=False).input_ids) <= 2
-        }
-        variants = [i for i in variants if tokenizer.decode([i]).strip() == str(digit)]
-        if not variants:
-            raise UserError(
-                f"judge({id!r}): the model's tokenizer has no token for the digit {digit}"
-            )
-        digits.append(variants)
+    digits = [_digit_tokens(tokenizer, digit, id) for digit in range(1, top + 1)]
 
     @torch.no_grad()
     def ask(questions: list[str]) -> list[float]:
         grades = []
         for question in questions:  # one at a time: questions are long and of unequal length
-            messages = [{"role": "user", "content": question}]
             if tokenizer.chat_template:
-                question = tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True
-                )
-            ids = tokenizer(question, add_special_tokens=not tokenizer.chat_template).input_ids[
-                -context_of(lm) :
-            ]
-            logits = (
-                lm(input_ids=torch.tensor([ids], device=next(lm.parameters()).device))
-                .logits[0, -1]
-                .float()
-            )  # (V,)
+                messages = [{"role": "user", "content": question}]
+                options = dict(tokenize=False, add_generation_prompt=True)
+                question = tokenizer.apply_chat_template(messages, **options)
+            ids = tokenizer(question, add_special_tokens=not tokenizer.chat_template).input_ids
+            ids = torch.tensor([ids[-context_of(lm) :]], device=next(lm.parameters()).device)
+            logits = lm(input_ids=ids).logits[0, -1].float()  # (V,)
             by_digit = torch.stack([logits[variants].logsumexp(0) for variants in digits])  # (top,)
             grades.append(float((by_digit.softmax(0).cpu() * torch.arange(1, top + 1)).sum()))
         return grades
@@ -319,46 +393,57 @@ def _local(context: dict, id: str, top: int) -> Callable[[list[str]], list[float
     return ask
 
 
+def _digit_tokens(tokenizer, digit: int, id: str) -> list[int]:
+    """The tokens of a digit: it may be one with and one without a space before it."""
+    variants = set()
+    for text in (str(digit), f" {digit}"):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        if len(ids) <= 2:  # some tokenizers give the space a token of its own
+            variants.add(ids[-1])
+    variants = [i for i in variants if tokenizer.decode([i]).strip() == str(digit)]
+    if not variants:
+        raise UserError(f"judge({id!r}): the model's tokenizer has no token for the digit {digit}")
+    return variants
+
+
+# Late, refused, status 4xx or 5xx, not JSON, or not the JSON of a chat.
+NO_ANSWER = (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError)
+# A number alone, or "Grade: 4", "4 / 5", "2.5 of 5"; in a sentence a number may be anything.
+GRADE = re.compile(
+    r"\W*(?:(?:grade|score|rating)\W*)?(?<!-)(\d+(?:\.\d+)?)(?:\s*(?:/|of|out of)\s*\d+)?\W*",
+    re.IGNORECASE,
+)
+
+
 def _endpoint(
     url: str, model: str, top: int, timeout: float, retries: int
 ) -> Callable[[list[str]], list[float | None]]:
-    """Ask an OpenAI-compatible endpoint, eight questions at a time; None for a question without a usable answer."""
+    """Ask an OpenAI-compatible endpoint, eight questions at a time; None for a question without a
+    usable answer."""
     cache: dict[str, float] = {}
     address = url.rstrip("/") + "/chat/completions"
 
     def ask_once(question: str) -> float | None:
-        body = {
-            "model": model,
-            "messages": [{"role": "user", "content": question}],
-            "temperature": 0,
-            "max_tokens": 16,
-        }
-        request = urllib.request.Request(
-            address, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
+        messages = [{"role": "user", "content": question}]
+        body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": 16}
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(address, json.dumps(body).encode(), headers)
         try:
             with urllib.request.urlopen(request, timeout=timeout) as response:
                 answer = json.load(response)["choices"][0]["message"]["content"]
-        except (
-            OSError,
-            http.client.HTTPException,
-            ValueError,
-            KeyError,
-            IndexError,
-            TypeError,
-        ):  # late, refused, status 4xx/5xx, not JSON, not that JSON
+        except NO_ANSWER:
             return None
-        # A number alone, or "Grade: 4", "4 / 5", "2.5 of 5"; the first number of a sentence may be anything.
-        number = re.fullmatch(
-            r"\W*(?:(?:grade|score|rating)\W*)?(?<!-)(\d+(?:\.\d+)?)(?:\s*(?:/|of|out of)\s*\d+)?\W*",
-            str(answer),
-            re.IGNORECASE,
-        )
-        return float(number.group(1)) if number and 1 <= float(number.group(1)) <= top else None
+        found = GRADE.fullmatch(str(answer))
+        if found is None or not 1 <= float(found.group(1)) <= top:
+            return None
+        return float(found.group(1))
 
     def ask_patiently(question: str) -> float | None:
         for _ in range(retries + 1):
-            if question not in cache and (grade := ask_once(question)) is not None:
+            if question in cache:
+                break
+            grade = ask_once(question)
+            if grade is not None:
                 cache[question] = grade
         return cache.get(question)
 
@@ -369,60 +454,39 @@ def _endpoint(
     return ask
 
 
+# ------------------------------------------------------------------ COMET, helpers, the table
+
+
 def comet(context: dict, id: str) -> Callable:
-    """COMET (Rei et al. 2020) with the prompt as source and the target as reference, through the package unbabel-comet."""
+    """COMET (Rei et al. 2020): the prompt is the source, the target is the reference."""
     try:
         from comet import download_model, load_from_checkpoint
     except ImportError:
-        raise UserError(
-            "comet(...) needs the package unbabel-comet: pip install unbabel-comet"
-        ) from None
+        message = "comet(...) needs the package unbabel-comet: pip install unbabel-comet"
+        raise UserError(message) from None
     model = load_from_checkpoint(id if id.endswith(".ckpt") else download_model(id))
+    gpus = int(str(context.get("device", "cpu")).startswith("cuda"))
 
     def reward(prompts, completions, **columns):
-        data = [
-            {"src": p, "mt": c, "ref": t}
-            for p, c, t in zip(prompts, completions, _targets(columns, "comet"), strict=True)
-        ]
-        return list(
-            model.predict(
-                data,
-                batch_size=BATCH_SIZE,
-                gpus=int(str(context.get("device", "cpu")).startswith("cuda")),
-            ).scores
-        )
+        texts = zip(prompts, completions, _targets(columns, "comet"), strict=True)
+        data = [{"src": p, "mt": c, "ref": t} for p, c, t in texts]
+        return list(model.predict(data, batch_size=BATCH_SIZE, gpus=gpus).scores)
 
     return reward
 
 
-def frozen_lm(context: dict, name: str, id: str | None):
-    """A causal LM that never changes, and its tokenizer: the folder or hub id, else a copy of `context["model"]` as it is now.
-
-    `train.py` puts the policy there before training. Raises UserError, naming the reward, where there is neither.
-    """
-    if id is not None:
-        lm, tokenizer = load_lm(id)
-        lm = lm.to(context.get("device", "cpu"))
-    elif "model" in context:
-        lm, tokenizer = copy.deepcopy(context["model"]), context["tokenizer"]
-    else:
-        raise UserError(f'reward {name!r} needs a model to ask: name one, {name}("gpt2")')
-    return lm.eval().requires_grad_(False), tokenizer
-
-
 def _plain_batch(tokenizer, model, texts: list[str]) -> dict[str, torch.Tensor]:
-    """Right-padded ids for a causal LM whose tokenizer may have no pad token."""
+    """Right-padded ids, (b, T) each, for a causal LM whose tokenizer may have no pad token."""
     filler = tokenizer.eos_token_id
     rows = [tokenizer(text).input_ids[-context_of(model) :] or [filler] for text in texts]
     width = max(len(row) for row in rows)
     device = next(model.parameters()).device
-    ids = torch.tensor(
-        [row + [filler] * (width - len(row)) for row in rows], device=device
-    )  # (b, T)
-    mask = torch.tensor(
-        [[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device
-    )  # (b, T)
-    return {"input_ids": ids, "attention_mask": mask}
+    ids = [row + [filler] * (width - len(row)) for row in rows]
+    mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
+    return {
+        "input_ids": torch.tensor(ids, device=device),
+        "attention_mask": torch.tensor(mask, device=device),
+    }
 
 
 def _targets(columns: dict, name: str) -> list[str]:
@@ -434,39 +498,28 @@ def _targets(columns: dict, name: str) -> list[str]:
 
 
 def _filled(template: str, prompts: list[str], columns: dict) -> list[str]:
+    texts = []
     try:
-        return [
-            template.format(
-                **{**{name: values[i] for name, values in columns.items()}, "prompt": prompt}
-            )
-            for i, prompt in enumerate(prompts)
-        ]
+        for i, prompt in enumerate(prompts):
+            fields = {name: values[i] for name, values in columns.items()}
+            texts.append(template.format(**{**fields, "prompt": prompt}))
     except (KeyError, IndexError) as problem:
         raise UserError(
-            f"gptscore: the template {template!r} asks for {problem}, which is no column of the data"
+            f"gptscore: the template {template!r} asks for {problem}, "
+            "which is no column of the data"
         ) from None
+    return texts
 
 
-# name -> (make(context, ...) -> reward function, "range, needs: meaning")
+# name -> (make(context, **arguments) -> reward function, "range, needs: meaning")
 JUDGES: dict[str, tuple[Callable, str]] = {
+    "perplexity": (perplexity_reward, "0..1, model= or starting model: 1 / perplexity; 0 if empty"),
     "classifier": (classifier, "0..1, id, label=: probability that a classifier gives the label"),
-    "model": (
-        reward_model,
-        "any, id: scalar reward model on prompt + completion (see reward_model.py)",
-    ),
-    "cosine_sts": (
-        cosine_sts,
-        "-1..1, target, id or the starting model: cosine of mean-pooled embeddings",
-    ),
+    "model": (reward_model, "any, id: reward model on prompt + completion (reward_model.py)"),
+    "cosine_sts": (cosine_sts, "-1..1, target, id or the starting model: cosine of embeddings"),
     "nli": (nli, "-1..1, target, id: entailed by the target minus contradicting it"),
-    "gptscore": (
-        gptscore,
-        "nats below 0, id or the starting model, template=: mean log-probability of the completion",
-    ),
-    "judge": (
-        judge,
-        "0..1, id or http://.../v1, rubric=: grade by a language model; no answer is no score",
-    ),
+    "gptscore": (gptscore, "nats, id or the starting model, template=: mean log-probability"),
+    "judge": (judge, "0..1, id or http://.../v1, rubric=: grade by a language model, or no score"),
     "bleurt": (bleurt, "any, target, id: a BLEURT checkpoint"),
     "comet": (comet, "about 0..1, target, id: COMET through unbabel-comet"),
 }

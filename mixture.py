@@ -1,43 +1,46 @@
-"""Rewards on different scales, put on one: running normalisation, and a mixture whose weights are learned.
+"""Rewards of different scales on one scale: running statistics, and a mixture that learns weights.
 
-A weighted sum needs weights, and the right ones depend on scales that nobody knows beforehand. `ema(x)` standardises a reward by
-running statistics; `mixture(a, b, c)` standardises several and learns how much each counts, in one of two ways:
+A weighted sum needs weights, and the right ones depend on scales that nobody knows beforehand.
+`ema(x)` standardises a reward by running statistics; `mixture(a, b, c)` standardises several and
+learns how much each counts, in one of two ways:
 
-  fitted    from preference pairs, by Bradley-Terry: the weights that best explain which of two texts people preferred
-            (`--mixture-data prefs.jsonl`), then fixed;
-  online    without pairs, by absolute learning progress (Oudeyer et al. 2007): a reward that is moving, up or down, gets more
-            weight than one that stands still, since there is something to learn or to repair.
+  fitted    from preference pairs, by Bradley-Terry: the weights that best explain which of two
+            texts people preferred (`--mixture-data prefs.jsonl`); after that they are fixed;
+  online    without pairs, by absolute learning progress (Oudeyer et al. 2007): a reward that
+            moves, up or down, gets more weight, since there is something to learn or to repair.
 
-Left out on purpose: weights that depend on the prompt, negative weights (write `- x` inside the mixture instead).
+Left out on purpose: weights that depend on the prompt, negative weights (write `- x` inside).
 
     python rewards.py "mixture(rouge_l, length(target=8))" scored.jsonl
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 
+import parallel
+from data import Pair
+from engine import UserError
+
 
 class RunningNorm:
-    """(x - mean) / std by exponentially weighted moments of everything seen so far, the current batch included.
+    """(x - mean) / std by exponentially weighted moments of all that was seen, this batch included.
 
-    Moments are taken over a batch, so the order of its samples does not matter; the weights are divided by their sum (as in Adam),
-    so the first batch is standardised by its own mean and std, a constant one to 0. NaN marks a sample without a score: it is
-    left out of the moments and stays NaN.
+    Moments are taken over a batch, so the order of its samples does not matter. The weights are
+    divided by their sum (as in Adam), so the first batch is standardised by its own mean and std, a
+    constant one to 0. NaN marks a sample without a score: it does not count, and it stays NaN.
     """
 
     def __init__(self, decay: float = 0.99):
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be at least 0 and below 1, found {decay}")
-        self.decay, self.weight, self.mean, self.square = (
-            decay,
-            0.0,
-            0.0,
-            0.0,
-        )  # running sums, not yet divided by weight
+        self.decay = decay
+        self.weight = self.mean = self.square = 0.0  # running sums, not yet divided by weight
 
     def __call__(self, x: torch.Tensor, learn: bool = True) -> torch.Tensor:
-        """x (B,) -> (B,). `learn=False` leaves the statistics as they are (a batch that comes before any is its own)."""
+        """x (B,) -> (B,). `learn=False` leaves the statistics as they are (a batch that comes
+        before any other is standardised by its own)."""
         known = x[torch.isfinite(x)].double()  # (b,)
         weight, mean, square = self.weight, self.mean, self.square
         if len(known) and (learn or not weight):
@@ -50,11 +53,9 @@ class RunningNorm:
             return x
         center = mean / weight
         variance = max(square / weight - center**2, 0.0)
-        return (
-            (x.double() - center) / math.sqrt(variance)
-            if variance > 1e-12 * (1 + center**2)
-            else (x - center) * 0
-        ).float()
+        if variance > 1e-12 * (1 + center**2):
+            return ((x.double() - center) / math.sqrt(variance)).float()
+        return ((x - center) * 0).float()
 
     def state_dict(self) -> dict[str, float]:
         return {"weight": self.weight, "mean": self.mean, "square": self.square}
@@ -64,10 +65,11 @@ class RunningNorm:
 
 
 class Mixture:
-    """sum_i w_i z_i, z_i the standardised rewards; w = floor + (1 - K floor) softmax(logits), so the weights sum to 1 and none dies.
+    """sum_i w_i z_i, z_i the standardised rewards; w = floor + (1 - K floor) softmax(logits).
 
-    Online, `logits = progress / temperature` with progress_i = |fast_i - slow_i|: two moving averages of the mean of z_i, which
-    differ as long as the reward is on the move.
+    So the weights sum to 1, and no weight falls below `floor`. Online,
+    `logits = progress / temperature` with progress_i = |fast_i - slow_i|: two moving averages of
+    the mean of z_i, which differ as long as the reward moves.
     """
 
     FAST, SLOW = 0.8, 0.95  # decay per batch: a memory of about 5 and of about 20 batches
@@ -75,7 +77,8 @@ class Mixture:
     def __init__(self, names: list[str], floor: float = 0.05, temperature: float = 0.1):
         if len(names) < 2 or not 0 <= floor < 1 / len(names) or not temperature > 0:
             raise ValueError(
-                "a mixture needs at least two rewards, 0 <= floor < 1 / their number, and temperature > 0"
+                "a mixture needs at least two rewards, 0 <= floor < 1 / their number, "
+                "and temperature > 0"
             )
         self.names, self.floor, self.temperature = names, floor, temperature
         self.norms = [RunningNorm() for _ in names]
@@ -88,20 +91,15 @@ class Mixture:
         return self.floor + (1 - len(self.names) * self.floor) * torch.softmax(self.logits, 0)
 
     def __call__(self, rewards: list[torch.Tensor], learn: bool = True) -> torch.Tensor:
-        """K tensors (B,) -> (B,)."""
-        raw_means = torch.tensor([float(x.nanmean()) for x in rewards], dtype=torch.float64)  # (K,)
-        z = torch.stack(
-            [norm(x, learn and not self.fitted) for norm, x in zip(self.norms, rewards)]
-        )  # (K, B)
-        total = (
-            (self.weights()[:, None] * z.double()).sum(0).float()
-        )  # (B,) by the weights as they were
-        if learn and not self.fitted and torch.isfinite(raw_means).all():
-            # Progress in units of the reward's own spread, so that a large scale does not look like fast learning.
-            position = torch.tensor(
-                [self._position(n, float(m)) for n, m in zip(self.norms, raw_means)],
-                dtype=torch.float64,
-            )
+        """K tensors (B,) -> (B,), by the weights as they were before this batch."""
+        learn = learn and not self.fitted
+        z = torch.stack([norm(x, learn) for norm, x in zip(self.norms, rewards)])  # (K, B)
+        total = (self.weights()[:, None] * z.double()).sum(0).float()  # (B,)
+        means = [float(x.nanmean()) for x in rewards]
+        if learn and all(math.isfinite(mean) for mean in means):
+            # In units of the reward's spread, so that a large scale does not look like progress.
+            positions = [self._position(norm, mean) for norm, mean in zip(self.norms, means)]
+            position = torch.tensor(positions, dtype=torch.float64)  # (K,)
             self.fast = self.FAST * self.fast + (1 - self.FAST) * position
             self.slow = self.SLOW * self.slow + (1 - self.SLOW) * position
             self.logits = (self.fast - self.slow).abs() / self.temperature
@@ -114,26 +112,27 @@ class Mixture:
         return (mean - center) / spread if spread > 1e-6 * (1 + abs(center)) else 0.0
 
     def fit(self, chosen: torch.Tensor, rejected: torch.Tensor) -> float:
-        """Fit the weights to preferences: chosen, rejected (n, K) raw rewards of the two texts of n pairs. Returns the pair accuracy.
+        """Fit the weights to preferences: chosen, rejected (n, K), raw rewards of the two texts of
+        n pairs. Returns the pair accuracy.
 
-        Maximises  sum log sigmoid(s w . (z_chosen - z_rejected))  over the logits of w and a scale s > 0 (Bradley & Terry 1952; s is how
-        decided people are, and is not kept). The statistics that standardise are those of all the texts, and stay fixed.
+        Maximises  sum log sigmoid(s w . (z_chosen - z_rejected))  over the logits of w and a scale
+        s > 0 (Bradley & Terry 1952; s is how decided people are, and is not kept). The statistics
+        that standardise are those of all the texts, and stay fixed.
         """
         for k, norm in enumerate(self.norms):
             norm(torch.cat([chosen[:, k], rejected[:, k]]))
-        difference = torch.stack(
-            [n(c, False) - n(r, False) for n, c, r in zip(self.norms, chosen.T, rejected.T)], dim=1
-        ).double()  # (n, K)
+        columns = zip(self.norms, chosen.T, rejected.T)
+        difference = torch.stack([n(c, False) - n(r, False) for n, c, r in columns], dim=1)
+        difference = difference.double()  # (n, K)
         self.logits = torch.zeros(len(self.names), dtype=torch.float64, requires_grad=True)
         log_scale = torch.zeros((), dtype=torch.float64, requires_grad=True)
-        optimizer = torch.optim.LBFGS(
-            [self.logits, log_scale], max_iter=200, line_search_fn="strong_wolfe"
-        )
+        parameters = [self.logits, log_scale]
+        optimizer = torch.optim.LBFGS(parameters, max_iter=200, line_search_fn="strong_wolfe")
 
         def closure() -> torch.Tensor:
             optimizer.zero_grad()
             margin = log_scale.exp() * (difference @ self.weights())  # (n,)
-            # Where preferences never waver, any scale explains them: a pull towards 1 leaves the explaining to the weights.
+            # If all pairs agree, log_scale would grow without bound: the penalty keeps it near 0.
             penalty = 1e-5 * (self.logits**2).sum() + 1e-2 * log_scale**2
             loss = -torch.nn.functional.logsigmoid(margin).mean() + penalty
             loss.backward()
@@ -144,18 +143,37 @@ class Mixture:
         return float(((difference @ self.weights()) > 0).double().mean())
 
     def state_dict(self) -> dict:
-        moving = {
-            "logits": self.logits.tolist(),
-            "fast": self.fast.tolist(),
-            "slow": self.slow.tolist(),
-            "fitted": self.fitted,
-        }
-        return {**moving, "norms": [norm.state_dict() for norm in self.norms]}
+        names = ("logits", "fast", "slow")
+        state = {name: getattr(self, name).tolist() for name in names}
+        return state | {"fitted": self.fitted, "norms": [norm.state_dict() for norm in self.norms]}
 
     def load_state_dict(self, state: dict) -> None:
-        self.logits, self.fast, self.slow = (
-            torch.tensor(state[k], dtype=torch.float64) for k in ("logits", "fast", "slow")
-        )
+        for name in ("logits", "fast", "slow"):
+            setattr(self, name, torch.tensor(state[name], dtype=torch.float64))
         self.fitted = state["fitted"]
         for norm, norm_state in zip(self.norms, state["norms"], strict=True):
             norm.load_state_dict(norm_state)
+
+
+def fit_to_pairs(mixture: Mixture, pairs: list[Pair], scores: Callable) -> None:
+    """Fit a mixture to preference pairs and print the pair accuracy.
+
+    `scores(prompts, completions, columns) -> (N, K)` gives the raw rewards. Both sides of all pairs
+    are asked in one call, so that what standardises by its batch treats them alike. A pair counts
+    if all K rewards are finite; raises UserError where no pair has them.
+    """
+    prompts = [pair.prompt for pair in pairs]
+    completions = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    names = dict.fromkeys(name for pair in pairs for name in pair.columns)
+    columns = {name: [pair.columns.get(name) for pair in pairs] * 2 for name in names}
+    chosen, rejected = scores(prompts * 2, completions, columns).chunk(2)  # (n, K) each
+    answered = torch.isfinite(chosen).all(1) & torch.isfinite(rejected).all(1)  # (n,)
+    if not answered.any():
+        rewards = ", ".join(mixture.names)
+        raise UserError(f"--mixture-data: no preference pair has a score from each of {rewards}")
+    accuracy = mixture.fit(chosen[answered], rejected[answered])
+    if parallel.rank() == 0:
+        print(
+            f"the mixture agrees with {accuracy:.0%} of the {len(chosen)} preference pairs "
+            "that it was fitted to"
+        )

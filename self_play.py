@@ -1,16 +1,17 @@
-"""Self-play: a response is worth the probability that it beats the response of an earlier self to the same prompt.
+"""Self-play: a response is worth the probability that it beats an earlier policy's response.
 
-    self_play(base, opponent="snapshot", every=50, shape="win")            as part of a --reward expression; `base` is any expression
+    self_play(base, opponent="snapshot", every=50, shape="win")     in a --reward expression
 
-The opponent is frozen: the policy as it was when the last `every` PPO steps began, or the KL reference (`opponent="reference"`). `base` judges both
-responses, and the shaped reward is
+`base` is any expression. The opponent answers the same prompt, and it is frozen: the policy as it
+was when the last `every` PPO steps began, or the KL reference (`opponent="reference"`). `base`
+scores both responses, and the shaped reward is
 
-    win        1 if ours scores higher, 0 if lower, 1/2 for a tie
-    sigmoid    sigmoid(ours - theirs), the Bradley-Terry probability of winning
-    margin     ours - theirs
+    win        1 if the policy's response has the higher score, 0 if the lower, 1/2 for a tie
+    sigmoid    sigmoid(score - opponent_score), the Bradley-Terry probability of winning
+    margin     score - opponent_score
 
-Nothing can be gained by standing still: against an equal opponent every shape is worth its value at a tie, on average (1/2, 1/2, 0).
-Left out on purpose: leagues of opponents, Elo.
+Nothing can be gained by standing still: against an equal opponent every shape is worth its value
+at a tie, on average (1/2, 1/2, 0). Left out on purpose: leagues of opponents, Elo.
 
     python train.py --reward "self_play(sentiment, every=20)"
 """
@@ -24,71 +25,63 @@ from hybrid import HybridModel
 
 
 class SelfPlay:
-    """The opponent of one `self_play(...)`. `context`: policy (HybridModel), tokenizer, sampling (max_length, max_new_tokens, temperature), examples."""
+    """The opponent of a `self_play(...)`. `context` has policy (HybridModel), tokenizer, sampling
+    (max_length, max_new_tokens, temperature), examples, and may have seed and `reference`, a
+    function that returns the KL reference of now (None before there is one)."""
 
     def __init__(
         self, context: dict, opponent: str = "snapshot", every: int = 50, shape: str = "win"
     ):
-        if (
-            opponent not in ("snapshot", "reference")
-            or shape not in ("win", "sigmoid", "margin")
-            or not isinstance(every, int)
-            or every < 1
-        ):
+        known = opponent in ("snapshot", "reference") and shape in ("win", "sigmoid", "margin")
+        if not known or not isinstance(every, int) or every < 1:
             raise ValueError(
-                'opponent is "snapshot" or "reference", shape "win", "sigmoid" or "margin", and every a whole number above 0'
+                'opponent is "snapshot" or "reference", shape "win", "sigmoid" or "margin", '
+                "and every a whole number above 0"
             )
         if "policy" not in context:
             raise ValueError("there is no policy to play against; it works in train.py only")
-        self.policy, self.tokenizer, self.sampling = (
-            context["policy"],
-            context["tokenizer"],
-            context["sampling"],
-        )
-        self.examples = {
-            example.prompt: example for example in context["examples"]
-        }  # a dialogue's prompt is more than its text
-        self.kind, self.every, self.shape, self.seed = (
-            opponent,
-            every,
-            shape,
-            context.get("seed", 0),
-        )
+        self.policy, self.tokenizer = context["policy"], context["tokenizer"]
+        self.sampling, self.seed = context["sampling"], context.get("seed", 0)
+        # A dialogue is more than the text of its prompt.
+        self.examples = {example.prompt: example for example in context["examples"]}
+        self.ask_reference = context.get("reference")
+        self.kind, self.every, self.shape = opponent, every, shape
         self.snapshot: HybridModel | None = None
         self.rounds = 0  # of training
         self.win_rate = float("nan")
 
     def answers(self, prompts: list[str], reference: HybridModel | None, learn: bool) -> list[str]:
-        """The opponent's responses; in training (`learn`) it is renewed first when its time has come."""
+        """The opponent's responses. In training (`learn`) a due snapshot is taken first.
+
+        A `reference` in the context goes before the argument."""
         if learn:
             if self.kind == "snapshot" and self.rounds % self.every == 0:
                 self.snapshot = self.policy.frozen_copy()
             self.rounds += 1
-        model = (
-            reference if self.kind == "reference" else self.snapshot
-        ) or self.policy  # before there is one, it is the policy itself
-        room = self.sampling["max_length"] - self.sampling["max_new_tokens"]
-        ids = [
-            encode_prompt(self.tokenizer, self.examples.get(prompt, Example(prompt, "")))[-room:]
-            for prompt in prompts
-        ]
-        options = dict(
+        if self.ask_reference is not None:
+            reference = self.ask_reference()
+        opponent = reference if self.kind == "reference" else self.snapshot
+        # Until there is an opponent, the policy plays itself.
+        model = self.policy if opponent is None else opponent
+        longest = self.sampling["max_length"] - self.sampling["max_new_tokens"]
+        examples = [self.examples.get(prompt, Example(prompt, "")) for prompt in prompts]
+        ids = [encode_prompt(self.tokenizer, example)[-longest:] for example in examples]
+        number = self.rounds if learn else 2**20 - 1
+        seed = (self.seed * 2**20 + number) * 2**10 + parallel.rank()
+        seed ^= 2**62  # a bit that the policy's own seeds lack
+        generation = sample(
+            model,
+            ids,
             max_new_tokens=self.sampling["max_new_tokens"],
             temperature=self.sampling["temperature"],
             eos_token_id=self.tokenizer.eos_token_id,
+            generator=torch.Generator(next(model.parameters()).device).manual_seed(seed),
         )
-        seed = (
-            (self.seed * 2**20 + (self.rounds if learn else 2**20 - 1)) * 2**10 + parallel.rank()
-        ) ^ 2**62  # a bit that the policy's own seeds lack
-        generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
-        return [
-            decode(self.tokenizer, response)
-            for response in sample(model, ids, generator=generator, **options).responses
-        ]
+        return [decode(self.tokenizer, response) for response in generation.responses]
 
-    def __call__(self, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    def __call__(self, scores: torch.Tensor, opponent_scores: torch.Tensor) -> torch.Tensor:
         """Scores of both, (B,), NaN where there is none -> shaped reward (B,), NaN likewise."""
-        margin = ours - theirs  # (B,)
+        margin = scores - opponent_scores  # (B,)
         win = torch.where(margin.isnan(), margin, (margin.sign() + 1) / 2)  # (B,)
         self.win_rate = float(win.nanmean())
         return {"win": win, "sigmoid": torch.sigmoid(margin), "margin": margin}[self.shape]

@@ -1,4 +1,4 @@
-"""Judges on tiny local models, where every number can be recomputed by Hugging Face's own forward, and on a loopback HTTP server."""
+"""Judges: tiny local models against Hugging Face's own forward, and a loopback HTTP server."""
 
 import json
 import math
@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from conftest import build_lm
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -20,6 +21,7 @@ from transformers import (
 import reward_model
 from data import Pair, load_pairs
 from engine import UserError
+from judges import perplexity
 from rewards import build_reward
 
 TEXTS = [
@@ -34,7 +36,9 @@ TARGETS = ["the script was clever", "dull !", "something", "the music was warm"]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, tiny_folder):
-    """Tiny classifiers of two architectures, with labels, and a causal LM; the tokenizer is the built-in task's, without a pad token."""
+    """Tiny classifiers of two architectures, with labels, and a causal LM.
+
+    The tokenizer is the built-in task's, without a pad token."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     made = {"lm": str(tiny_folder)}
     bert = dict(
@@ -217,6 +221,32 @@ def test_local_judge_gives_the_expected_grade_over_the_digits(folders):
     assert got[0] == pytest.approx((expected - 1) / 2, abs=1e-5) and ((got >= 0) & (got <= 1)).all()
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_perplexity_equals_hugging_faces_loss(architecture, tokenizer):
+    lm = build_lm(architecture, vocab_size=len(tokenizer)).eval()
+    texts, contexts = (
+        ["the plot was dull .", "music", " the cast felt very warm and the script was flat ."],
+        ["the plot", "a", ""],
+    )
+    for given in (contexts, None):
+        for value, text, context in zip(
+            perplexity(lm, tokenizer, texts, given, batch_size=2), texts, given or [""] * 3
+        ):
+            before = tokenizer(context).input_ids or [tokenizer.eos_token_id]
+            ids = tokenizer(text).input_ids
+            labels = torch.tensor([[-100] * len(before) + ids])
+            loss = lm(input_ids=torch.tensor([before + ids]), labels=labels).loss
+            assert math.log(value) == pytest.approx(loss.item(), abs=1e-4)
+
+
+def test_perplexity_never_rewards_silence(tokenizer):
+    lm = build_lm("llama", vocab_size=len(tokenizer))
+    assert perplexity(lm, tokenizer, [""]) == [math.inf]
+    reward = build_reward("perplexity", model=lm, tokenizer=tokenizer)
+    scores = reward(["the plot", "the plot"], ["", " was dull ."])
+    assert scores[0] == 0 and 0 < scores[1] <= 1
+
+
 def test_the_judges_tokenizer_may_be_another_one(folders, shared):
     tokenizer = AutoTokenizer.from_pretrained(shared / "stories260K")
     assert len(tokenizer) != len(AutoTokenizer.from_pretrained(folders["lm"]))
@@ -273,7 +303,9 @@ def test_comet_is_optional_and_maps_the_fields(monkeypatch):
 
 @pytest.fixture
 def server():
-    """An OpenAI-like endpoint on the loopback interface; `behave(question, nth)` returns (status, body, delay)."""
+    """An OpenAI-like endpoint on the loopback interface.
+
+    `behave(question, nth)` returns (status, body, delay)."""
     state = types.SimpleNamespace(asked=[], behave=None)
 
     class Handler(BaseHTTPRequestHandler):
@@ -350,7 +382,7 @@ def test_a_text_without_a_grade_has_no_total_either(server):
     reward = build_reward(f'0.5*judge("{server.url}", retries=0) + length(target=5)')
     total = reward(PROMPTS, TEXTS)
     assert torch.isnan(total).tolist() == [True, False, False, False]
-    assert [key for key in reward.metrics()] == [
+    assert list(reward.metrics()) == [
         f'reward/judge("{server.url}", retries=0)',
         "reward/length(target=5)",
     ]
@@ -368,7 +400,8 @@ def test_a_run_outlives_its_judge(tmp_path, server):
     from train import main
 
     server.behave = lambda q, n: (500, "", 0)
-    flags = "--limit 40 --steps 12 --ppo-ratio 1 --batch-size 4 --eval-size 4 --max-new-tokens 6 --eval-every 4 --device cpu".split()
+    flags = "--limit 40 --steps 12 --ppo-ratio 1 --batch-size 4 --eval-size 4".split()
+    flags += "--max-new-tokens 6 --eval-every 4 --device cpu".split()
     main([*flags, "--reward", f'judge("{server.url}", retries=0)', "--out", str(tmp_path / "run")])
     rows = [
         json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()

@@ -83,7 +83,9 @@ def test_ema_remembers_is_frozen_for_measuring_and_is_restored():
 
 
 def preferences(weights, n=2000, seed=0, scale=3.0):
-    """n pairs judged by sigmoid(scale * w . (z_chosen - z_rejected)); the raw rewards have very different scales and offsets."""
+    """n pairs judged by sigmoid(scale * w . (z_chosen - z_rejected)).
+
+    The raw rewards have very different scales and offsets."""
     generator = np.random.default_rng(seed)
     z = generator.normal(size=(n, 2, len(weights)))
     margin = scale * (z[:, 0] - z[:, 1]) @ np.array(weights)
@@ -125,7 +127,7 @@ def test_online_weights_follow_what_is_moving_and_none_dies():
         mixture([noise[0] + 0.1 * step, 1000 * noise[1] + 5000])
     moving, still = mixture.weights().tolist()
     assert moving > 0.7 and still >= 0.05 and moving + still == pytest.approx(1)
-    for step in range(300):
+    for _ in range(300):
         noise = torch.randn(2, 64, generator=generator)
         mixture([noise[0] + 3, 1000 * noise[1] + 5000])
     assert mixture.weights().tolist() == pytest.approx([0.5, 0.5], abs=0.2), (
@@ -176,6 +178,26 @@ def test_a_fit_standardises_both_sides_of_a_pair_together(part):
     pairs = [Pair("p", "w " * (i % 5 + 6), "w " * (i % 5 + 1)) for i in range(40)]
     reward = build_reward(f"mixture({part}, sentiment, floor=0.02)", mixture_pairs=pairs)
     assert reward.metrics()[f"reward_weight/{part}"] > 0.9
+
+
+def test_the_inner_one_of_two_mixtures_is_fitted_first(capsys):
+    pairs = [Pair("q", "good " * (i % 4 + 2), "bad " * (i % 3 + 1)) for i in range(12)]
+    expression = "mixture(mixture(sentiment, repetition), length(target=9)) - length"
+    reward = build_reward(expression, mixture_pairs=pairs)
+    assert capsys.readouterr().out.count("of the 12 preference pairs") == 2
+    assert list(reward.state_dict()) == [
+        "mixture(sentiment, repetition)",
+        "mixture(mixture(sentiment, repetition), length(target=9))",
+    ]
+    assert all(state["fitted"] for state in reward.state_dict().values())
+
+
+def test_pairs_without_scores_are_refused():
+    pairs = [Pair("q", "good", "bad")]
+    with pytest.raises(UserError, match="no preference pair has a score from each of judge"):
+        url = "http://127.0.0.1:9/v1"
+        expression = f'mixture(judge("{url}", retries=0, timeout=1), length)'
+        build_reward(expression, mixture_pairs=pairs)
 
 
 def test_a_number_may_stand_in_a_mixture():

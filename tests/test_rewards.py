@@ -1,4 +1,4 @@
-"""Metrics against published values and, where installed, against the reference packages; rewards against hand-made cases."""
+"""Metrics: published values and the reference packages, where installed. Rewards by hand."""
 
 import json
 import math
@@ -15,12 +15,10 @@ from rewards import (
     REWARDS,
     bleu,
     build_reward,
-    chrf,
     corpus_bleu,
     cosine,
     lexicon_sentiment,
     main,
-    perplexity,
     rouge_l,
     rouge_lsum,
     rouge_n,
@@ -31,14 +29,11 @@ from rewards import (
 
 
 def test_bleu_by_hand():
-    """Seven words against six: precisions 5/7, 3/6, 2/5, 1/4 and no brevity penalty; then two orders without a match, smoothed."""
+    """Seven words against six: precisions 5/7, 3/6, 2/5, 1/4 and no brevity penalty; then two
+    orders without a match, smoothed."""
     score = bleu("the the cat sat on a mat", ["the cat sat on the rug"])
-    matches = (
-        5,
-        3,
-        2,
-        1,
-    )  # the(2) cat sat on; "the cat" "cat sat" "sat on"; "the cat sat" "cat sat on"; "the cat sat on"
+    # the (2) cat sat on; "the cat" "cat sat" "sat on"; "the cat sat" "cat sat on"; "the cat sat on"
+    matches = (5, 3, 2, 1)
     assert score == pytest.approx(
         math.prod(m / t for m, t in zip(matches, (7, 6, 5, 4))) ** 0.25, abs=1e-12
     )
@@ -144,10 +139,12 @@ def test_metric_oracles(shared):
 
 # ---- parity with the reference packages, where they are installed
 
-PIECES = """the cat sat on a mat The CAT dog. dog, "dog" 3,000 3.14 -5 10-20 U.S. it's e.g. &amp; &quot;x&quot; &lt; <skipped> co-op A/B
-naïve café Ünïcode 中文 日本語 emoji😀 ( ) [ ] { } ! ? ; : @ # $ % ^ & * ~ ` | \\ _ a_b 's ' '' . , - -- — … 1. .5 x-\n \n \t İ ß ﬁ""".split(
-    " "
-)
+PIECES = (
+    """the cat sat on a mat The CAT dog. dog, "dog" 3,000 3.14 -5 10-20 U.S. it's e.g. """
+    """&amp; &quot;x&quot; &lt; <skipped> co-op A/B\nnaïve café Ünïcode 中文 日本語 emoji😀 """
+    """( ) [ ] { } ! ? ; : @ # $ % ^ & * ~ ` | \\ _ a_b 's ' '' . , - -- — … """
+    """1. .5 x-\n \n \t İ ß ﬁ"""
+).split(" ")
 
 
 def random_text(rng: random.Random) -> str:
@@ -187,19 +184,6 @@ def test_bleu_equals_sacrebleu():
         assert corpus_bleu(hypotheses, references) == pytest.approx(expected, abs=1e-9)
 
 
-def test_chrf_equals_sacrebleu():
-    sacrebleu = pytest.importorskip("sacrebleu", reason="optional: pip install sacrebleu")
-    rng = random.Random(2)
-    for _ in range(2000):
-        references = [random_text(rng) for _ in range(rng.randint(1, 3))]
-        hypothesis = perturbed(rng, references[0])
-        expected = sacrebleu.sentence_chrf(hypothesis, references).score / 100
-        assert chrf(hypothesis, references) == pytest.approx(expected, abs=1e-9), (
-            hypothesis,
-            references,
-        )
-
-
 def test_rouge_equals_rouge_score():
     scorer_module = pytest.importorskip(
         "rouge_score.rouge_scorer", reason="optional: pip install rouge-score"
@@ -235,32 +219,6 @@ def test_cosine():
     )
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
-def test_perplexity_equals_hugging_faces_loss(architecture, tokenizer):
-    lm = build_lm(architecture, vocab_size=len(tokenizer)).eval()
-    texts, contexts = (
-        ["the plot was dull .", "music", " the cast felt very warm and the script was flat ."],
-        ["the plot", "a", ""],
-    )
-    for given in (contexts, None):
-        for value, text, context in zip(
-            perplexity(lm, tokenizer, texts, given, batch_size=2), texts, given or [""] * 3
-        ):
-            before = tokenizer(context).input_ids or [tokenizer.eos_token_id]
-            ids = tokenizer(text).input_ids
-            labels = torch.tensor([[-100] * len(before) + ids])
-            loss = lm(input_ids=torch.tensor([before + ids]), labels=labels).loss
-            assert math.log(value) == pytest.approx(loss.item(), abs=1e-4)
-
-
-def test_perplexity_never_rewards_silence(tokenizer):
-    lm = build_lm("llama", vocab_size=len(tokenizer))
-    assert perplexity(lm, tokenizer, [""]) == [math.inf]
-    reward = build_reward("perplexity", model=lm, tokenizer=tokenizer)
-    scores = reward(["the plot", "the plot"], ["", " was dull ."])
-    assert scores[0] == 0 and 0 < scores[1] <= 1
-
-
 def test_sentiment():
     assert lexicon_sentiment("Great, GREAT!") == pytest.approx(4 / math.sqrt(16 + 15))
     assert (
@@ -291,153 +249,6 @@ def test_sentiment_reads_vaders_file(shared, tmp_path):
 def test_length():
     scores = build_reward("length(target=4)")([""] * 4, ["", "a b", "a b c d", "a " * 50])
     assert scores.tolist() == [0.0, 0.5, 1.0, 0.0]
-
-
-def test_chrf_by_hand():
-    """abc against abd, orders 1 to 3: precision = recall = (2/3 + 1/2 + 0) / 3, and so is F."""
-    assert chrf("abc", ["abd"]) == pytest.approx((2 / 3 + 1 / 2) / 3)
-    assert (
-        chrf("a b c", ["abc"]) == 1 and chrf("", ["a"]) == chrf("a", [""]) == chrf("x", ["y"]) == 0
-    )
-    long, short = chrf("abcd", ["ab"]), chrf("ab", ["abcd"])
-    precision, recall = (2 / 4 + 1 / 3) / 2, 1.0
-    assert (
-        long == pytest.approx(5 * precision * recall / (4 * precision + recall)) and long > short
-    ), "recall counts twice"
-
-
-def test_coverage():
-    scores = build_reward("coverage")(
-        ["p"] * 3, ["a fast red car", "the car", ""], target=["The car was red and fast"] * 3
-    )
-    assert scores.tolist() == pytest.approx([1, 1 / 3, 0])
-    scores = build_reward("coverage")(
-        ["p"] * 2,
-        ["Rome and Paris"] * 2,
-        keywords=["Rome, Oslo", ["paris", "rome"]],
-        target=["x", "x"],
-    )
-    assert scores.tolist() == [0.5, 1]
-
-
-def test_relevance_equals_the_formula(tmp_path):
-    """Words in many documents count less: idf = ln((1 + n) / (1 + df)) + 1."""
-    documents = ["the cat sat", "the dog sat", "the sun"]
-    reward = build_reward("relevance", documents=documents)
-    the, cat = math.log(4 / 4) + 1, math.log(4 / 2) + 1
-    scores = reward(["the cat"] * 3, ["the", "cat", "nothing"])
-    norm = math.hypot(the, cat)
-    assert scores.tolist() == pytest.approx([the / norm, cat / norm, 0])
-    (tmp_path / "law.txt").write_text("the court heard the appeal\nthe judge ruled\n")
-    legal, other = build_reward(f'relevance(corpus="{tmp_path}/law.txt")')(
-        ["p"] * 2, ["the judge heard the appeal", "a cat sat"]
-    )
-    assert 0.5 < legal <= 1 and other == 0
-
-
-def test_style_and_its_three_parts():
-    text = "Furthermore the plan is sound. We gonna obtain it!"  # 5 and 4 words; 9 different of 9; 2 formal, 1 informal
-    parts = [1 - abs(4.5 - 6) / 6, 1.0, 2 / 3]
-    names = ["sentence_length", "type_token_ratio", "formality"]
-    for name, expected in zip(names, parts):
-        assert build_reward(f'style("{name}", sentence_length=6)')(
-            ["p"], [text]
-        ).item() == pytest.approx(expected)
-    assert build_reward("style(sentence_length=6)")(["p"], [text]).item() == pytest.approx(
-        sum(parts) / 3
-    )
-    with pytest.raises(UserError, match="known aspects are all, sentence_length"):
-        build_reward('style("rhyme")')
-
-
-def test_repetition_is_distinct_n():
-    scores = build_reward("repetition")(["p"] * 4, ["a b a b a b", "a b c d", "word", ""])
-    assert scores.tolist() == pytest.approx([2 / 5, 1, 1, 0])
-    assert build_reward("repetition(n=1)")(["p"], ["a b a b"]).item() == 0.5
-
-
-def test_toxicity_counts_listed_words(tmp_path):
-    scores = build_reward("toxicity")(
-        ["p"] * 3, ["you idiot, you stupid fool", "a nice day " * 50 + "idiot", "a nice day"]
-    )
-    assert scores.tolist() == [3 / 4, 1 / 2, 0], "length does not dilute"
-    (tmp_path / "words.txt").write_text("; a comment\nfoo\nbar\n", encoding="utf-8")
-    assert build_reward(f'toxicity(lexicon="{tmp_path}/words.txt")')(
-        ["p"], ["foo bar idiot"]
-    ).item() == pytest.approx(2 / 3)
-
-
-def test_toxicity_finds_labelled_comments(shared):
-    from data import read_records
-
-    rows = list(read_records(str(shared / "toxicity" / "surge_toxicity_en.csv")))
-    scores = build_reward("toxicity")([""] * len(rows), [row["text"] for row in rows])
-    toxic = torch.tensor([row["is_toxic"] == "Toxic" for row in rows])
-    assert (
-        400 < toxic.sum() < 600
-        and scores[toxic].gt(0).float().mean() > 2 * scores[~toxic].gt(0).float().mean()
-    )
-
-
-def test_truthful_is_nearer_to_the_right_answers():
-    columns = dict(
-        correct_answers=[["nothing happens", "you digest them"]] * 2,
-        incorrect_answers=["you die; you grow melons"] * 2,
-    )
-    scores = build_reward("truthful")(["q"] * 2, ["Nothing happens.", "you die"], **columns)
-    assert scores[0] == pytest.approx(1 - 0) and scores[1] == pytest.approx(
-        rouge_n("you die", "you digest them", 1).f1 - 1
-    )
-    with pytest.raises(UserError, match="incorrect_answers is missing"):
-        build_reward("truthful")(["q"], ["c"], correct_answers=[["a"]])
-    with pytest.raises(UserError, match="known metrics are rouge_1, rouge_l, bleu"):
-        build_reward('truthful("bleurt")')
-
-
-def test_truthful_on_truthfulqa(shared):
-    from data import read_records
-
-    rows = list(read_records(str(shared / "truthfulness" / "TruthfulQA.csv")))
-    columns = {
-        name: [row[name] for row in rows] for name in ("Correct Answers", "Incorrect Answers")
-    }
-    best = build_reward("truthful")(
-        [""] * len(rows), [row["Best Answer"] for row in rows], **columns
-    )
-    wrong = build_reward("truthful")(
-        [""] * len(rows), [row["Incorrect Answers"].split(";")[0] for row in rows], **columns
-    )
-    assert (best > 0).float().mean() > 0.9 and (wrong < 0).float().mean() > 0.9
-
-
-def test_exact_match_and_numeric():
-    exact = build_reward("exact_match")(
-        ["q"] * 4, ["The Eiffel Tower!", "eiffel tower", "tower", ""], target=["Eiffel Tower"] * 4
-    )
-    assert exact.tolist() == [1, 1, 0, 0]
-    cases = [
-        ("so 3 + 4 = 7", "#### 7", 1),
-        ("$1,234.50", "1234.5", 1),
-        ("-5", "5", 0),
-        ("7.0", "7", 1),
-        ("none", "7", 0),
-        ("7", "no number", 0),
-    ]
-    cases += [
-        ("there are 12, then 13.", "13", 1),
-        ("v2", "2", 0),
-        ("No.5", "0.5", 0),
-        ("\u22125", "-5", 1),
-        ("1,23", "23", 1),
-        ("", "", 0),
-        (".5", "0.50", 1),
-        ("٣", "3", 0),
-    ]
-    for completion, target, expected in cases:
-        assert build_reward("numeric")(["q"], [completion], target=[target]).item() == expected, (
-            completion,
-            target,
-        )
 
 
 # ---- the command line and the README's table
@@ -529,15 +340,15 @@ def test_an_expression_is_the_sum_it_says_and_logs_its_leaves_raw():
     total = reward(**TEXTS)
     assert total.shape == (2,) and total.dtype == torch.float32
     for i, (completion, target) in enumerate(zip(TEXTS["completions"], TEXTS["target"])):
-        l, b, n = rouge_l(completion, target).f1, bleu(completion, [target]), (0.75, 0.5)[i]
-        assert total[i] == pytest.approx(0.7 * l + 0.3 * b + (n - 1), abs=1e-6)
+        r, b, n = rouge_l(completion, target).f1, bleu(completion, [target]), (0.75, 0.5)[i]
+        assert total[i] == pytest.approx(0.7 * r + 0.3 * b + (n - 1), abs=1e-6)
         assert [
             reward.parts[name][i] for name in ("rouge_l", "bleu", "length(target=4)")
-        ] == pytest.approx([l, b, n], abs=1e-6)
+        ] == pytest.approx([r, b, n], abs=1e-6)
     assert list(reward.parts) == ["rouge_l", "bleu", "length(target=4)"]
 
 
-@pytest.mark.parametrize("name", [name for name in REWARDS if name not in JUDGES])
+@pytest.mark.parametrize("name", [n for n in REWARDS if n not in JUDGES or n == "perplexity"])
 def test_every_reward_survives_degenerate_texts(name, tokenizer):
     lm = build_lm("llama", vocab_size=len(tokenizer), max_position_embeddings=64)
     reward = build_reward(name, model=lm, tokenizer=tokenizer)
@@ -602,7 +413,8 @@ def test_a_wrong_expression_is_one_line_that_names_the_part(expression, part):
 def test_functions_of_a_file_in_trls_signature(tmp_path):
     (tmp_path / "my-rewards.py").write_text(
         "import numpy as np, torch\n"
-        "def politeness(completions, **kwargs): return [1.0 if 'please' in c else 0 for c in completions]\n"
+        "def politeness(completions, **kwargs):\n"
+        "    return [1.0 if 'please' in c else 0 for c in completions]\n"
         "def with_column(prompts, completions, level): return [float(x) for x in level]\n"
         "def as_array(completions, **kwargs): return np.ones(len(completions), dtype=np.float32)\n"
         "def as_tensor(completions, **kwargs): return torch.full((len(completions),), 2)\n"

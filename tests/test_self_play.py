@@ -1,4 +1,4 @@
-"""Self-play: what beating an earlier self is worth, when the opponent is renewed, and that standing still earns nothing."""
+"""Self-play: what a win is worth, when the opponent is renewed; standing still earns nothing."""
 
 import math
 
@@ -14,7 +14,8 @@ from self_play import SelfPlay
 from train import main
 
 EXAMPLES = make_reviews(64)
-FLAGS = "--limit 60 --batch-size 8 --max-new-tokens 6 --eval-size 8 --device cpu --eval-every 0 --ppo-ratio 1".split()
+FLAGS = "--limit 60 --batch-size 8 --max-new-tokens 6 --eval-size 8 --device cpu".split()
+FLAGS += "--eval-every 0 --ppo-ratio 1".split()
 
 
 def context(tiny, **more) -> dict:
@@ -39,13 +40,13 @@ def test_shapes_by_hand(tiny):
 
 
 def test_an_equal_opponent_is_worth_one_half(tiny):
-    """The policy plays its own copy on 1,024 prompts: the mean is 1/2 to within three standard errors, whatever the base reward likes."""
+    """The policy plays its own copy on 1,024 prompts: the mean is 1/2 to within three standard
+    errors, whatever the base reward likes."""
     prompts = [example.prompt for example in EXAMPLES] * 16
     reward = build_reward("self_play(length(target=5) + 0.1*repetition)", **context(tiny))
     policy = SelfPlay(context(tiny))
-    completions = policy.answers(
-        prompts, None, learn=False
-    )  # the same distribution, other draws than the opponent's in training
+    # The same distribution, other draws than the opponent's in training.
+    completions = policy.answers(prompts, None, learn=False)
     win = reward(prompts, completions)
     assert (
         abs(float(win.mean()) - 0.5) < 3 * float(win.std()) / len(win) ** 0.5
@@ -87,6 +88,13 @@ def test_the_reference_can_be_the_opponent(tiny, monkeypatch):
     reward.reference = HybridModel(tiny[0])
     reward(["the plot was"], [" warm ."])
     assert asked == [reward.reference]
+
+    references = [None, HybridModel(tiny[0]), HybridModel(tiny[0])]
+    remaining, setting = list(references), context(tiny, reference=lambda: remaining.pop(0))
+    reward = build_reward('self_play(length, opponent="reference")', **setting)
+    for _ in references:
+        reward(["the plot was"], [" warm ."])
+    assert asked[1:] == [setting["policy"], *references[1:]], "it is asked for at every call"
 
 
 @pytest.mark.parametrize(

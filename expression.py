@@ -1,0 +1,570 @@
+"""The language of `--reward`: numbers, names of rewards, + - * and functions, in Python's syntax.
+
+    0.7*rouge_l + 0.3*bleu - 0.1*length(target=40)   a reward may take arguments, which are literals
+    clip(ema(sentiment), -3, 3)                      a post-processor takes any expression
+    min(sentiment, 0.5 - toxicity)                   so do min, max, mixture and self_play
+    my_rewards.py:politeness                         a function of a file of yours
+
+This file knows no reward by name. `parse(text, names, context)` gets the rewards as a table
+name -> (make, description); `make(context, **arguments)` returns the reward function
+f(prompts, completions, **columns) -> list[float], one float per completion, higher is better.
+Left out on purpose: division, powers, conditions, and every other thing that Python can do. The
+text is read with `ast` and is never evaluated as Python.
+
+    python rewards.py "clip(ema(sentiment), -3, 3)" scored.jsonl
+"""
+
+import ast
+import functools
+import importlib.util
+import inspect
+import math
+import numbers
+import operator
+import random
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import parallel
+from engine import NonFiniteReward, UserError
+from mixture import Mixture, RunningNorm, fit_to_pairs
+from self_play import SelfPlay
+
+# ------------------------------------------------------------------ makers of reward functions
+
+
+def completion_reward(measure: Callable[[str], float]) -> Callable:
+    """A reward function from a measure of the completion alone."""
+
+    def reward(prompts, completions, **columns):
+        return [measure(completion) for completion in completions]
+
+    return reward
+
+
+def reference_reward(metric: Callable[[str, list[str]], float], name: str) -> Callable:
+    """A reward function from metric(hypothesis, list of references)."""
+
+    def reward(prompts, completions, **columns):
+        references = references_of(columns, name)
+        return [metric(text, texts) for text, texts in zip(completions, references, strict=True)]
+
+    return reward
+
+
+def best_reference_reward(metric: Callable[[str, str], float], name: str) -> Callable:
+    """A reward function from metric(hypothesis, reference): the best reference counts."""
+
+    def best(hypothesis: str, references: list[str]) -> float:
+        return max(metric(hypothesis, reference) for reference in references)
+
+    return reference_reward(best, name)
+
+
+def without_arguments(reward: Callable) -> Callable:
+    """The `make` of a reward function that takes no arguments."""
+    return lambda context: reward
+
+
+def references_of(columns: dict[str, list], name: str) -> list[list[str]]:
+    """The references of each completion: the field `references`, or where it is empty `target`.
+
+    Raises UserError, naming the reward, where the data have neither.
+    """
+    targets, references = columns.get("target"), columns.get("references")
+    if targets is None and references is None:
+        raise UserError(
+            f"reward '{name}' compares with a reference text, but the data has no target"
+        )
+    if references is None:
+        return [as_list(target) for target in targets]
+    if targets is None:
+        targets = [""] * len(references)
+    return [as_list(several or target) for several, target in zip(references, targets)]
+
+
+def as_list(references: str | list[str]) -> list[str]:
+    """One text or several -> a list."""
+    return [references] if isinstance(references, str) else list(references)
+
+
+def check_above_0(reward: str, name: str, value: float) -> None:
+    """Raises UserError, naming the reward and the argument, unless 0 < value < infinity."""
+    if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise UserError(f"{reward}({name}={value!r}): expected a number above 0")
+
+
+# ------------------------------------------------------------------ functions of expressions
+
+
+def clip(low: float, high: float) -> Callable:
+    check_numbers(low, high)
+    if low > high:
+        raise ValueError(f"expected finite numbers, the lower first, found {low!r} and {high!r}")
+    return functools.partial(torch.clamp, min=float(low), max=float(high))
+
+
+def scale(factor: float) -> Callable:
+    check_numbers(factor)
+    return functools.partial(operator.mul, float(factor))
+
+
+def tanh() -> Callable:
+    return torch.tanh
+
+
+def whiten() -> Callable:
+    return lambda x: RunningNorm()(x)  # a new one for every batch: it has no memory
+
+
+def check_numbers(*values: float) -> None:
+    """Raises ValueError for a value that is no finite number."""
+    for value in values:
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ValueError(f"expected a finite number, found {value!r}")
+
+
+def fold(function: Callable, *operands: torch.Tensor) -> torch.Tensor:
+    return functools.reduce(function, operands)
+
+
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
+SIGNS = {ast.UAdd: operator.pos, ast.USub: operator.neg}
+EXTREMES = {"min": torch.minimum, "max": torch.maximum}
+# name -> make(**literals) -> function of x (B,) -> (B,); RunningNorm alone has a memory
+POST_PROCESSORS = {"clip": clip, "scale": scale, "tanh": tanh, "whiten": whiten, "ema": RunningNorm}
+DESCRIPTIONS = {
+    "clip": "clip(x, low, high): no less than low, no more than high",
+    "scale": "scale(x, factor): times factor",
+    "tanh": "tanh(x): squashed into -1..1",
+    "whiten": "whiten(x): minus the mean of the batch, over its standard deviation",
+    "ema": "ema(x, decay=0.99): the same by running statistics, which checkpoints keep",
+    "min": "min(a, b, ...): the smallest: a bound that no other reward can make up for",
+    "max": "max(a, b, ...): the largest",
+    "self_play": 'self_play(x, opponent="snapshot", every=50, shape="win"): the probability that x '
+    "prefers our response to that of an earlier policy",
+    "mixture": "mixture(a, b, ...): a weighted sum of the standardised a, b, ... with weights that "
+    "are learned",
+}
+
+# ------------------------------------------------------------------ a parsed expression
+
+
+@dataclass
+class Node:
+    """`function` of the values of its operands, for example a sum."""
+
+    function: Callable
+    operands: tuple["Node", ...] = ()
+
+    def evaluate(self, values: dict, learn: bool) -> torch.Tensor:
+        """(values (B,) of the leaves by name, do statistics move?) -> (B,), or () for a number."""
+        return self.function(*[operand.evaluate(values, learn) for operand in self.operands])
+
+    def walk(self) -> Iterator["Node"]:
+        """Every node from here down, operands before what they are operands of."""
+        for operand in self.operands:
+            yield from operand.walk()
+        yield self
+
+    def leaves(self) -> dict[str, Callable]:
+        """The reward functions from here down, by the names that are logged."""
+        return {node.name: node.function for node in self.walk() if isinstance(node, Leaf)}
+
+
+@dataclass
+class Leaf(Node):
+    """A reward function, which `Reward` asks."""
+
+    name: str = ""
+
+    def evaluate(self, values: dict, learn: bool) -> torch.Tensor:
+        return values[self.name]
+
+
+class RunningNormNode(Node):
+    def evaluate(self, values: dict, learn: bool) -> torch.Tensor:
+        return self.function(self.operands[0].evaluate(values, learn), learn)
+
+
+class MixtureNode(Node):
+    def evaluate(self, values: dict, learn: bool) -> torch.Tensor:
+        rewards = [operand.evaluate(values, learn) for operand in self.operands]
+        return self.function(torch.broadcast_tensors(*rewards), learn)
+
+    def scores(self, prompts: list[str], completions: list[str], columns: dict) -> torch.Tensor:
+        """(N, K) raw values of the K rewards in the mixture; their statistics stay as they are."""
+        values = {
+            name: call_leaf(name, function, prompts, completions, columns)
+            for name, function in self.leaves().items()
+        }
+        zeros = torch.zeros(len(completions))  # (N,) makes N values of a mere number
+        return torch.stack([x.evaluate(values, False) + zeros for x in self.operands], dim=1)
+
+
+@dataclass
+class SelfPlayNode(Node):
+    key: str = ""  # where `Reward` puts the leaves' values of the opponent's responses
+
+    def evaluate(self, values: dict, learn: bool) -> torch.Tensor:
+        (base,) = self.operands
+        return self.function(base.evaluate(values, learn), base.evaluate(values[self.key], False))
+
+
+class Reward:
+    """A parsed expression. A call gives a (B,) float32 tensor, NaN where a judge gave no score.
+
+    After a call `parts` holds the raw values of every leaf. A call also moves the statistics of
+    `ema` and `mixture`, but not inside `with reward.frozen():`, which is for measuring.
+    """
+
+    def __init__(self, tree: Node, stateful: dict[str, RunningNorm | Mixture | SelfPlay]):
+        self._tree, self._leaves, self._stateful = tree, tree.leaves(), stateful
+        self._learn = True
+        self.parts: dict[str, torch.Tensor] = {}
+        self.total = torch.zeros(0)  # (B,) what the last call returned
+        self.reference = None  # the KL reference, for self_play(..., opponent="reference")
+
+    def __call__(self, prompts: list[str], completions: list[str], **columns) -> torch.Tensor:
+        """One float per completion.
+
+        Raises UserError, naming reward and text, where a leaf raises or does not return one finite
+        number per completion.
+        """
+        of_opponent = {}
+        for key, play in self._all(SelfPlay).items():
+            answers = play.answers(prompts, self.reference, self._learn)
+            of_opponent[key] = self._ask_leaves(prompts, answers, columns)
+        self.parts = self._ask_leaves(prompts, completions, columns)
+        total = self._tree.evaluate(self.parts | of_opponent, self._learn)
+        self.total = total + torch.zeros(len(completions))  # (B,) also for a mere number
+        if torch.isinf(self.total).any():
+            raise NonFiniteReward(f"the reward is too large for a float32: {self.total.tolist()}")
+        return self.total
+
+    def _ask_leaves(
+        self, prompts: list[str], completions: list[str], columns: dict[str, list]
+    ) -> dict[str, torch.Tensor]:
+        """The raw values (B,) of every leaf. Each process asks for its share of the texts; what
+        fails on one raises on all."""
+        my_prompts, my_completions = parallel.share(prompts), parallel.share(completions)
+        my_columns = {name: parallel.share(values) for name, values in columns.items()}
+        my_values: dict[str, list[float]] = {name: [] for name in self._leaves}
+        problem = None
+        try:
+            if my_completions:
+                for name, function in self._leaves.items():
+                    values = call_leaf(name, function, my_prompts, my_completions, my_columns)
+                    my_values[name] = values.tolist()
+        except UserError as raised:
+            problem = raised
+        for raised in parallel.everybody(problem):
+            if raised is not None:
+                raise raised
+        return {name: torch.tensor(parallel.gather(values)) for name, values in my_values.items()}
+
+    def _all(self, kind: type) -> dict:
+        return {key: thing for key, thing in self._stateful.items() if isinstance(thing, kind)}
+
+    @property
+    def opponent(self) -> SelfPlay | None:
+        """The `self_play` of the expression, if it has one."""
+        return next(iter(self._all(SelfPlay).values()), None)
+
+    @contextmanager
+    def frozen(self):
+        """Measuring leaves no trace: statistics stay, and the random states that a user's reward
+        may draw from are put back."""
+        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        self._learn = False
+        try:
+            yield
+        finally:
+            self._learn = True
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.set_rng_state(states[2])
+
+    def metrics(self) -> dict[str, float]:
+        """Of the last call: `reward/<leaf>`, the mean of its raw values, `reward_weight/<name>` of
+        a mixture, `self_play/win_rate`."""
+        metrics = {f"reward/{name}": float(values.nanmean()) for name, values in self.parts.items()}
+        for mixture in self._all(Mixture).values():
+            for name, weight in zip(mixture.names, mixture.weights()):
+                metrics[f"reward_weight/{name}"] = float(weight)
+        if self.opponent is not None:
+            metrics["self_play/win_rate"] = self.opponent.win_rate
+        return metrics
+
+    def state_dict(self) -> dict[str, dict]:
+        return {key: thing.state_dict() for key, thing in self._stateful.items()}
+
+    def load_state_dict(self, state: dict[str, dict]) -> None:
+        for key, thing in self._stateful.items():
+            thing.load_state_dict(state[key])
+
+
+# ------------------------------------------------------------------ reward functions of a user
+
+
+def load_function(file: str, name: str) -> Callable:
+    """The callable `name` of a Python file; an instance, where it is a class."""
+    path, source = Path(file).expanduser(), f"--reward {file}:{name}"
+    if not path.is_file():
+        raise UserError(f"{source}: there is no file {file} (write spaces around a minus sign)")
+    spec = importlib.util.spec_from_file_location(f"reward_file_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as problem:  # the user's own file may raise anything while it is imported
+        message = f"importing the file raised {type(problem).__name__}: {problem}"
+        raise UserError(f"{source}: {message}") from problem
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UserError(
+            f"{source}: the file has no function of that name; "
+            f"expected def {name}(prompts, completions, **columns) -> list[float]"
+        )
+    try:
+        return function() if isinstance(function, type) else function
+    except Exception as problem:  # the user's constructor may raise anything
+        message = f"{name}() raised {type(problem).__name__}: {problem}"
+        raise UserError(f"{source}: {message}") from problem
+
+
+def call_leaf(
+    name: str, function: Callable, prompts: list[str], completions: list[str], columns: dict
+) -> torch.Tensor:
+    """(B,) values of a reward function. Raises UserError that names it and the text."""
+    try:
+        parameters = inspect.signature(function).parameters
+        if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+            columns = {key: values for key, values in columns.items() if key in parameters}
+        values = function(prompts=prompts, completions=completions, **columns)
+    except UserError:
+        raise
+    except Exception as problem:  # the user's own code may raise anything; it is named, not hidden
+        frame = traceback.extract_tb(problem.__traceback__)[-1]
+        raise UserError(
+            f"reward '{name}' raised {type(problem).__name__}: {problem} "
+            f"({Path(frame.filename).name}:{frame.lineno}); "
+            f"first completion: {completions[0][:80]!r}"
+        ) from problem
+    if isinstance(values, (torch.Tensor, np.ndarray)):
+        values = values.tolist()
+    if getattr(function, "may_abstain", False):
+        # A judge that could not be reached gave no score, which is not a score of 0.
+        values = [math.nan if value is None else value for value in values]
+    else:
+        check_values(name, values, completions)
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def check_values(name: str, values, completions: list[str]) -> None:
+    """Raises UserError unless `values` is a list of one finite number per completion."""
+    is_list = isinstance(values, (list, tuple))
+    if not is_list or len(values) != len(completions):
+        found = f"{len(values)} values" if is_list else type(values).__name__
+        raise UserError(
+            f"reward '{name}' must return a list of {len(completions)} floats, "
+            f"one per completion; it returned {found}"
+        )
+    for value, text in zip(values, completions):
+        # float32 ends at 3.4e38; a NaN is not below anything
+        if not isinstance(value, numbers.Real) or not abs(value) < 1e38:
+            raise NonFiniteReward(
+                f"reward '{name}' gave {value!r}, not a finite number, "
+                f"for the completion {text[:80]!r}"
+            )
+
+
+# ------------------------------------------------------------------ the parser
+
+
+def parse(text: str, names: dict[str, tuple[Callable, str]], context: dict) -> Reward:
+    """The expression `text` over the rewards `names`; `context` is what their makers receive.
+
+    Preference pairs in `context["mixture_pairs"]` fit the weights of every `mixture`. Raises
+    UserError that quotes what it cannot read and lists the known names.
+    """
+    parser = _Parser(text, names, context)
+    tree = parser.tree()
+    if "mixture_pairs" in context:
+        fit_mixtures(text, tree, context["mixture_pairs"])
+    return Reward(tree, parser.stateful)
+
+
+def fit_mixtures(text: str, tree: Node, pairs: list) -> None:
+    """Fit every mixture of the expression `text` to preference pairs. Raises UserError."""
+    mixtures = [node for node in tree.walk() if isinstance(node, MixtureNode)]  # inner ones first
+    if not mixtures:
+        raise UserError(
+            f"--mixture-data fits the weights of a mixture(...), and --reward {text!r} has none"
+        )
+    for mixture in mixtures:
+        if any(isinstance(node, SelfPlayNode) for node in mixture.walk()):
+            raise UserError(
+                f"--reward {text!r}: preference pairs know no opponent, "
+                "so --mixture-data does not go with self_play"
+            )
+        fit_to_pairs(mixture.function, pairs, mixture.scores)
+
+
+FILE_FUNCTION = re.compile(r"""(?<![\w./~"'-])([\w./~-]+\.py):(\w+)""")
+
+
+class _Parser:
+    """Python's syntax tree -> a tree of `Node`s; `build` has a small method for each kind."""
+
+    def __init__(self, expression: str, names: dict[str, tuple[Callable, str]], context: dict):
+        self.expression, self.names, self.context = expression, names, context
+        self.files: dict[str, tuple[str, str]] = {}  # placeholder -> (file, function)
+        self.sources: dict[str, str] = {}  # leaf -> file, to find two functions of one name
+        self.stateful: dict[str, RunningNorm | Mixture | SelfPlay] = {}
+
+    def tree(self) -> Node:
+        # A path is no Python expression: a name stands for it until `restore`.
+        source = FILE_FUNCTION.sub(self.placeholder, self.expression.strip())
+        try:
+            return self.build(ast.parse(source, mode="eval").body)
+        except (SyntaxError, RecursionError, MemoryError, OverflowError) as problem:
+            found = f"--reward {self.expression[:200]!r} is not an expression"
+            message = getattr(problem, "msg", problem)
+            raise UserError(f"{found}: {message}; {self.known()}") from None
+
+    def build(self, node: ast.expr) -> Node:
+        if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+            operands = self.build(node.left), self.build(node.right)
+            return Node(OPERATORS[type(node.op)], operands)
+        if isinstance(node, ast.UnaryOp) and type(node.op) in SIGNS:
+            return Node(SIGNS[type(node.op)], (self.build(node.operand),))
+        if isinstance(node, ast.Constant):
+            return self.number(node)
+        if isinstance(node, ast.Name):
+            return self.name(node)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            return self.call(node, node.func.id)
+        raise self.unreadable(node)
+
+    def number(self, node: ast.Constant) -> Node:
+        if type(node.value) not in (int, float) or not math.isfinite(node.value):
+            raise self.unreadable(node)
+        return Node(functools.partial(torch.tensor, float(node.value)))
+
+    def name(self, node: ast.Name) -> Node:
+        if node.id in self.files:
+            file, function = self.files[node.id]
+            return self.leaf(function, load_function(file, function), source=file)
+        if node.id in self.names:
+            return self.reward(node, node.id)
+        raise self.unreadable(node)
+
+    def call(self, node: ast.Call, name: str) -> Node:
+        if name in self.names:
+            return self.reward(node, name)
+        if name in POST_PROCESSORS and node.args:
+            return self.post_processor(node, name)
+        if name in EXTREMES and len(node.args) > 1 and not node.keywords:
+            return Node(functools.partial(fold, EXTREMES[name]), self.operands(node))
+        if name == "self_play" and node.args:
+            return self.self_play(node)
+        if name == "mixture":
+            return self.mixture(node)
+        raise self.unreadable(node)
+
+    def operands(self, node: ast.Call) -> tuple[Node, ...]:
+        return tuple(self.build(argument) for argument in node.args)
+
+    def reward(self, node: ast.Name | ast.Call, name: str) -> Leaf:
+        make, _ = self.names[name]
+        return self.leaf(self.text(node), self.construct(node, make, self.context))
+
+    def leaf(self, name: str, function: Callable, source: str = "") -> Leaf:
+        if self.sources.setdefault(name, source) != source:
+            raise self.error(f"two different rewards are called {name!r}; rename one")
+        return Leaf(function, name=name)
+
+    def post_processor(self, node: ast.Call, name: str) -> Node:
+        operand = self.build(node.args[0])
+        process = self.construct(node, POST_PROCESSORS[name], skip=1)
+        if not isinstance(process, RunningNorm):
+            return Node(process, (operand,))
+        self.remember(node, process)
+        return RunningNormNode(process, (operand,))
+
+    def self_play(self, node: ast.Call) -> Node:
+        base = self.build(node.args[0])
+        if any(isinstance(thing, SelfPlay) for thing in self.stateful.values()):
+            raise self.error("one self_play is enough")
+        play = self.construct(node, SelfPlay, self.context, skip=1)
+        return SelfPlayNode(play, (base,), self.remember(node, play))
+
+    def mixture(self, node: ast.Call) -> Node:
+        operands = self.operands(node)
+        names = [self.text(argument) for argument in node.args]
+        mixture = self.construct(node, Mixture, names, skip=len(names))
+        self.remember(node, mixture)
+        return MixtureNode(mixture, operands)
+
+    def construct(self, node: ast.Name | ast.Call, make: Callable, *first, skip: int = 0):
+        """make(*first, the literals of the call but the first `skip`).
+
+        Raises UserError for arguments that are no literals, or that `make` does not take.
+        """
+        positional, named = [], []
+        if isinstance(node, ast.Call):
+            positional, named = node.args[skip:], node.keywords
+        try:
+            arguments = [*first, *(self.literal(argument) for argument in positional)]
+            keywords = {keyword.arg: self.literal(keyword.value) for keyword in named}
+            inspect.signature(make).bind(*arguments, **keywords)
+            return make(*arguments, **keywords)
+        except UserError:
+            raise
+        except (ValueError, TypeError, AttributeError) as problem:
+            raise self.error(f"cannot read {self.text(node)!r}: {problem}") from None
+
+    def remember(self, node: ast.Call, thing: RunningNorm | Mixture | SelfPlay) -> str:
+        """Keep what has a state. -> its key in checkpoints."""
+        key = self.text(node)
+        if key in self.stateful:
+            key = f"{key} #{len(self.stateful)}"
+        self.stateful[key] = thing
+        return key
+
+    def literal(self, node: ast.expr):
+        value = ast.literal_eval(node)
+        return self.restore(value) if isinstance(value, str) else value
+
+    def text(self, node: ast.expr) -> str:
+        """The node as the user wrote it, but for spaces."""
+        return self.restore(ast.unparse(node).replace("'", '"'))
+
+    def placeholder(self, match: re.Match) -> str:
+        name = f"_file{len(self.files)}_"
+        self.files[name] = match.groups()
+        return name
+
+    def restore(self, text: str) -> str:
+        """Put `file.py:function` back where a placeholder stands for it."""
+        for placeholder, (file, function) in self.files.items():
+            text = text.replace(placeholder, f"{file}:{function}")
+        return text
+
+    def error(self, message: str) -> UserError:
+        return UserError(f"--reward {self.expression!r}: {message}")
+
+    def unreadable(self, node: ast.expr) -> UserError:
+        return self.error(f"cannot read {self.text(node)!r}; {self.known()}")
+
+    def known(self) -> str:
+        return f"known are {', '.join([*self.names, *DESCRIPTIONS])}, and file.py:function"
