@@ -1,17 +1,20 @@
-"""SFT alone, PPO alone, SFT then PPO, and the two in turns: the same code, data, steps and tuning for all, several seeds, one table and one figure.
+"""SFT alone, PPO alone, SFT then PPO, and the hybrid: alike in code, data, steps and tuning.
 
-    python evaluate.py compare --seeds 5 --out compare                                   # built-in task
-    python evaluate.py compare --seeds 5 --out compare-mine -- --model gpt2 --data my_data.jsonl --reward rouge_l
+    python compare.py --seeds 5 --out compare                                # the built-in task
+    python compare.py --out compare-mine -- --model gpt2 --data my_data.jsonl --reward rouge_l
 
-Whatever follows `--` goes to train.py as it stands. Every step of every arm is ONE optimiser step on one batch (`--ppo-epochs 1 --minibatches 1`, unless
-you say otherwise), so equal steps are equal updates and equal numbers of rows; what sampling costs on top, tokens and seconds, is in the table. Every arm is tuned
-over the same grid of learning rates and KL prices on a seed of its own, which is not among those that are reported; the choice is by --select.
+What follows `--` goes to train.py as it is. Every step of every arm is ONE update on one batch
+(`--ppo-epochs 1 --minibatches 1`, unless you give others): equal steps are equal updates on equally
+many rows. What sampling costs on top, tokens and seconds, is in the table. Every arm is tuned over
+the same learning rates and KL prices, on seed 0, which is not reported; --select says by what.
 
-`--tax` adds what training has cost elsewhere: the perplexity of every final model, and of the one before training, on a text that it was not trained for.
-The same command goes on where it was interrupted: a run that is complete is not repeated, also where there are to be more seeds, rates or prices.
+`--tax` adds what training costs elsewhere: the perplexity of the model before training and of every
+final model, on a text that the runs did not train on. The same command continues an interrupted
+comparison. A complete run is not repeated, also when seeds, rates or prices are added.
 
-Left out on purpose: a winner. The table has means with 95 % intervals (Student's t over seeds), compare.json every number, pareto.png the reward against the
-held-out NLL along training, one line an arm: up and to the left is better.
+The table has means and 95 % intervals (Student's t over seeds). compare.json has every number.
+pareto.png shows the reward against the held-out NLL along training, a line for each arm: up and to
+the left is better. Left out on purpose: a winner.
 """
 
 import itertools
@@ -23,48 +26,40 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
+
+import transformers
 
 from engine import Parser, UserError, check_new_folder, number, one_line_errors
-from evaluate import load_pyplot, perplexity, whole_texts
+from evaluate import perplexity, whole_texts
+from health import load_pyplot
 from runs import read_config, read_rows
 
-T_975 = [
-    math.nan,
-    12.71,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-]  # Student's t, 97.5 %, by degrees of freedom (0 to 9)
-COLUMNS = (
-    "eval/nll",
-    "eval/reward",
-    "eval/reward/",
-    "eval/kl",
-    "perplexity elsewhere",
-    "eval/fluent_and_positive",
-)  # eval/reward/: every leaf
+# Student's t, 97.5 %, by degrees of freedom (0 to 9)
+T_975 = [math.nan, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
 COUNTS = ("PPO steps", "sampled tokens", "seconds")
-COLUMNS += ("eval/distinct", "eval/distinct_2", "eval/response_length", *COUNTS)
-SET_HERE = (
-    "--steps",
-    "--seed",
-    "--out",
-    "--lr",
-    "--kl-coef",
-    "--ppo-ratio",
-    "--resume",
-    "--overwrite",
-    "--dry-run",
-)  # what is not to be said behind the --
+TABLE_COLUMNS = ("eval/nll", "eval/reward", "eval/reward/", "eval/kl", "perplexity elsewhere")
+TABLE_COLUMNS += ("eval/fluent_and_positive", "eval/distinct", "eval/distinct_2")
+TABLE_COLUMNS += ("eval/response_length", *COUNTS)  # "eval/reward/" stands for every leaf
+SET_HERE = ("--steps", "--seed", "--out", "--lr", "--kl-coef", "--ppo-ratio")
+SET_HERE += ("--resume", "--overwrite", "--dry-run")  # flags that may not stand behind the --
+
+
+class Job(NamedTuple):
+    """One run of train.py."""
+
+    arm: str
+    seed: int
+    lr: float
+    kl_coef: float
+
+    def folder(self, out: Path) -> Path:
+        arm = self.arm.replace(", ", "-").replace(" ", "-").lower()
+        return out / f"{arm}-seed{self.seed}-lr{self.lr:g}-kl{self.kl_coef:g}"
 
 
 def arms(steps: int) -> dict[str, list[str]]:
-    """The flags in which the arms differ. The hybrid keeps train.py's own warm-up, 30 % of the steps for `tiny`: the table counts each arm's PPO steps."""
+    """The flags in which the arms differ. The hybrid keeps the SFT warm-up of train.py."""
     return {
         "SFT": ["--ppo-ratio", "0"],
         "PPO": ["--ppo-ratio", "1", "--sft-warmup", "0"],
@@ -74,19 +69,17 @@ def arms(steps: int) -> dict[str, list[str]]:
 
 
 def summarise(rows: list[dict], batch_size: int) -> dict:
-    """A run's metrics.jsonl -> its last evaluation, its first, the curve (step, NLL, reward), PPO steps, sampled tokens and seconds of the steps."""
-    evaluations = [
-        {name: value for name, value in row.items() if name == "step" or name.startswith("eval/")}
-        for row in rows
-        if row["phase"] == "eval"
-    ]
+    """metrics.jsonl -> the last evaluation, the first, the curve (step, NLL, reward), COUNTS."""
+    evaluations = []
+    for row in rows:
+        if row["phase"] == "eval":
+            metrics = {n: value for n, value in row.items() if n == "step" or n.startswith("eval/")}
+            evaluations.append(metrics)
     lengths = [row["ppo/response_length"] for row in rows if "ppo/response_length" in row]
     return {
         **evaluations[-1],
         "before": evaluations[0],
-        "curve": [
-            (row["step"], row.get("eval/nll"), row.get("eval/reward")) for row in evaluations
-        ],
+        "curve": [(e["step"], e.get("eval/nll"), e.get("eval/reward")) for e in evaluations],
         "PPO steps": len(lengths),
         "sampled tokens": round(sum(lengths) * batch_size),
         "seconds": sum(row.get("seconds", 0.0) for row in rows),
@@ -94,67 +87,77 @@ def summarise(rows: list[dict], batch_size: int) -> dict:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half of its 95 % interval; the half is NaN for one value."""
+    """The mean and half of its 95 % interval, which is NaN for one value."""
     n = len(values)
-    return statistics.mean(values), T_975[n - 1] * statistics.stdev(values) / math.sqrt(
-        n
-    ) if n > 1 else math.nan
+    mean = statistics.mean(values)
+    if n == 1:
+        return mean, math.nan
+    return mean, T_975[n - 1] * statistics.stdev(values) / math.sqrt(n)
 
 
-def utility(run: dict, select: str) -> float:
-    """What tuning maximises: a metric by name, or (the default) the reward minus the held-out NLL."""
+def utility(summary: dict, select: str) -> float:
+    """What tuning maximises: a metric, or (the default) the reward minus the held-out NLL."""
     if select == "reward-nll":
-        return run["eval/reward"] - run["eval/nll"]
-    if select not in run:
+        return summary["eval/reward"] - summary["eval/nll"]
+    if select not in summary:
+        metrics = ", ".join(name for name in summary if name.startswith("eval/"))
         raise UserError(
-            f"--select {select} is no metric of these runs; they have reward-nll, {', '.join(name for name in run if name.startswith('eval/'))}"
+            f"--select {select} is no metric of these runs; they have reward-nll, {metrics}"
         )
-    return run[select]
+    return summary[select]
 
 
-def columns_in(runs: list[dict]) -> list[str]:
-    """COLUMNS that some run has; the leaves of the reward by name, if it has several."""
-    names = list(dict.fromkeys(name for run in runs for name in run))
-    leaves = [name for name in names if name.startswith("eval/reward/")]
-    expanded = {"eval/reward/": leaves if len(leaves) > 1 else []}
-    return [name for column in COLUMNS for name in expanded.get(column, [column]) if name in names]
+def columns_in(summaries: list[dict]) -> list[str]:
+    """TABLE_COLUMNS that some run has; the leaves of the reward by name, if there are several."""
+    names = list(dict.fromkeys(name for summary in summaries for name in summary))
+    columns = []
+    for column in TABLE_COLUMNS:
+        if column == "eval/reward/":
+            leaves = [name for name in names if name.startswith(column)]
+            columns += leaves if len(leaves) > 1 else []
+        elif column in names:
+            columns.append(column)
+    return columns
+
+
+def cell(values: list[float], is_count: bool) -> str:
+    """One cell of the table: mean ± half of the 95 % interval."""
+    if not values:
+        return "-"
+    mean, half = interval(values)
+    digits = 0 if is_count or abs(mean) >= 100 else 2
+    text = f"{mean:,.{digits}f}"
+    if math.isnan(half) or half == 0:
+        return text
+    return f"{text} ± {half:,.{digits}f}"
 
 
 def markdown(results: dict[str, list[dict]]) -> str:
-    """Mean and 95 % interval of every column that the runs have; the first row is the model before training, then an arm a row."""
+    """A row for the model before training, a row for each arm, a column for each measurement."""
     results = {"before training": [run["before"] for run in results["hybrid"]], **results}
     columns = columns_in([run for runs in results.values() for run in runs])
-    lines = [
-        "| arm | " + " | ".join(name.removeprefix("eval/") for name in columns) + " |",
-        "|---" * (len(columns) + 1) + "|",
-    ]
+    head = [name.removeprefix("eval/") for name in columns]
+    lines = [f"| arm | {' | '.join(head)} |", "|---" * (len(columns) + 1) + "|"]
     for arm, runs in results.items():
         cells = []
         for name in columns:
             values = [run[name] for run in runs if name in run]
-            if not values:
-                cells.append("-")
-                continue
-            mean, half = interval(values)
-            digits = 0 if abs(mean) >= 100 or name in COUNTS else 2
-            cells.append(
-                f"{mean:,.{digits}f}"
-                + ("" if math.isnan(half) or half == 0 else f" ± {half:,.{digits}f}")
-            )
-        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+            cells.append(cell(values, is_count=name in COUNTS))
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def mean_curve(runs: list[dict]) -> list[tuple[float, float]]:
     """(NLL, reward) at every evaluation, the mean over seeds."""
-    return [
-        tuple(statistics.mean(column) for column in zip(*[point[1:] for point in points]))
-        for points in zip(*[run["curve"] for run in runs])
-    ]
+    curve = []
+    for points in zip(*[run["curve"] for run in runs]):  # the same evaluation of every run
+        _, nll, reward = zip(*points)
+        curve.append((statistics.mean(nll), statistics.mean(reward)))
+    return curve
 
 
 def nll_at_reward(curve: list[tuple[float, float]], reward: float) -> float | None:
-    """The NLL at which a curve of (NLL, reward) first rises to that reward, by linear interpolation; None if it never does."""
+    """The NLL where a curve of (NLL, reward) first reaches that reward, linearly interpolated."""
     for (nll, low), (next_nll, high) in itertools.pairwise(curve):
         if low < reward <= high:
             return nll + (next_nll - nll) * (reward - low) / (high - low)
@@ -162,35 +165,37 @@ def nll_at_reward(curve: list[tuple[float, float]], reward: float) -> float | No
 
 
 def at_equal_reward(results: dict[str, list[dict]]) -> str:
-    """One line: the held-out NLL of PPO's arms where they earn what the hybrid earns at its end."""
+    """One line: the held-out NLL of the PPO arms where they have the reward of the final hybrid."""
     nll, reward = mean_curve(results["hybrid"])[-1]
-    passed = {
-        arm: nll_at_reward(mean_curve(results[arm]), reward) for arm in ("PPO", "SFT, then PPO")
-    }
-    others = "; ".join(
-        f"{arm}: {'never there' if at is None else f'{at:.2f}'}" for arm, at in passed.items()
+    others = []
+    for arm in ("PPO", "SFT, then PPO"):
+        at = nll_at_reward(mean_curve(results[arm]), reward)
+        others.append(f"{arm}: {'never there' if at is None else f'{at:.2f}'}")
+    return (
+        f"Held-out NLL at the reward with which the hybrid ends ({reward:.2f}): "
+        f"hybrid: {nll:.2f}; {'; '.join(others)}."
     )
-    return f"Held-out NLL at the reward with which the hybrid ends ({reward:.2f}): hybrid: {nll:.2f}; {others}."
 
 
 def pareto(results: dict[str, list[dict]], path: Path) -> None:
-    """Reward against held-out NLL along training, the mean over seeds: a large dot where the arm ends, a dot for every seed there, a cross where
-    all began (left out where it is far away, as it is for random weights)."""
+    """Reward against held-out NLL along training, the mean over seeds.
+
+    A large dot is the end of an arm, a small dot the end of one seed, a cross the model before
+    training. The cross is left out where it is far away, as it is for random weights.
+    """
     pyplot = load_pyplot("compare")
     figure, axis = pyplot.subplots(figsize=(6.4, 4.4), layout="constrained")
-    is_near = mean_curve(results["hybrid"])[0][0] < 1.5 * statistics.mean(
-        run["eval/nll"] for run in results["SFT"]
-    )
+    sft_nll = statistics.mean(run["eval/nll"] for run in results["SFT"])
+    is_near = mean_curve(results["hybrid"])[0][0] < 1.5 * sft_nll
     for arm, runs in results.items():
-        mean = mean_curve(runs)[0 if is_near else 1 :]
-        [line] = axis.plot(*zip(*mean), ".-", markersize=2, linewidth=1.2, label=arm)
-        axis.plot(*mean[-1], "o", color=line.get_color(), markersize=7)
+        curve = mean_curve(runs)[0 if is_near else 1 :]
+        [line] = axis.plot(*zip(*curve), ".-", markersize=2, linewidth=1.2, label=arm)
+        color = line.get_color()
+        axis.plot(*curve[-1], "o", color=color, markersize=7)
         for run in runs:
-            axis.plot(
-                run["eval/nll"], run["eval/reward"], ".", color=line.get_color(), markersize=5
-            )
+            axis.plot(run["eval/nll"], run["eval/reward"], ".", color=color, markersize=5)
     if is_near:
-        axis.plot(*mean[0], "kx", label="before training")
+        axis.plot(*curve[0], "kx", label="before training")
     axis.set_xlabel("held-out NLL, nats a token (less is better)")
     axis.set_ylabel("reward (more is better)")
     axis.legend(fontsize=8)
@@ -199,194 +204,175 @@ def pareto(results: dict[str, list[dict]], path: Path) -> None:
 
 
 def is_complete(folder: Path, steps: int) -> bool:
-    """Was this run trained and measured to its end? (A reward that raises at the last evaluation leaves a model without it.)"""
-    return (folder / "final").is_dir() and any(
-        row["step"] == steps and row["phase"] == "eval"
-        for row in read_rows(folder / "metrics.jsonl")
-    )
+    """Was this run trained and measured to its end?"""
+    # If a reward raises at the last evaluation, there is a final model without that evaluation.
+    rows = read_rows(folder / "metrics.jsonl")
+    measured = any(row["step"] == steps and row["phase"] == "eval" for row in rows)
+    return measured and (folder / "final").is_dir()
 
 
-def make_folder(out: Path, asked: dict) -> None:
-    """A new folder that remembers what was asked for, or the one of the same command, interrupted. Raises UserError for any other."""
-    memory, text = out / "command.json", json.dumps(asked, indent=1) + "\n"
-    if memory.is_file():
-        if memory.read_text() != text:
-            raise UserError(
-                f"--out {out} holds a comparison with other --steps or flags of train.py ({memory}); choose another folder"
-            )
-        return
-    check_new_folder(str(out))
-    out.mkdir()
-    memory.write_text(text)
-
-
-@one_line_errors
-def main(argv: list[str]) -> dict:
-    """Tune, run, measure, write. Returns what compare.json holds."""
-    parser = Parser(__doc__.splitlines()[0])
-    count, positive = number(int, 1), number(float, 0, above=True)
-    parser.add_argument(
-        "--out",
-        default="compare",
-        help="folder for the runs, compare.md, compare.json and pareto.png",
-    )
-    parser.add_argument(
-        "--seeds",
-        type=number(int, 1, 10),
-        default=5,
-        help="runs of each arm, seeds 1, 2, ...; seed 0 is for tuning",
-    )
-    parser.add_argument("--steps", type=count, default=600, help="optimiser steps of every run")
-    parser.add_argument(
-        "--lrs",
-        type=positive,
-        nargs="+",
-        default=[1e-3, 3e-3],
-        help="learning rates to tune over; one is not tuned",
-    )
-    parser.add_argument(
-        "--kl-coefs",
-        type=number(float, 0),
-        nargs="+",
-        default=[0.02, 0.1],
-        help="KL prices to tune over",
-    )
-    parser.add_argument(
-        "--select",
-        default="reward-nll",
-        help="what tuning maximises: reward-nll, or a metric such as eval/fluent_and_positive",
-    )
-    parser.add_argument(
-        "--tax",
-        nargs="+",
-        metavar="SOURCE",
-        help="a file, or hub dataset [configuration [split]]: the perplexity of the final models there",
-    )
-    parser.add_argument("--jobs", type=count, default=2, help="runs at a time")
-    ours, theirs = (
-        (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
-    )
-    args = parser.parse_args(ours)
-    for flag in theirs:
-        if flag.split("=")[0] in SET_HERE:
-            raise UserError(
-                f"{flag} is not for train.py here: the arms differ in it, or compare has a flag of its own for it"
-            )
-    load_pyplot("compare")  # what cannot work says so now, not after an hour
-    elsewhere = whole_texts(args.tax) if args.tax else []
-    out = Path(args.out)
-    make_folder(
-        out, {"steps": args.steps, "train.py": theirs}
-    )  # what every run depends on; seeds, rates and prices have runs of their own
-    common = [
-        "--steps",
-        args.steps,
-        "--eval-every",
-        max(1, args.steps // 10),
-        "--save-every",
-        0,
-        "--reward",
-        "sentiment",
-        "--ppo-epochs",
-        1,
-        "--minibatches",
-        1,
-        *theirs,
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
-
-    def folder_of(arm: str, seed: int, lr: float, kl_coef: float) -> Path:
-        return (
-            out
-            / f"{arm.replace(', ', '-').replace(' ', '-').lower()}-seed{seed}-lr{lr:g}-kl{kl_coef:g}"
+def make_folder(out: Path, command: dict) -> None:
+    """Make the folder with a note of the command. Raises UserError for a folder of another one."""
+    note, text = out / "command.json", json.dumps(command, indent=1) + "\n"
+    if not note.is_file():
+        check_new_folder(str(out))
+        out.mkdir()
+        note.write_text(text)
+    elif note.read_text() != text:
+        raise UserError(
+            f"--out {out} holds a comparison with other --steps or flags of train.py ({note}); "
+            "choose another folder"
         )
 
-    def run(job: tuple[str, int, float, float]) -> dict:
-        arm, seed, lr, kl_coef = job
-        folder = folder_of(*job)
-        if not is_complete(folder, args.steps):
-            flags = [
-                *common,
-                *arms(args.steps)[arm],
-                "--seed",
-                seed,
-                "--lr",
-                lr,
-                "--kl-coef",
-                kl_coef,
-                "--out",
-                folder,
-                "--overwrite",
-            ]
-            command = [sys.executable, str(Path(__file__).with_name("train.py")), *map(str, flags)]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True)
-            if done.returncode:
-                raise UserError(
-                    f"{' '.join(command[1:])} ended with: {(done.stderr.strip().splitlines() or ['no word of why'])[-1]}"
-                )
-            print(f"done: {folder.name}", flush=True)
-        else:
-            print(f"found: {folder.name}", flush=True)
-        summary = summarise(read_rows(folder / "metrics.jsonl"), read_config(folder)["batch_size"])
-        if any(None in point for point in summary["curve"]):
-            raise UserError(
-                f"{folder} has an evaluation without a reward or a held-out NLL, so there is nothing to compare"
-            )
-        utility(summary, args.select)  # a metric that is not there says so after the first run
-        return summary
 
+def train_once(job: Job, args, train_flags: list[str]) -> dict:
+    """Run train.py for this job, unless its folder is complete. Returns the summary of the run."""
+    folder = job.folder(Path(args.out))
+    is_new = not is_complete(folder, args.steps)
+    if is_new:
+        flags = ["--steps", args.steps, "--eval-every", max(1, args.steps // 10)]
+        flags += ["--save-every", 0, "--reward", "sentiment", "--ppo-epochs", 1, "--minibatches", 1]
+        flags += [*train_flags, *arms(args.steps)[job.arm], "--seed", job.seed, "--lr", job.lr]
+        flags += ["--kl-coef", job.kl_coef, "--out", folder, "--overwrite"]
+        command = [sys.executable, str(Path(__file__).with_name("train.py")), *map(str, flags)]
+        threads = max(1, (os.cpu_count() or 1) // args.jobs)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or ["no error message"]
+            raise UserError(f"{' '.join(command[1:])} ended with: {lines[-1]}")
+    print(f"{'done' if is_new else 'found'}: {folder.name}", flush=True)
+    summary = summarise(read_rows(folder / "metrics.jsonl"), read_config(folder)["batch_size"])
+    if any(None in point for point in summary["curve"]):
+        raise UserError(
+            f"{folder} has an evaluation without a reward or a held-out NLL, "
+            "so there is nothing to compare"
+        )
+    utility(summary, args.select)  # raises after the first run if there is no such metric
+    return summary
+
+
+def tuning_grid(args) -> list[Job]:
+    """Every learning rate with every KL price, for each arm, on seed 0. SFT has no KL price."""
+    grid = []
+    for arm in arms(args.steps):
+        kl_coefs = args.kl_coefs[:1] if arm == "SFT" else args.kl_coefs
+        grid += [Job(arm, 0, lr, kl) for lr, kl in itertools.product(args.lrs, kl_coefs)]
+    return grid
+
+
+def run_all(args, train_flags: list[str]) -> tuple[list, dict[str, Job], list]:
+    """Tune, then run every seed, `--jobs` runs at a time.
+
+    Returns the pairs (job, summary) of tuning, the best job of each arm, the pairs of the seeds.
+    With one learning rate and one KL price nothing is tuned.
+    """
     names = list(arms(args.steps))
+
+    def run(job: Job) -> dict:
+        return train_once(job, args, train_flags)
+
     with ThreadPoolExecutor(args.jobs) as pool:
-        grid = [
-            (arm, 0, lr, kl)
-            for arm in names
-            for lr, kl in itertools.product(
-                args.lrs, args.kl_coefs[:1] if arm == "SFT" else args.kl_coefs
-            )
-        ]
-        is_tuned = len(grid) > len(names)
-        tuned = list(zip(grid, pool.map(run, grid))) if is_tuned else [(job, None) for job in grid]
-        best = {
-            arm: max(
-                (pair for pair in tuned if pair[0][0] == arm),
-                key=lambda pair: utility(pair[1], args.select) if pair[1] else 0.0,
-            )[0]
-            for arm in names
-        }
-        jobs = [(arm, seed, *best[arm][2:]) for arm in names for seed in range(1, args.seeds + 1)]
+        grid = tuning_grid(args)
+        best = {job.arm: job for job in grid}
+        tuned = []
+        if len(grid) > len(names):
+            tuned = list(zip(grid, pool.map(run, grid)))
+            for arm in names:
+                utilities = {job: utility(s, args.select) for job, s in tuned if job.arm == arm}
+                best[arm] = max(utilities, key=utilities.get)
+        jobs = [best[arm]._replace(seed=seed) for arm in names for seed in range(1, args.seeds + 1)]
         finished = list(zip(jobs, pool.map(run, jobs)))
-    if elsewhere:
-        model = read_config(folder_of(*jobs[0]))["model"]
-        before = (
-            {} if model == "tiny" else {"perplexity elsewhere": perplexity(model, elsewhere)}
-        )  # random weights have none worth a number
-        for job, summary in finished:
-            summary["before"] |= before
-            summary["perplexity elsewhere"] = perplexity(str(folder_of(*job) / "final"), elsewhere)
-    results = {arm: [summary for job, summary in finished if job[0] == arm] for arm in names}
+    return tuned, best, finished
+
+
+def add_tax(finished: list, out: Path, elsewhere: list) -> None:
+    """Add the perplexity on another text, before training and after, to the summaries."""
+    before = {}
+    model = read_config(finished[0][0].folder(out))["model"]
+    if model != "tiny":  # the perplexity of random weights says nothing
+        before["perplexity elsewhere"] = perplexity(model, elsewhere)
+    for job, summary in finished:
+        summary["before"] |= before
+        final = str(job.folder(out) / "final")
+        summary["perplexity elsewhere"] = perplexity(final, elsewhere)
+
+
+def write_report(args, argv: list[str], tuned: list, best: dict[str, Job], finished: list) -> dict:
+    """Write compare.json, compare.md and pareto.png, print the table. Returns the JSON."""
+    out = Path(args.out)
+    results = {arm: [summary for job, summary in finished if job.arm == arm] for arm in best}
+    tuning = []
+    for job, summary in tuned:
+        metrics = {name: value for name, value in summary.items() if name.startswith("eval/")}
+        tuning.append({"arm": job.arm, "lr": job.lr, "kl_coef": job.kl_coef, **metrics})
     report = {
-        "command": ["evaluate.py", "compare", *argv],
-        "chosen": {arm: {"lr": best[arm][2], "kl_coef": best[arm][3]} for arm in names},
-        "tuning": [
-            {
-                "arm": job[0],
-                "lr": job[2],
-                "kl_coef": job[3],
-                **{k: v for k, v in run.items() if k.startswith("eval/")},
-            }
-            for job, run in tuned
-            if run
-        ],
+        "command": ["compare.py", *argv],
+        "chosen": {arm: {"lr": job.lr, "kl_coef": job.kl_coef} for arm, job in best.items()},
+        "tuning": tuning,
         "runs": results,
     }
     (out / "compare.json").write_text(json.dumps(report, indent=1) + "\n")
-    chosen = "; ".join(
-        f"{arm}: lr {best[arm][2]:g}" + ("" if arm == "SFT" else f", kl-coef {best[arm][3]:g}")
-        for arm in names
+    chosen = []
+    for arm, job in best.items():
+        price = "" if arm == "SFT" else f", kl-coef {job.kl_coef:g}"
+        chosen.append(f"{arm}: lr {job.lr:g}{price}")
+    how = f"Tuned on seed 0 by {args.select}" if tuned else "Not tuned"
+    text = (
+        f"{markdown(results)}\n\n{args.steps} steps, {args.seeds} seeds, mean and 95 % interval. "
+        f"{how}: {'; '.join(chosen)}.\n{at_equal_reward(results)}\n"
     )
-    how = f"Tuned on seed 0 by {args.select}" if is_tuned else "Not tuned"
-    text = f"{markdown(results)}\n\n{args.steps} steps, {args.seeds} seeds, mean and 95 % interval. {how}: {chosen}.\n{at_equal_reward(results)}\n"
     (out / "compare.md").write_text(text)
     print(text)
     pareto(results, out / "pareto.png")
     return report
+
+
+def parse_args(argv: list[str]):
+    """-> the flags of this file, and what follows `--`, for train.py."""
+    parser = Parser(__doc__.splitlines()[0])
+    add, count, positive = parser.add_argument, number(int, 1), number(float, 0, above=True)
+    add("--out", default="compare", help="folder of all runs, compare.md, .json, pareto.png")
+    add("--seeds", type=number(int, 1, 10), default=5, help="runs of each arm: seeds 1, 2, ...")
+    add("--steps", type=count, default=600, help="steps of every run")
+    add("--lrs", type=positive, nargs="+", default=[1e-3, 3e-3], help="learning rates to try")
+    add(
+        "--kl-coefs", type=number(float, 0), nargs="+", default=[0.02, 0.1], help="KL prices to try"
+    )
+    add("--select", default="reward-nll", help="tuning maximises it: reward-nll, or any metric")
+    what = "text to measure perplexity on: a file, or hub dataset [configuration [split]]"
+    add("--tax", nargs="+", metavar="SOURCE", help=what)
+    add("--jobs", type=count, default=2, help="runs at a time")
+    own, train_flags = argv, []
+    if "--" in argv:
+        end = argv.index("--")
+        own, train_flags = argv[:end], argv[end + 1 :]
+    args = parser.parse_args(own)
+    for flag in train_flags:
+        if flag.split("=")[0] in SET_HERE:
+            raise UserError(
+                f"{flag} is not for train.py here: the arms differ in it, "
+                "or compare has a flag of its own for it"
+            )
+    return args, train_flags
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> dict:
+    """Tune, run, measure, write. Returns what compare.json holds."""
+    argv = sys.argv[1:] if argv is None else argv
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    args, train_flags = parse_args(argv)
+    load_pyplot("compare")  # a missing package or text is an error now, not after an hour
+    elsewhere = whole_texts(args.tax) if args.tax else []
+    # Every run depends on these two. Seeds, rates and prices have runs of their own.
+    make_folder(Path(args.out), {"steps": args.steps, "train.py": train_flags})
+    tuned, best, finished = run_all(args, train_flags)
+    if elsewhere:
+        add_tax(finished, Path(args.out), elsewhere)
+    return write_report(args, argv, tuned, best, finished)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,38 +1,44 @@
-"""What fits: the memory that training takes on each device, estimated from sizes alone, before anything is loaded or rented.
+"""Does it fit? The memory of training on each device, from sizes alone, before anything is loaded.
 
-    python train.py --model gpt2 --batch-size 64 --amp bf16 --dry-run      # for a run of yours, on 1 to 8 devices; then exits
-    python cost.py                                                         # three model sizes, the table of the README
+    python train.py --model gpt2 --batch-size 64 --amp bf16 --dry-run   # your run, 1 to 8 devices
+    python cost.py                                                      # three sizes of models
 
-With P parameters, L layers of width W, vocabulary V, and T tokens in the rows that pass through the model together (bytes):
+With P parameters, L layers of width W, vocabulary V, and T tokens in the rows that pass through the
+model together, in bytes:
 
-    weights      4 P            float32, under --amp too
-    reference    4 P            each frozen copy; pure SFT has none
-    gradients    4 P            ZeRO-2: 4 P / devices
-    Adam         8 P            two moments; ZeRO-1 and ZeRO-2: (8 P + 4 P for their float32 copy of the weights) / devices
-    buckets      4 P            several devices under DDP: where gradients meet (ZeRO: 4 bytes x 5e8 at most)
-    bf16 copies  2 P            with --amp: autocast's low-precision weights during a forward and backward
-    activations  85 L W T       kept for the backward pass; 58 L W T with --amp; 4 L W T (2 with --amp) with --gradient-checkpointing, plus one layer's
-    logits       12 V c         c = min(response tokens, 1024): logits, log-softmax and their gradient, a chunk at a time
-    cache        8 L W S        keys and values while sampling S tokens, the whole share of the batch (4 with --amp); W counts key-value heads. Not at the same time as activations
+    weights      4 P      float32, under --amp too
+    reference    4 P      each frozen copy; pure SFT has none
+    gradients    4 P      ZeRO-2: 4 P / devices
+    Adam         8 P      two moments; ZeRO-1 and ZeRO-2 add a float32 copy of the weights and split
+                          it all: 12 P / devices
+    buckets      4 P      several devices: where DDP sums gradients (ZeRO: 4 x 5e8 bytes at most)
+    bf16 copies  2 P      with --amp: autocast's low-precision weights while a model computes
+    activations  85 L W T kept for the backward pass; 58 L W T with --amp; with
+                          --gradient-checkpointing 4 L W T (2 with --amp) and those of one layer
+    logits       12 V c   c = min(response tokens, 1024): logits, log-softmax and their gradient
+    cache        8 L W S  keys and values while S tokens are sampled, the whole share of the batch
+                          (4 with --amp); W counts key-value heads. Not there with the activations.
 
-85 and 58 were counted on a Llama block (saved tensors, bytes per token, layer and width); GPT-2's takes 65 and 37. Left out on purpose: what the
-CUDA context, the allocator's gaps and a judge take; add 10 to 20 %.
+85 and 58 were counted on a Llama block (saved tensors, bytes per token, layer and width); GPT-2's
+takes 65 and 37. Left out on purpose: the CUDA context, gaps of the allocator, a judge; add 10 to
+20 %.
 """
 
 import math
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine import UserError, first_line
-from lm import TINY_LM
+from hybrid import TINY_LM
 
 GIB = 2**30
 
 
 class Sizes(NamedTuple):
-    """What the formula asks of a model; widths in elements of one token's hidden state, and of its keys in one layer."""
+    """Sizes of a model. Widths count the elements of a token's hidden state, and of its keys."""
 
     parameters: float
     layers: int
@@ -41,15 +47,9 @@ class Sizes(NamedTuple):
     vocab: int
 
 
-TINY = Sizes(
-    1.0e6,
-    TINY_LM["num_hidden_layers"],
-    TINY_LM["hidden_size"],
-    TINY_LM["hidden_size"],
-    TINY_LM["vocab_size"],
-)  # --model tiny
-# GPT-2 small and XL; Llama 2 7B
-KNOWN = {
+TINY_WIDTH = TINY_LM["hidden_size"]
+TINY = Sizes(1e6, TINY_LM["num_hidden_layers"], TINY_WIDTH, TINY_WIDTH, TINY_LM["vocab_size"])
+EXAMPLES = {  # GPT-2 small and XL; Llama 2 7B
     "124 M": Sizes(124e6, 12, 768, 768, 50257),
     "1.5 B": Sizes(1.56e9, 48, 1600, 1600, 50257),
     "7 B": Sizes(6.74e9, 32, 4096, 4096, 32000),
@@ -57,7 +57,7 @@ KNOWN = {
 
 
 def sizes_of(name: str) -> Sizes:
-    """From a folder's or hub id's config alone. Raises UserError where there is none, or not of a causal LM."""
+    """From the config of a folder or hub id. Raises UserError unless it is that of a causal LM."""
     try:
         config = AutoConfig.from_pretrained(name)
         with torch.device("meta"):  # shapes without memory
@@ -70,37 +70,48 @@ def sizes_of(name: str) -> Sizes:
         raise UserError(
             f"--model {name} has no config that can be read: {first_line(problem)}"
         ) from None
-    return Sizes(
-        sum(p.numel() for p in lm.parameters()),
-        text.num_hidden_layers,
-        text.hidden_size,
-        kv * head_dim,
-        text.vocab_size,
-    )
+    parameters = sum(p.numel() for p in lm.parameters())
+    layers, width = text.num_hidden_layers, text.hidden_size
+    return Sizes(parameters, layers, width, kv * head_dim, text.vocab_size)
 
 
 def memory(
-    sizes: Sizes, *, rows: int, sampled: int, length: int, response: int, devices: int = 1, zero: int = 0, amp: bool = False,
-    checkpointing: bool = False, references: int = 1,
-) -> dict[str, float]:  # fmt: skip
-    """Bytes on each device, by what they hold, by the formula above; "peak" is the sum of what is there at the same time.
+    sizes: Sizes,
+    *,
+    rows: int,
+    sampled: int,
+    length: int,
+    response: int,
+    devices: int = 1,
+    zero: int = 0,
+    amp: bool = False,
+    checkpointing: bool = False,
+    references: int = 1,
+) -> dict[str, float]:
+    """Bytes on each device, by the formula above; "peak" adds what is there at the same time.
 
-    `rows` of `length` tokens, `response` of them the model's own, pass through the model together (--micro-batch-size, --max-length, --max-new-tokens);
-    `sampled` rows are sampled together, the whole share of the device.
+    `rows` of `length` tokens pass through the model together, `response` tokens of each are the
+    model's own (--micro-batch-size, --max-length, --max-new-tokens). `sampled` rows are sampled
+    together: the whole share of the device. `zero`: the stage of ZeRO, 0 is DDP.
     """
     p, layers, width, tokens = sizes.parameters, sizes.layers, sizes.width, rows * length
-    split = devices if zero else 1
-    per_layer = (58 if amp else 85) * width * tokens
+    adam, buckets = 8 * p, 4 * p
+    if zero:
+        adam, buckets = 12 * p / devices, min(4 * p, 4 * 5e8)
+    if devices == 1:
+        buckets = 0
+    of_a_layer = (58 if amp else 85) * width * tokens
+    activations = layers * of_a_layer
+    if checkpointing:
+        activations = (2 if amp else 4) * layers * width * tokens + of_a_layer
     held = {
         "weights": 4 * p,
         "reference": 4 * p * references,
         "gradients": 4 * p / (devices if zero == 2 else 1),
-        "Adam": (8 + 4 * bool(zero)) * p / split,
-        "buckets": 0 if devices == 1 else min(4 * p, 4 * 5e8) if zero else 4 * p,
-        "bf16 copies": 2 * p * amp,
-        "activations": (2 if amp else 4) * layers * width * tokens + per_layer
-        if checkpointing
-        else layers * per_layer,
+        "Adam": adam,
+        "buckets": buckets,
+        "bf16 copies": 2 * p if amp else 0,
+        "activations": activations,
         "logits": 12 * sizes.vocab * min(rows * response, 1024),
         "cache": (4 if amp else 8) * layers * sizes.kv_width * sampled * length,
     }
@@ -109,23 +120,22 @@ def memory(
 
 
 def table(sizes: Sizes, rows: Callable[[int], tuple[int, int]], **options) -> str:
-    """The estimate for 1, 2, 4 and 8 devices, DDP beside ZeRO-2, in GiB. `rows`: `rows` and `sampled` of `memory`, for that many devices."""
-    held = memory(sizes, **dict(zip(("rows", "sampled"), rows(1))), **options)
-    lines = [
-        f"{sizes.parameters / 1e6:,.1f} M parameters; one device, GiB: "
-        + ", ".join(f"{name} {size / GIB:.3g}" for name, size in held.items())
-    ]
+    """The estimate for 1, 2, 4 and 8 devices, DDP beside ZeRO-2, in GiB.
+
+    `rows(devices)` gives `rows` and `sampled` of `memory`; `options` are its other arguments.
+    """
+    together, sampled = rows(1)
+    held = memory(sizes, rows=together, sampled=sampled, **options)
+    items = ", ".join(f"{name} {size / GIB:.3g}" for name, size in held.items())
+    lines = [f"{sizes.parameters / 1e6:,.1f} M parameters; one device, GiB: {items}"]
     for devices in (2, 4, 8):
         together, sampled = rows(devices)
-        ddp, zero = (
-            memory(sizes, rows=together, sampled=sampled, devices=devices, zero=stage, **options)[
-                "peak"
-            ]
-            / GIB
-            for stage in (0, 2)
-        )
+        options |= dict(rows=together, sampled=sampled, devices=devices)
+        ddp = memory(sizes, zero=0, **options)["peak"] / GIB
+        zero = memory(sizes, zero=2, **options)["peak"] / GIB
         lines.append(
-            f"{devices} devices, {together} rows at a time on each: {ddp:.3g} GiB under DDP, {zero:.3g} GiB under ZeRO-2"
+            f"{devices} devices, {together} rows at a time on each: "
+            f"{ddp:.3g} GiB under DDP, {zero:.3g} GiB under ZeRO-2"
         )
     return "\n".join(lines)
 
@@ -157,18 +167,17 @@ def print_estimate(args, samples: bool) -> None:
     print(table(sizes, rows, **options))
 
 
-def readme_table() -> str:
-    """Peak GiB per device: bf16, gradient checkpointing, 8 rows of 1,024 tokens, 256 of them sampled."""
+def example_table() -> str:
+    """Peak GiB per device: bf16, gradient checkpointing, 8 rows of 1,024 tokens, 256 sampled."""
     options = dict(rows=8, sampled=8, length=1024, response=256, amp=True, checkpointing=True)
     lines = ["| model | one device | 8 devices, DDP | 8 devices, ZeRO-2 |", "|---|---|---|---|"]
-    for name, sizes in KNOWN.items():
-        peaks = [
-            memory(sizes, devices=devices, zero=zero, **options)["peak"] / GIB
-            for devices, zero in ((1, 0), (8, 0), (8, 2))
-        ]
-        lines.append(f"| {name} | " + " | ".join(f"{peak:.1f}" for peak in peaks) + " |")
+    for name, sizes in EXAMPLES.items():
+        one = memory(sizes, **options)["peak"] / GIB
+        ddp = memory(sizes, devices=8, **options)["peak"] / GIB
+        zero = memory(sizes, devices=8, zero=2, **options)["peak"] / GIB
+        lines.append(f"| {name} | {one:.1f} | {ddp:.1f} | {zero:.1f} |")
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    print(readme_table())
+    print(example_table())

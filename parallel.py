@@ -1,12 +1,14 @@
-"""Several processes as one: each holds the whole model and knows the whole batch, and does its share of the rows.
+"""Several processes as one: each holds the whole model and works on its share of the rows.
 
-    torchrun --nproc_per_node=2 train.py                       # data parallel on this machine: gloo on the CPU, nccl on GPUs
-    torchrun --nproc_per_node=2 train.py --deepspeed zero.json # optimiser state (and gradients) split as well: ZeRO-1, ZeRO-2
+    torchrun --nproc_per_node=2 train.py                       # gloo on the CPU, nccl on GPUs
+    torchrun --nproc_per_node=2 train.py --deepspeed zero.json # ZeRO splits the optimiser state too
 
-Work on rows is shared out in four places: sampling (`generate.py: sample`), scoring (`hybrid.py: forward_rows`), rewards
-(`rewards.py: Reward`) and gradients (`engine.py: accumulate`). What each finds is put together again at once, in the order of one process, so
-whitening, means, metrics, early stopping and learned statistics see the whole batch on every process, and no algorithm knows how many there are. Everything
-that is drawn from a seed is drawn alike, but for the responses: each process samples its own prompts. Rows go round like cards (`x[rank::world]`).
+Four places share out rows: sampling (`generate.sample`), log-probabilities (`hybrid.forward_rows`),
+rewards (`rewards.Reward`), gradients (`engine.accumulate`). Process r takes rows r, r + world,
+r + 2 world, ... Their results are gathered at once, in the order of one process. So whitening,
+means, metrics, early stopping and learned statistics see the whole batch on every process, and no
+algorithm knows how many processes there are. All random draws are the same on every process, except
+the responses: each process samples those of its own prompts.
 
 In one process all of this costs nothing. Left out on purpose: splitting the model itself.
 """
@@ -19,7 +21,7 @@ import torch.distributed as dist
 
 
 def start(device: torch.device) -> torch.device:
-    """Join the processes that torchrun (or deepspeed) started, if it did. -> the device of this process."""
+    """Join the processes that torchrun (or deepspeed) started. -> the device of this process."""
     if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
         return device
     if device.type == "cuda":
@@ -27,14 +29,12 @@ def start(device: torch.device) -> torch.device:
         torch.cuda.set_device(device)  # where nccl puts the objects it carries
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if rank() > 0:
-        sys.stdout = open(
-            os.devnull, "w"
-        )  # one process speaks for all; errors, on stderr, each for itself
+        sys.stdout = open(os.devnull, "w")  # Only process 0 prints. Every process may print errors.
     return device
 
 
 def finish() -> None:
-    """Leave together."""
+    """Leave the group of processes that `start` joined."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -45,7 +45,7 @@ def world() -> int:
 
 
 def rank() -> int:
-    """Which of them this is, from 0."""
+    """The number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -55,18 +55,18 @@ def share(rows):
 
 
 def gather(rows: list) -> list:
-    """The inverse: each process brings what it made of its share, all get the whole list in its first order. Tensors must be on the CPU."""
+    """The inverse of `share`: all rows on every process, in order. Tensors must be on the CPU."""
     if world() == 1:
         return rows
     shares = everybody(rows)
     whole: list = [None] * sum(map(len, shares))
-    for r, part in enumerate(shares):
-        whole[r :: world()] = part
+    for r, rows_of_r in enumerate(shares):
+        whole[r :: world()] = rows_of_r
     return whole
 
 
 def everybody(thing) -> list:
-    """-> the list of every process's `thing`, by rank."""
+    """-> a list of the `thing` of every process, by rank."""
     if world() == 1:
         return [thing]
     things: list = [None] * world()
@@ -75,7 +75,10 @@ def everybody(thing) -> list:
 
 
 def on_main(function, *args):
-    """Files and other things that must happen once: call it on rank 0 alone; its result, or what it raises, is everybody's."""
+    """Call a function on process 0 alone, as for writing a file.
+
+    Every process gets its result, or raises what it raised.
+    """
     if world() == 1:
         return function(*args)
     outcome = [None, None]

@@ -26,7 +26,7 @@ import torch
 
 from data import Batch, Example, batch_of, columns_of
 from dialogue import Episode, sample_episodes
-from engine import Backend, accumulate, apply_gradients, mean_stats
+from engine import Backend, accumulate, apply_gradients, join_stats
 from hybrid import HybridModel, forward_rows, masked_mean
 from references import ReferenceMixture, reference_logprobs
 from sft import sft_loss
@@ -416,9 +416,9 @@ def update_epochs(
     rows. `micro_batch_size` rows pass through the model together (None: all of an update).
     `backend` is for float16 and several processes; None is plain torch.
 
-    Returns the stats of the updates (engine.py: `mean_stats`), the number of passes (`epochs`), and
-    `first_ratio_gap`: max |ratio - 1| in the first update, which is 0 up to rounding as long as
-    rollouts are on-policy.
+    Returns the means of the stats over the updates (maxima of those named `..._max`), the number of
+    updates skipped, of passes (`epochs`), and `first_ratio_gap`: max |ratio - 1| in the first update,
+    which is 0 up to rounding as long as rollouts are on-policy.
     """
     backend = backend or Backend(model)
 
@@ -451,7 +451,10 @@ def update_epochs(
         passes += 1
         if target_kl is not None and sum(s["approxkl"] for s in latest) / len(latest) > target_kl:
             break
-    metrics = {"epochs": float(passes), **mean_stats(history)}
+    taken = [stats for stats in history if not stats["skipped_steps"]] or history
+    metrics = join_stats([(stats, 1.0) for stats in taken], divisor=len(taken))
+    metrics["skipped_steps"] = sum(stats["skipped_steps"] for stats in history)
+    metrics["epochs"] = float(passes)
     if "ratio_gap_max" in history[0]:
         metrics["first_ratio_gap"] = history[0]["ratio_gap_max"]
     return metrics

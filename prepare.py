@@ -155,6 +155,7 @@ def load_reward(args, run: Run, examples: list[Example], train_examples: list[Ex
         device=run.device,
         documents=[example.prompt for example in train_examples],
         # for self_play
+        reference=lambda: run.reference,
         policy=run.model,
         sampling=run.sampling,
         examples=examples,

@@ -1,11 +1,13 @@
 """Train a reward model from human preferences: which of two responses to one prompt is better?
 
-    P(chosen > rejected) = sigmoid(score(chosen) - score(rejected))                    (Bradley & Terry 1952; InstructGPT 2203.02155, eq. 1)
+    P(chosen > rejected) = sigmoid(score(chosen) - score(rejected))    Bradley & Terry 1952;
+                                                                       InstructGPT 2203.02155, eq. 1
 
-The score is one linear layer on the hidden state of the last real token of prompt + response. After one epoch it is calibrated to
-mean 0 and standard deviation 1 over the training responses; the two numbers are saved in the model's config, and
-`--reward 'model("PATH")'` reads them. The folder is a plain AutoModelForSequenceClassification(num_labels=1) that others can load.
-Left out on purpose: ensembles, margins. One epoch is the default, since a reward model soon overfits.
+The score is one linear layer on the hidden state of the last real token of prompt + response. After
+training, the mean and the standard deviation of the scores of the training responses are saved in
+the model's config; `--reward 'model("PATH")'` uses them to give scores of mean 0 and deviation 1.
+The folder is a plain AutoModelForSequenceClassification(num_labels=1) that others can load.
+Left out on purpose: ensembles, margins. One epoch is the default: a reward model soon overfits.
 
     python reward_model.py --data prefs.jsonl --model gpt2 --out reward
     python train.py --reward 'model("reward")'
@@ -35,16 +37,19 @@ from engine import (
 from judges import batched_logits, sequence_logits, tokenize
 from lm import build_tiny, disable_dropout
 
+LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError)
+LOADING_ERRORS += (SafetensorError,)
+
 
 def reward_model_loss(chosen_scores: torch.Tensor, rejected_scores: torch.Tensor) -> torch.Tensor:
-    """-log sigmoid(chosen - rejected), averaged over the pairs (2203.02155, eq. 1 with K = 2). (B,), (B,) -> scalar, log 2 at equal scores."""
+    """-log sigmoid(chosen - rejected), (B,) each -> mean over pairs (2203.02155, eq. 1, K = 2)."""
     return -torch.nn.functional.logsigmoid(chosen_scores - rejected_scores).mean()
 
 
 def reward_model_step(
     model, batch: dict[str, torch.Tensor], optimizer, *, max_grad_norm: float = 1.0
 ) -> dict[str, float]:
-    """One optimiser step on a tokenised batch whose first half is chosen and whose second half, in the same order, is rejected."""
+    """One update on a tokenised batch: first the chosen texts, then the rejected, in one order."""
     chosen, rejected = sequence_logits(model, **batch)[:, 0].chunk(2)  # (B,) each
     loss = reward_model_loss(chosen, rejected)
     loss.backward()
@@ -53,37 +58,22 @@ def reward_model_step(
 
 
 def load_backbone(name: str, pairs: list[Pair], seed: int):
-    """(sequence classifier with one score, tokenizer): `tiny` is built here, anything else is a folder or hub id."""
+    """`tiny`, a folder or a hub id -> a sequence classifier with one score, and its tokenizer."""
     torch.manual_seed(seed)
     if name == "tiny":
-        lm, tokenizer = build_tiny(
-            [text for pair in pairs for text in (pair.prompt + pair.chosen, pair.rejected)], seed
-        )
-        config = copy.deepcopy(lm.config)
-        config.num_labels = 1
-        model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
-        model.base_model.load_state_dict(lm.base_model.state_dict())
+        model, tokenizer = tiny_classifier(pairs, seed)
     else:
+        options = dict(num_labels=1, dtype=torch.float32, ignore_mismatched_sizes=True)
         try:
-            model = AutoModelForSequenceClassification.from_pretrained(
-                name, num_labels=1, dtype=torch.float32, ignore_mismatched_sizes=True
-            )
+            model = AutoModelForSequenceClassification.from_pretrained(name, **options)
             tokenizer = AutoTokenizer.from_pretrained(name)
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            RuntimeError,
-            ImportError,
-            SafetensorError,
-        ) as problem:
+        except LOADING_ERRORS as problem:
             raise UserError(
-                f"--model {name} cannot be loaded as a classifier ({first_line(problem)}); give a folder, a hub id, or tiny"
+                f"--model {name} cannot be loaded as a classifier ({first_line(problem)}); "
+                "give a folder, a hub id, or tiny"
             ) from None
-    if hasattr(
-        model, "score"
-    ):  # decoders: the published initialisation of the head (Stiennon et al.; N+ details)
+    if hasattr(model, "score"):
+        # The head of a decoder, as published (Stiennon et al. 2009.01325; N+ details 2403.17031).
         torch.nn.init.normal_(model.score.weight, std=(model.score.weight.shape[1] + 1) ** -0.5)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -93,87 +83,93 @@ def load_backbone(name: str, pairs: list[Pair], seed: int):
     return model, tokenizer
 
 
+def tiny_classifier(pairs: list[Pair], seed: int):
+    """The `tiny` model of train.py, its vocabulary from these pairs, with a score for a head."""
+    texts = [text for pair in pairs for text in (pair.prompt + pair.chosen, pair.rejected)]
+    lm, tokenizer = build_tiny(texts, seed)
+    config = copy.deepcopy(lm.config)
+    config.num_labels = 1
+    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    model.base_model.load_state_dict(lm.base_model.state_dict())
+    return model, tokenizer
+
+
+def texts_of(pairs: list[Pair]) -> tuple[list[str], list[str]]:
+    """-> prompt + chosen response of every pair, prompt + rejected response of every pair."""
+    chosen = [pair.prompt + pair.chosen for pair in pairs]
+    return chosen, [pair.prompt + pair.rejected for pair in pairs]
+
+
 def scores_of(model, tokenizer, pairs: list[Pair]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores of the chosen and of the rejected responses, (N,) each: the same path that `--reward model(...)` takes."""
+    """Raw scores of the chosen and rejected texts, (N,) each, computed as `--reward model(...)`."""
     model.eval()
-    sides = (
-        [pair.prompt + pair.chosen for pair in pairs],
-        [pair.prompt + pair.rejected for pair in pairs],
-    )
-    chosen, rejected = (batched_logits(model, tokenizer, texts)[:, 0] for texts in sides)
+    chosen, rejected = [batched_logits(model, tokenizer, texts)[:, 0] for texts in texts_of(pairs)]
     model.train()
     return chosen, rejected
 
 
-@one_line_errors
-def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Train, measure, calibrate, save. Returns the held-out numbers."""
-    parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument(
-        "--data",
-        required=True,
-        help="pairs: prompt, chosen, rejected, or chosen and rejected transcripts (Anthropic's format)",
-    )
-    parser.add_argument(
-        "--model", default="tiny", help="backbone: 'tiny' (built here), a folder or a hub id"
-    )
-    parser.add_argument(
-        "--out", default="reward", help="folder for the trained model; must not exist"
-    )
-    parser.add_argument("--epochs", type=number(int, 1), default=1, help="passes over the pairs")
-    parser.add_argument(
-        "--batch-size", type=number(int, 1), default=16, help="pairs per optimiser step"
-    )
-    parser.add_argument(
-        "--lr",
-        type=number(float, 0, above=True),
-        help="peak learning rate, falling to 0 (default: 1e-3 for 'tiny', else 2e-5)",
-    )
-    parser.add_argument("--limit", type=number(int, 1), help="read at most N pairs")
-    parser.add_argument("--encoding", default="utf-8", help="encoding of a local file")
-    parser.add_argument(
-        "--seed", type=number(int, 0, 2**32 - 2), default=0, help="of initialisation and order"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    args = parser.parse_args(argv)
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()  # "newly initialized: score" is what we want here
-    check_new_folder(args.out)
-    device = pick_device(args.device)
-    pairs = load_pairs(args.data, limit=args.limit, encoding=args.encoding)
-    # Split by prompt, through the same hash as everything else: no prompt is on both sides. By the texts where that holds out too much: few prompts, or none.
-    for key in (lambda pair: pair.prompt, lambda pair: f"{pair.chosen}\0{pair.rejected}"):
-        train, held_out = (
-            [e.columns["pair"] for e in side]
-            for side in split_examples([Example(key(pair), "", {"pair": pair}) for pair in pairs])
-        )
-        if len(held_out) <= len(pairs) / 2:
-            break
-    model, tokenizer = load_backbone(args.model, train, args.seed)
-    model.to(device).train()
+def split_pairs(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
+    """-> training and held-out pairs. The hash of a prompt decides: it is never on both sides."""
+    train, held_out = _split_by([pair.prompt for pair in pairs], pairs)
+    if len(held_out) > len(pairs) / 2:  # few prompts, or none: split by a hash of the two texts
+        return _split_by([f"{pair.chosen}\0{pair.rejected}" for pair in pairs], pairs)
+    return train, held_out
 
-    steps = max(1, args.epochs * len(train) // args.batch_size)
-    lr = args.lr if args.lr is not None else 1e-3 if args.model == "tiny" else 2e-5
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, eps=1e-5, weight_decay=0.0)
+
+def _split_by(keys: list[str], pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
+    examples = [Example(key, "", {"pair": pair}) for key, pair in zip(keys, pairs)]
+    train, held_out = split_examples(examples)
+    return [e.columns["pair"] for e in train], [e.columns["pair"] for e in held_out]
+
+
+def fit(model, tokenizer, pairs: list[Pair], args) -> None:
+    """`--epochs` passes over the pairs with AdamW; the learning rate falls to 0."""
+    steps = max(1, args.epochs * len(pairs) // args.batch_size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    stream = BatchStream(train, min(args.batch_size, len(train)), args.seed)
+    stream = BatchStream(pairs, min(args.batch_size, len(pairs)), args.seed)
     bar = tqdm(range(steps), desc="reward model", dynamic_ncols=True)
     for _ in bar:
-        drawn = stream.next()
-        texts = [pair.prompt + pair.chosen for pair in drawn] + [
-            pair.prompt + pair.rejected for pair in drawn
-        ]
-        stats = reward_model_step(model, tokenize(tokenizer, model, texts), optimizer)
+        chosen, rejected = texts_of(stream.next())
+        batch = tokenize(tokenizer, model, chosen + rejected)
+        stats = reward_model_step(model, batch, optimizer)
         scheduler.step()
-        bar.set_postfix(
-            loss=f"{stats['loss']:.3f}", accuracy=f"{stats['accuracy']:.2f}", refresh=False
-        )
+        loss, accuracy = f"{stats['loss']:.3f}", f"{stats['accuracy']:.2f}"
+        bar.set_postfix(loss=loss, accuracy=accuracy, refresh=False)
 
-    calibration = torch.cat(scores_of(model, tokenizer, train))  # (2N,)
-    model.config.reward_mean, model.config.reward_std = (
-        float(calibration.mean()),
-        float(calibration.std(unbiased=False).clamp(min=1e-6)),
-    )
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Train, calibrate, measure, save. Returns the held-out numbers."""
+    parser = Parser(__doc__.splitlines()[0])
+    add, count, positive = parser.add_argument, number(int, 1), number(float, 0, above=True)
+    what = "prompt, chosen, rejected; or chosen and rejected transcripts (Anthropic's format)"
+    add("--data", required=True, help=f"pairs: {what}")
+    add("--model", default="tiny", help="'tiny' (built here), a folder or a hub id")
+    add("--out", default="reward", help="folder for the trained model; must not exist")
+    add("--epochs", type=count, default=1, help="passes over the pairs")
+    add("--batch-size", type=count, default=16, help="pairs of one update")
+    add("--lr", type=positive, help="peak learning rate (default: 1e-3 for 'tiny', else 2e-5)")
+    add("--limit", type=count, help="read at most N pairs")
+    add("--encoding", default="utf-8", help="encoding of a local file")
+    add("--seed", type=number(int, 0, 2**32 - 2), default=0, help="of initialisation and order")
+    add("--device", default="auto", help="auto, cuda, mps or cpu")
+    args = parser.parse_args(argv)
+    if args.lr is None:
+        args.lr = 1e-3 if args.model == "tiny" else 2e-5
+    transformers.utils.logging.disable_progress_bar()
+    # No warning "newly initialized: score": a new score is what we want.
+    transformers.utils.logging.set_verbosity_error()
+    check_new_folder(args.out)
+    device = pick_device(args.device)
+    train, held_out = split_pairs(load_pairs(args.data, limit=args.limit, encoding=args.encoding))
+    model, tokenizer = load_backbone(args.model, train, args.seed)
+    model.to(device).train()
+    fit(model, tokenizer, train, args)
+
+    scores = torch.cat(scores_of(model, tokenizer, train))  # (2N,)
+    model.config.reward_mean = float(scores.mean())
+    model.config.reward_std = float(scores.std(unbiased=False).clamp(min=1e-6))
     chosen, rejected = scores_of(model, tokenizer, held_out)
     metrics = {
         "accuracy": float((chosen > rejected).float().mean()),
@@ -184,7 +180,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     print(
-        f"held-out pairs {len(held_out)}: accuracy {metrics['accuracy']:.3f}, loss {metrics['loss']:.3f} (0.693 is guessing); model in {args.out}"
+        f"held-out pairs {len(held_out)}: accuracy {metrics['accuracy']:.3f}, "
+        f"loss {metrics['loss']:.3f} (0.693 is guessing); model in {args.out}"
     )
     return metrics
 

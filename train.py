@@ -99,7 +99,6 @@ def train_on_reward(run: Run, args: argparse.Namespace) -> dict[str, float]:
     run.drawn = [e for e in run.prompt_stream.next() for _ in range(args.group_size)]
     # A seed of its own for each step and process: room for a million steps on 1,024 processes
     seed = (args.seed * 2**20 + run.step) * 2**10 + parallel.rank()
-    run.reward.reference = run.reference
     rollout, metrics = collect_rollout(
         run.model, run.reference, run.tokenizer, run.drawn, run.reward, **run.sampling,
         kl_coef=0.0 if algorithm.kl_in_loss else kl_coef, kl_estimator=args.kl_estimator,

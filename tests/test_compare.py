@@ -11,9 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import compare
+import evaluate
 import train
+from compare import main
 from engine import UserError
-from evaluate import main
 
 
 def test_intervals_are_students():
@@ -88,7 +89,7 @@ def test_the_nll_at_equal_reward_is_read_off_the_mean_curves():
 
 @pytest.fixture
 def trained(tmp_path, monkeypatch) -> list[str]:
-    """Runs happen here and not in processes of their own, whose imports take longer; -> the --out of each."""
+    """Runs happen in this process: no time for imports. -> the --out of each."""
     folders = []
 
     def run_here(command, **options):
@@ -107,12 +108,12 @@ SMALL = "--limit 40 --batch-size 4 --max-new-tokens 4 --eval-size 4 --device cpu
 def test_a_small_comparison_from_one_command(tmp_path, trained, capsys):
     pytest.importorskip("matplotlib", reason="matplotlib is an optional package")
     command = [
-        "compare",
         *"--out c --seeds 2 --steps 4 --lrs 1e-3 --kl-coefs 0.05 0.1 --jobs 1 --".split(),
         *SMALL,
     ]
     main(command)
     report = json.loads((tmp_path / "c" / "compare.json").read_text())
+    assert report["command"] == ["compare.py", *command]
     assert set(report["runs"]) == {"SFT", "PPO", "SFT, then PPO", "hybrid"} and all(
         len(runs) == 2 for runs in report["runs"].values()
     )
@@ -141,7 +142,7 @@ def test_a_small_comparison_from_one_command(tmp_path, trained, capsys):
         and (tmp_path / "c" / "pareto.png").stat().st_size > 10_000
     )
 
-    # Interrupted: one run is lost, another was cut. The same command repeats these two, and no other.
+    # Interrupted: one run is lost, one has no final model. The command repeats these two only.
     lost, cut = (
         tmp_path / "c" / name for name in ("sft-seed1-lr0.001-kl0.05", "sft-seed2-lr0.001-kl0.05")
     )
@@ -162,14 +163,16 @@ def test_a_small_comparison_from_one_command(tmp_path, trained, capsys):
     main(command)
     assert trained == [str(cut.relative_to(tmp_path))]
     with pytest.raises(SystemExit):
-        main(["compare", "--out", "c"])
+        main(["--out", "c"])
     assert "holds a comparison with other --steps" in capsys.readouterr().err
 
 
 def test_the_tax_is_the_perplexity_elsewhere(tmp_path, trained, tiny_folder):
     pytest.importorskip("matplotlib", reason="matplotlib is an optional package")
     (tmp_path / "text.txt").write_text("the plot was warm and bold\nyet the cast felt dull\n")
-    flags = "compare --out c --seeds 1 --steps 2 --lrs 1e-3 --kl-coefs 0.1 --jobs 1 --tax text.txt --".split()
+    flags = (
+        "--out c --seeds 1 --steps 2 --lrs 1e-3 --kl-coefs 0.1 --jobs 1 --tax text.txt --".split()
+    )
     main([*flags, "--model", str(tiny_folder), "--max-length", "40", *SMALL])
     runs = json.loads((tmp_path / "c" / "compare.json").read_text())["runs"]
     # The same by Hugging Face's own loss: the records one by one, all but the first word.
@@ -193,7 +196,7 @@ def test_the_tax_is_the_perplexity_elsewhere(tmp_path, trained, tiny_folder):
 
 
 def test_what_cannot_be_compared_is_one_line_before_any_run(tmp_path, monkeypatch, capsys):
-    def refused(flags: str) -> str:
+    def refused(flags: str, main=main) -> str:
         with pytest.raises(SystemExit) as caught:
             main(flags.split())
         err = capsys.readouterr().err
@@ -202,12 +205,13 @@ def test_what_cannot_be_compared_is_one_line_before_any_run(tmp_path, monkeypatc
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(compare, "load_pyplot", lambda what: None)
-    assert "nowhere.txt does not exist" in refused("compare --out d --tax nowhere.txt")
-    assert "found a b c d" in refused("compare --out d --tax a b c d")
+    assert "nowhere.txt does not exist" in refused("--out d --tax nowhere.txt")
+    assert "found a b c d" in refused("--out d --tax a b c d")
     (tmp_path / "d").mkdir()
-    assert "--out d already exists" in refused("compare --out d")
+    assert "--out d already exists" in refused("--out d")
     assert "--temperature: expected a number" in refused(
-        "compare --out e --seeds 1 --steps 2 --lrs 1e-3 --kl-coefs 0.1 --jobs 1 -- --temperature 0"
+        "--out e --seeds 1 --steps 2 --lrs 1e-3 --kl-coefs 0.1 --jobs 1 -- --temperature 0"
     )
-    assert "--steps is not for train.py here" in refused("compare --out d2 -- --steps 9")
-    assert "go together" in refused("--perplexity gpt2")
+    assert "--steps is not for train.py here" in refused("--out d2 -- --steps 9")
+    assert "go together" in refused("--perplexity gpt2", evaluate.main)
+    assert "a command of its own: python compare.py" in refused("compare --seeds 2", evaluate.main)

@@ -54,7 +54,8 @@ def test_muon_takes_the_matrices_and_adamw_the_rest():
     names = {id(p): name for name, p in model.named_parameters()}
     optimizer = OPTIMIZERS["muon"](model, 1e-3)
     muon, adamw = (
-        {names[id(p)] for g in part.param_groups for p in g["params"]} for part in optimizer.parts
+        {names[id(p)] for g in one.param_groups for p in g["params"]}
+        for one in optimizer.optimizers
     )
     assert muon | adamw == set(names.values()) and not muon & adamw
     assert (
@@ -94,7 +95,8 @@ def test_every_optimiser_learns_follows_the_schedule_and_resumes(name):
     losses, _ = train(model, optimizer, 8)
     assert losses[-1] < losses[0]
     scheduler.step()
-    groups = [g for part in getattr(optimizer, "parts", [optimizer]) for g in part.param_groups]
+    inner = getattr(optimizer, "optimizers", [optimizer])
+    groups = [group for one in inner for group in one.param_groups]
     assert {g["lr"] for g in groups} == {0.05 if name == "sgd" else 1.5e-3}
     twin = copy.deepcopy(model)
     other = OPTIMIZERS[name](twin, 1.0)

@@ -14,7 +14,7 @@ from conftest import ROOT
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent))
-import parallel_worker as worker  # noqa: E402
+import parallel_worker as worker
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 FLAGS = """--limit 120 --steps 8 --batch-size 7 --max-new-tokens 8 --eval-size 6 --save-every 4 --device cpu --sft-warmup 2 --warmup-steps 0

@@ -24,8 +24,8 @@ import hybrid
 import runs
 import train
 from engine import UserError
-from evaluate import RULES, verdict
 from evaluate import main as evaluate_main
+from health import RULES, verdict
 from hybrid import HybridModel, merge
 from lm import build_tiny
 from train import main
@@ -634,9 +634,10 @@ def test_the_verdict_reads_the_held_out_numbers_too():
         "1.1 above its best: PPO forgets the language" in line
         and "more than half of the responses are repeats" in line
     )
-    assert verdict([]) == "verdict: nothing was recorded" and verdict(rows[:2]).startswith(
-        "verdict: healthy"
-    )
+    assert verdict([]) == "verdict: nothing was recorded"
+    assert verdict(rows[:2] * 15).startswith("verdict: healthy")
+    short = verdict(rows[:2] * 14)
+    assert short.startswith("verdict: too short for a verdict (28 steps; it needs 30) (ppo/score")
 
 
 def test_health_and_plot_commands(tmp_path, capsys):

@@ -1,0 +1,195 @@
+"""Is a run healthy? A verdict in one line, and the curves of a run, both from its metrics.jsonl.
+
+    python evaluate.py --health out           # one line: healthy, or what to suspect and why
+    python evaluate.py --plot out             # out/curves.png (needs matplotlib)
+
+Left out on purpose: limits that a user can set. A rule fires where a metric leaves the healthy
+range that the glossary of the README gives.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from engine import UserError
+from runs import skipped_updates
+
+MIN_STEPS = 30  # the mean over a third of fewer rows says little
+
+
+def above(limit: float) -> Callable[[float, float], bool]:
+    return lambda first, last: last > limit
+
+
+def below(limit: float) -> Callable[[float, float], bool]:
+    return lambda first, last: last < limit
+
+
+# (metric, is it sick? by its means over the first and the last third of the run, what to suspect)
+RULES = [
+    ("ppo/sampler_gap", above(0.3),
+     "sampled and scored log-probabilities differ: a bug, or very low precision"),
+    ("ppo/first_ratio_gap", above(1e-3),
+     "the first ratio of an update is not 1: rollouts are off-policy, or dropout is on"),
+    ("ppo/kl_k1", below(-1),
+     "the KL is negative: the sampler does not draw from the scored distribution"),
+    ("ppo/kl", above(50),
+     "the KL is above 50 nats a response: reward hacking; raise --kl-coef"),
+    ("ppo/entropy", lambda first, last: last < 0.2 * first,
+     "the entropy collapsed to a fifth: the same answer to everything"),
+    ("ppo/clipfrac", above(0.3),
+     "more than 0.3 of the tokens are clipped: lower --lr or --ppo-epochs"),
+    ("ppo/score_std", below(1e-6),
+     "all responses score alike, so there is nothing to learn: does --reward fit the data?"),
+    ("ppo/var_explained", below(-1),
+     "the value head is worse than a constant: raise --vf-coef"),
+    ("ppo/response_length", lambda first, last: not 0.5 < last / first < 2,
+     "the responses changed their length twofold: the reward likes length or silence"),
+    ("ppo/eos_rate", below(0.1),
+     "hardly any response ends by itself: raise --max-new-tokens, or EOS is not trained"),
+    ("ppo/unscored", above(0.1),
+     "more than a tenth of the responses got no score: look at the judge"),
+    ("sft/skipped_steps", above(0.01), "SFT updates were skipped: lower --lr"),
+    ("ppo/skipped_steps", above(0.01),
+     "PPO updates were skipped: lower --lr, or scale the reward"),
+    ("dpo/skipped_steps", above(0.01), "DPO updates were skipped: lower --lr"),
+    ("dpo/accuracy", below(0.5),
+     "DPO prefers the rejected side: --lr too large, or chosen and rejected are mixed up"),
+    ("sft/loss", lambda first, last: last > 1.2 * first,
+     "the SFT loss rises: --lr too large, or PPO undoes it; lower --ppo-ratio"),
+]  # fmt: skip
+TRENDS = ("ppo/score", "ppo/kl", "ppo/entropy", "ppo/clipfrac", "ppo/var_explained")
+TRENDS += ("ppo/response_length", "sft/loss")
+
+
+def as_ppo(row: dict) -> dict:
+    """The row, its metrics `<phase>/...` renamed to `ppo/...`: RULES then fit all that sample.
+
+    A row of GRPO has `ppo/...` for its rollout, as PPO has, and `grpo/...` for its updates. A new
+    algorithm that samples writes the same. Rows of SFT, DPO and evaluations stay as they are.
+    """
+    if row["phase"] in ("sft", "dpo", "eval"):
+        return row
+    prefix = row["phase"] + "/"
+    renamed = {}
+    for name, value in row.items():
+        if name.startswith(prefix):
+            name = "ppo/" + name.removeprefix(prefix)
+        renamed[name] = value
+    return renamed
+
+
+def ends_of(rows: list[dict], name: str) -> tuple[float, float] | None:
+    """Means over the first and the last third of the rows with this metric; None for < 3 rows."""
+    values = [row[name] for row in rows if name in row]
+    third = len(values) // 3
+    return (sum(values[:third]) / third, sum(values[-third:]) / third) if third else None
+
+
+def leaves_of(rows: list[dict]) -> list[str]:
+    """The names `reward/...` of the leaves of the reward, sorted."""
+    return sorted({name for row in rows for name in row if name.startswith("reward/")})
+
+
+def broken_rules(rows: list[dict]) -> list[str]:
+    """What RULES find in the rows."""
+    found = []
+    for name, is_sick, text in RULES:
+        ends = ends_of(rows, name)
+        if ends is not None and is_sick(*ends):
+            found.append(f"{name} {ends[1]:.3g}: {text}")
+    return found
+
+
+def falling_reward(rows: list[dict]) -> list[str]:
+    """Does every leaf of the reward fall?"""
+    # Leaves are raw. The total may be standardised (ema, whiten, mixture): it has no trend then.
+    ends = [ends_of(rows, name) for name in leaves_of(rows)]
+    falls = [pair[1] < pair[0] - 0.05 * abs(pair[0]) - 1e-9 for pair in ends if pair is not None]
+    if falls and all(falls):
+        return ["every part of the reward falls: --lr too large, or --kl-coef too high"]
+    return []
+
+
+def bad_evaluations(rows: list[dict]) -> list[str]:
+    """Is the held-out NLL far above its best, or does the model repeat itself?"""
+    found = []
+    evaluations = [row for row in rows if row["phase"] == "eval"]
+    nll = [row["eval/nll"] for row in evaluations if "eval/nll" in row]
+    if nll and nll[-1] > min(nll) + 0.5:
+        found.append(
+            f"eval/nll {nll[-1]:.3g}, {nll[-1] - min(nll):.2g} above its best: "
+            "PPO forgets the language; raise --kl-coef, lower --ppo-ratio"
+        )
+    distinct = evaluations[-1].get("eval/distinct", 1.0) if evaluations else 1.0
+    if distinct < 0.5:
+        found.append(f"eval/distinct {distinct:.3g}: more than half of the responses are repeats")
+    return found
+
+
+def summary_of(rows: list[dict]) -> str:
+    """The trends of a run in brackets: first third -> last third."""
+    trends = []
+    for name in TRENDS:
+        ends = ends_of(rows, name)
+        if ends is not None:
+            trends.append(f"{name} {ends[0]:.3g} -> {ends[1]:.3g}")
+    skipped = 0
+    for row in rows:
+        skipped += skipped_updates(row)
+    return f"({', '.join([*trends, f'skipped updates {skipped:.0f}'])})"
+
+
+def verdict(rows: list[dict]) -> str:
+    """One line on the rows of a metrics.jsonl: healthy or what to suspect, then the trends."""
+    if not rows:
+        return "verdict: nothing was recorded"
+    rows = [as_ppo(row) for row in rows]
+    steps = sum(row["phase"] != "eval" for row in rows)
+    suspicions = broken_rules(rows) + falling_reward(rows) + bad_evaluations(rows)
+    answer = f"suspect {'; '.join(suspicions)}" if suspicions else "healthy"
+    if steps < MIN_STEPS:
+        answer = f"too short for a verdict ({steps} steps; it needs {MIN_STEPS})"
+    return f"verdict: {answer} {summary_of(rows)}"
+
+
+def load_pyplot(what: str):
+    """matplotlib.pyplot, drawing to files only. Raises UserError where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError(f"{what} needs the package matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """The curves of a run as a PNG: reward, NLL, KL, length, and the leaves of the reward."""
+    pyplot = load_pyplot("--plot")
+    panels = {
+        "reward": ["ppo/score", "eval/reward"],
+        "NLL": ["sft/loss", "eval/nll"],
+        "KL, nats a response": ["ppo/kl", "eval/kl"],
+        "length, tokens": ["ppo/response_length", "eval/response_length"],
+    }
+    if len(leaves_of(rows)) > 1:
+        panels["reward, by leaf"] = leaves_of(rows)
+    size = (8, 1.8 * len(panels))
+    figure, axes = pyplot.subplots(len(panels), sharex=True, figsize=size, layout="constrained")
+    for axis, (title, names) in zip(axes, panels.items()):
+        for name in names:
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            style = "o-" if name.startswith("eval/") else "-"
+            if points:
+                axis.plot(*zip(*points), style, markersize=3, linewidth=1, label=name)
+        axis.set_ylabel(title)
+        if axis.lines:
+            axis.legend(fontsize=7)
+    for row in rows:
+        if row["phase"] not in ("sft", "eval"):
+            for axis in axes[:2]:
+                axis.axvspan(row["step"] - 1, row["step"], color="0.92", linewidth=0)
+    axes[-1].set_xlabel("step (shaded: PPO, or what takes its place)")
+    figure.savefig(path, dpi=80)
+    pyplot.close(figure)
