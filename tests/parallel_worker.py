@@ -1,4 +1,4 @@
-"""What `test_parallel.py` starts in two processes by torchrun. Each process leaves what it saw in FOLDER/<rank>.pt."""
+"""Started by test_parallel.py in two processes. Each writes what it saw to FOLDER/<rank>.pt."""
 
 import sys
 from pathlib import Path
@@ -71,10 +71,8 @@ def ppo_weights(rollout, make_backend=Backend, minibatches: int = 2) -> dict:
 
 
 def collect(model, reward, rows: int = 7):
-    dialogue.encode_prompt, dialogue.decode = (
-        lambda tokenizer, example: example.columns["ids"],
-        lambda tokenizer, ids: " ".join(map(str, ids)),
-    )
+    dialogue.encode_prompt = lambda tokenizer, example: example.columns["ids"]
+    dialogue.decode = lambda tokenizer, ids: " ".join(map(str, ids))
     examples = [Example("", "", {"ids": ids}) for ids in ragged_batch(1, rows=rows)[0]]
     generator = torch.Generator().manual_seed(100 + parallel.rank())
     return ppo.collect_rollout(
@@ -91,15 +89,24 @@ def collect(model, reward, rows: int = 7):
     )
 
 
+REWARDS = """
+import torch.distributed
+
+def count(completions, **columns):
+    return [float(len(set(c.split()))) for c in completions]
+
+def fails(completions, **columns):
+    return [float("nan") if torch.distributed.get_rank() else 1.0 for _ in completions]
+"""
+
+
 def main(folder: Path) -> None:
     parallel.start(torch.device("cpu"))
     rank = parallel.rank()
     report = {"sft": sft_weights(), "gathered": parallel.gather(parallel.share(list("abcdefg")))}
 
-    Path(folder / "reward.py").write_text(
-        "def count(completions, **columns):\n    return [float(len(set(c.split()))) for c in completions]\n"
-        "def fails(completions, **columns):\n    import torch.distributed as d\n    return [float('nan') if d.get_rank() else 1.0 for _ in completions]\n"
-    ) if rank == 0 else None
+    if rank == 0:
+        (folder / "reward.py").write_text(REWARDS)
     parallel.everybody(None)  # the file is there
     reward = build_reward(f"ema({folder}/reward.py:count)")
     rollout, metrics = collect(new_model(), reward)
@@ -110,9 +117,8 @@ def main(folder: Path) -> None:
         "ppo": ppo_weights(rollout),
     }
     scarce = ppo.Rollout(**vars(rollout))
-    scarce.response_mask = (
-        scarce.response_mask & (torch.arange(7) < 3)[:, None]
-    )  # three rows in three minibatches: one process has none
+    # Three rows in three minibatches: one process has none.
+    scarce.response_mask = scarce.response_mask & (torch.arange(7) < 3)[:, None]
     report["scarce"] = ppo_weights(scarce, minibatches=3)
 
     try:

@@ -1,8 +1,9 @@
-"""bench.py and cost.py: the counts that they print are checked against independent ones; no assertion depends on speed."""
+"""bench.py and cost.py: their counts against independent ones; no assertion depends on speed."""
 
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,12 +11,12 @@ from conftest import ROOT, SHARED
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
-import bench_worker
 import cost
 from hybrid import HybridModel
 from train import main
 
-SMALL = "--layers 2 --width 64 --vocab 256 --batch 4 --prompt-len 6 --response-len 5 --rounds 1 --device cpu".split()
+SMALL = "--layers 2 --width 64 --vocab 256 --batch 4 --prompt-len 6 --response-len 5".split()
+SMALL += ["--rounds", "1", "--device", "cpu"]
 
 
 @pytest.mark.parametrize(
@@ -58,54 +59,32 @@ def test_a_peer_that_is_not_there_or_measures_something_else_is_one_line(capsys)
         assert message in capsys.readouterr().err
 
 
+SIZES = dict(model=None, prompt_len=16, response_len=16, ragged=False, device="cpu")
+
+
 def test_flops_are_those_that_torch_counts():
-    load = dict(
-        model=None,
-        layers=3,
-        width=128,
-        vocab=300,
-        prompt_len=16,
-        response_len=16,
-        ragged=False,
-        device="cpu",
-    )
-    model = HybridModel(bench_worker.build_lm(load))
-    model.lm.config._attn_implementation = (
-        "eager"  # torch counts its matrix products; fused attention on the CPU it does not see
-    )
+    load = SimpleNamespace(**SIZES, layers=3, width=128, vocab=300)
+    model = HybridModel(bench.build_lm(load))
+    # torch counts its matrix products; fused attention on the CPU it does not see
+    model.lm.config._attn_implementation = "eager"
     ids = torch.randint(1, 300, (2, 33))
     mask, response = torch.ones_like(ids).bool(), (torch.arange(33) > 16).expand(2, -1)
     with FlopCounterMode(display=False) as counter:
         model(ids, mask, response)
     ours = bench.step_flops("sft", 3, 128, 300, [17, 17], [16, 16]) / 3
-    attention = (
-        2 * 3 * (4 * 128) * (32 * 33) / 2
-    )  # half of the square: what lies above the diagonal is counted by torch, but need not be computed
+    # Half of the square: torch counts what lies above the diagonal, but nobody needs it.
+    attention = 2 * 3 * (4 * 128) * (32 * 33) / 2
     assert counter.get_total_flops() == pytest.approx(ours + attention * 31 / 33, rel=0.01)
 
 
 def test_ragged_workloads_have_the_lengths_that_they_promise():
-    load = dict(prompt_len=64, batch=500, vocab=100, ragged=True)
-    lengths = [len(p) for p in bench_worker.make_prompts(load, 0)]
-    assert (
-        min(lengths) == 8
-        and max(lengths) == 64
-        and bench_worker.make_prompts(load, 0)
-        == bench_worker.make_prompts(load, 0)
-        != bench_worker.make_prompts(load, 1)
-    )
-    lm = bench_worker.build_lm(
-        dict(
-            model=None,
-            layers=1,
-            width=64,
-            vocab=1000,
-            prompt_len=8,
-            response_len=8,
-            ragged=True,
-            device="cpu",
-        )
-    )
+    load = SimpleNamespace(batch=500, vocab=100, ragged=True)
+    first = bench.make_ids(load, 64, 0)
+    lengths = [len(ids) for ids in first]
+    assert min(lengths) == 8 and max(lengths) == 64
+    assert first == bench.make_ids(load, 64, 0) != bench.make_ids(load, 64, 1)
+    load = SimpleNamespace(**{**SIZES, "ragged": True}, layers=1, width=64, vocab=1000)
+    lm = bench.build_lm(load)
     with torch.no_grad():
         p_eos = torch.softmax(lm(torch.randint(1, 1000, (8, 32))).logits, -1)[..., 0].mean()
     assert float(p_eos) == pytest.approx(1 / 30, rel=0.1)
@@ -183,7 +162,7 @@ def test_the_estimate_follows_its_formula():
 
 
 def test_the_activations_are_those_that_autograd_keeps():
-    """Bytes saved for backward per token, layer and width, by torch's own hooks: 85 in float32 for a Llama block."""
+    """Bytes saved for backward, by torch hooks: 85 per token, layer and width of a Llama block."""
     from conftest import build_lm
 
     layers, width, tokens = 4, 256, 4 * 64

@@ -44,9 +44,9 @@ def train(model, optimizer, steps=4):
 def test_an_optimiser_is_torchs_own(name):
     model = HybridModel(build_lm("llama"))
     twin = copy.deepcopy(model)
-    _, ours = train(model, OPTIMIZERS[name](model, 1e-3))
-    _, theirs = train(twin, ORACLES[name](twin.parameters()))
-    assert all(torch.equal(x, y) for x, y in zip(ours, theirs))
+    _, weights = train(model, OPTIMIZERS[name](model, 1e-3))
+    _, expected = train(twin, ORACLES[name](twin.parameters()))
+    assert all(torch.equal(x, y) for x, y in zip(weights, expected))
 
 
 def test_muon_takes_the_matrices_and_adamw_the_rest():
@@ -82,9 +82,9 @@ def test_muon_takes_the_matrices_and_adamw_the_rest():
         def zero_grad(self, set_to_none):
             [part.zero_grad(set_to_none) for part in pair]
 
-    _, ours = train(model, optimizer)
-    _, theirs = train(twin, Both())
-    assert all(torch.equal(x, y) for x, y in zip(ours, theirs))
+    _, weights = train(model, optimizer)
+    _, expected = train(twin, Both())
+    assert all(torch.equal(x, y) for x, y in zip(weights, expected))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -111,7 +111,7 @@ def rates(name, steps=50, warmup=10):
 
 
 def test_schedules_equal_torchs_own():
-    def theirs(make):
+    def of_torch(make):
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
         schedule, values = make(optimizer), []
         for _ in range(40):
@@ -120,11 +120,11 @@ def test_schedules_equal_torchs_own():
             schedule.step()
         return values
 
-    linear = theirs(
+    linear = of_torch(
         lambda o: torch_schedules.LinearLR(o, start_factor=1.0, end_factor=0.0, total_iters=40)
     )
-    cosine = theirs(lambda o: torch_schedules.CosineAnnealingLR(o, T_max=40))
-    constant = theirs(lambda o: torch_schedules.ConstantLR(o, factor=1.0))
+    cosine = of_torch(lambda o: torch_schedules.CosineAnnealingLR(o, T_max=40))
+    constant = of_torch(lambda o: torch_schedules.ConstantLR(o, factor=1.0))
     for name, expected in (("linear", linear), ("cosine", cosine), ("constant", constant)):
         assert rates(name)[10:] == pytest.approx(expected, abs=1e-9), name
 
@@ -208,7 +208,8 @@ def test_a_precision_that_the_device_lacks_is_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     with pytest.raises(
         UserError,
-        match="--amp bf16 cannot be used on cuda .this GPU has no bfloat16 arithmetic.; try --amp no",
+        match="--amp bf16 cannot be used on cuda "
+        ".this GPU has no bfloat16 arithmetic.; try --amp no",
     ):
         check_amp("bf16", torch.device("cuda"))
 
@@ -255,7 +256,8 @@ def test_compiling_changes_no_score_and_its_absence_is_one_line(monkeypatch):
         )
         with pytest.raises(
             UserError,
-            match="--compile: torch.compile does not work on this machine .no C.. compiler.; leave it out",
+            match="--compile: torch.compile does not work on this machine "
+            ".no C.. compiler.; leave it out",
         ):
             compile_lm(model)
     try:

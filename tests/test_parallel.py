@@ -1,4 +1,7 @@
-"""Two gloo processes against one: the same weights, gradients, rollouts and statistics. Each start has a time limit: a hang is a failure."""
+"""Two gloo processes against one: the same weights, gradients, rollouts and statistics.
+
+Each start has a time limit: a hang is a failure.
+"""
 
 import json
 import os
@@ -17,8 +20,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import parallel_worker as worker
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-FLAGS = """--limit 120 --steps 8 --batch-size 7 --max-new-tokens 8 --eval-size 6 --save-every 4 --device cpu --sft-warmup 2 --warmup-steps 0
---ppo-ratio 0.6 --micro-batch-size 2 --reward ema(length)""".split()
+FLAGS = """--limit 120 --steps 8 --batch-size 7 --max-new-tokens 8 --eval-size 6 --save-every 4
+--device cpu --sft-warmup 2 --warmup-steps 0 --ppo-ratio 0.6 --micro-batch-size 2
+--reward ema(length)""".split()
 
 
 def start(*command, expect: int = 0, **environment) -> str:
@@ -154,19 +158,8 @@ def copy_until(out: Path, to: Path, step: int) -> Path:
 
 def test_sigterm_to_the_launcher_ends_all_processes_after_the_step_and_the_run_can_go_on(tmp_path):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [
-        *TORCHRUN,
-        "train.py",
-        *FLAGS,
-        "--steps",
-        "100000",
-        "--eval-every",
-        "0",
-        "--save-every",
-        "0",
-        "--out",
-        str(tmp_path / "out"),
-    ]
+    endless = "--steps 100000 --eval-every 0 --save-every 0".split()
+    command = [*TORCHRUN, "train.py", *FLAGS, *endless, "--out", str(tmp_path / "out")]
     process = subprocess.Popen(
         command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -178,14 +171,8 @@ def test_sigterm_to_the_launcher_ends_all_processes_after_the_step_and_the_run_c
     process.communicate(timeout=60)
     [saved] = [path.name for path in (tmp_path / "out").glob("checkpoint-*")]
     assert int(saved[11:]) >= 1
-    start(
-        sys.executable,
-        "train.py",
-        "--resume",
-        tmp_path / "out",
-        "--steps",
-        str(int(saved[11:]) + 1),
-    )
+    one_more = str(int(saved[11:]) + 1)
+    start(sys.executable, "train.py", "--resume", tmp_path / "out", "--steps", one_more)
 
 
 def test_an_error_on_two_processes_is_a_line_of_each(tmp_path):
