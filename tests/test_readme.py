@@ -1,7 +1,10 @@
-"""The README keeps its word: every flag, metric, file, formula, number of a schedule, exercise, fork, mission and command in it is checked here."""
+"""The documents keep their word: README.md, docs/*.md, CONTRIBUTING.md and tests/MISSION.md.
+
+Every flag, metric, file, link, formula, picture, exercise, fork and command in them is checked.
+The commands are run, shortened; hub models and hub datasets are replaced by small local ones.
+"""
 
 import argparse
-import json
 import re
 import shlex
 import shutil
@@ -20,6 +23,65 @@ from runs import read_rows
 from train import main, parse_args
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = {path.name: path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("docs/*.md"))}
+PAGES = [README, *DOCS.values()]
+TEXT = "\n".join(PAGES)
+
+
+def section(page: str, heading: str) -> str:
+    """What stands under a heading of the second level."""
+    return page.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
+
+
+# ---- form: sizes and links
+
+
+def test_the_readme_is_short_enough_to_be_read():
+    assert len(README.split()) <= 2600
+    assert 150 <= len(README.splitlines()) <= 250
+    assert max(map(len, README.splitlines())) <= 100
+    assert README.count("](") >= 10
+
+
+def is_table_or_diff(line: str) -> bool:
+    return line.startswith(("|", "+ ", "- "))
+
+
+@pytest.mark.parametrize("name", DOCS)
+def test_a_document_says_what_it_is_for_and_has_narrow_lines(name):
+    lines = DOCS[name].splitlines()
+    assert lines[0].startswith("# ") and lines[2].startswith("This page ")
+    assert not [line for line in lines if len(line) > 100 and not is_table_or_diff(line)]
+    assert f"](docs/{name})" in README
+
+
+def anchors(page: str) -> set[str]:
+    """The anchors that GitHub makes of the headings of a page."""
+    text = re.sub(r"```.*?```", "", page, flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["README.md", "CONTRIBUTING.md", "tests/MISSION.md", *(f"docs/{name}" for name in DOCS)],
+)
+def test_every_link_points_to_something(name):
+    page = (ROOT / name).read_text(encoding="utf-8")
+    page = re.sub(r"```.*?```|`[^`\n]+`", "", page, flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)]+)\)", page):
+        if target.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = ((ROOT / name).parent / path).resolve() if path else ROOT / name
+        assert file.exists(), target
+        if anchor:
+            assert anchor in anchors(file.read_text(encoding="utf-8")), target
+    defined = set(re.findall(r"^\[(\w+)\]: https?://\S+$", page, re.MULTILINE))
+    assert set(re.findall(r"\]\[(\w+)\]", page)) <= defined
+
+
+# ---- content: flags, metrics, formulas
 
 
 def flags_of_train() -> list[argparse.Action]:
@@ -36,14 +98,25 @@ def flags_of_train() -> list[argparse.Action]:
 
 
 def test_every_flag_is_used_and_explained():
-    source = "".join((ROOT / name).read_text() for name in ("train.py", "dpo.py", "data.py"))
+    source = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("*.py"))
     for action in flags_of_train():
         assert re.search(rf"\bargs\.{action.dest}\b", source), f"--{action.dest} is never read"
-        assert action.help and f"`{action.option_strings[0]}`" in README, (
-            f"{action.option_strings[0]} is not in the README"
+        assert action.help and f"`{action.option_strings[0]}`" in TEXT, (
+            f"{action.option_strings[0]} is not in the documents"
         )
 
 
+def test_the_table_of_flags_has_every_flag_once_with_its_default():
+    table = section(DOCS["flags-and-data.md"], "Flags")
+    rows = re.findall(r"^\| `(--[\w-]+)` \| (\S+) \| .+ \|$", table, re.MULTILINE)
+    defaults = {
+        action.option_strings[0]: "-" if action.default is None else str(action.default)
+        for action in flags_of_train()
+    }
+    assert len(rows) == len(defaults) and dict(rows) == defaults
+
+
+@pytest.mark.slow
 def test_every_logged_metric_is_in_the_glossary_and_no_other(tmp_path, tiny_folder):
     refs = [
         "--model",
@@ -78,7 +151,7 @@ def test_every_logged_metric_is_in_the_glossary_and_no_other(tmp_path, tiny_fold
         for name in logged
         if name.startswith("grpo/") and name.replace("grpo/", "ppo/") in logged - {"ppo/sft_loss"}
     }
-    glossary = README.split("## Metrics", 1)[1].split("\n## ", 1)[0]
+    glossary = section(DOCS["metrics.md"], "Glossary")
     documented = {
         name
         for cell in re.findall(r"^\| (`[^|]+) \|", glossary, re.MULTILINE)
@@ -87,31 +160,34 @@ def test_every_logged_metric_is_in_the_glossary_and_no_other(tmp_path, tiny_fold
     assert logged - as_ppo == documented - {"grpo/<name>"}
 
 
-def test_every_formula_stands_in_the_file_that_is_named():
-    table = README.split("## The equations", 1)[1].split("\n## ", 1)[0]
+@pytest.mark.parametrize("page, least", [(DOCS["equations.md"], 13), (README, 5)])
+def test_every_formula_stands_in_the_file_that_is_named(page, least):
+    table = page if page is not README else section(README, "The equations")
     rows = re.findall(
         r"^\| (?!what|---)(.+?) \| .* \| `([^`]+)` \| `(\w+\.py)` \|$", table, re.MULTILINE
     )
-    assert len(rows) >= 13 and len(rows) == table.count("\n| ") - 1
+    assert len(rows) >= least and len(rows) == table.count("\n| ") - 1
     for what, line, file in rows:
-        assert (ROOT / file).read_text().count(line) == 1, what
+        assert (ROOT / file).read_text(encoding="utf-8").count(line) == 1, what
 
 
 def test_the_loop_in_twelve_lines_is_a_loop_that_trains():
-    imports, loop = re.search(
-        r"## The loop in twelve lines\n\n```python\n(.*?)\n\n(.*?)```", README, re.DOTALL
+    imports, preparation, loop = re.search(
+        r"```python\n(from .*?)\n\n(.*?)\n\n(for .*?)```",
+        section(README, "The loop in twelve lines"),
+        re.DOTALL,
     ).groups()
-    assert len(loop.splitlines()) == 12 and all(
-        line.startswith("from ") for line in imports.splitlines()
-    )
+    assert len(loop.splitlines()) == 12
+    assert all(line.startswith("from ") for line in imports.splitlines())
+    code = f"{imports}\n{preparation}\n{loop}"
     for long, short in (
         ("range(700)", "range(4)"),
         ("< 210", "< 2"),
         ('("reviews")', '("reviews", limit=100)'),
     ):
-        assert loop.count(long) == 1
-        loop = loop.replace(long, short)
-    exec(f"{imports}\n{loop}", space := {})
+        assert code.count(long) == 1
+        code = code.replace(long, short)
+    exec(code, space := {})
     assert (
         space["step"] == 3
         and space["metrics"]["ppo/first_ratio_gap"] < 1e-5
@@ -120,7 +196,7 @@ def test_the_loop_in_twelve_lines_is_a_loop_that_trains():
 
 
 def test_the_padding_exercise_is_caught_by_the_test_that_it_names(tmp_path):
-    exercise = README.split("**Unmask the padding.**", 1)[1].split("\n## ", 1)[0]
+    exercise = section(DOCS["exercises.md"], "Unmask the padding")
     diff = re.search(r"```diff\n(.*?)```", exercise, re.DOTALL).group(1)
     removed, added = (
         "".join(line[1:] + "\n" for line in diff.splitlines() if line[0] == sign) for sign in "-+"
@@ -128,9 +204,9 @@ def test_the_padding_exercise_is_caught_by_the_test_that_it_names(tmp_path):
     for path in [*ROOT.glob("*.py"), ROOT / "tests/conftest.py", ROOT / "tests/test_data.py"]:
         (tmp_path / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
         shutil.copy(path, tmp_path / path.relative_to(ROOT))
-    source = (tmp_path / "data.py").read_text()
+    source = (tmp_path / "data.py").read_text(encoding="utf-8")
     assert source.count(removed) == 1
-    (tmp_path / "data.py").write_text(source.replace(removed, added))
+    (tmp_path / "data.py").write_text(source.replace(removed, added), encoding="utf-8")
     command = re.search(r"`python (-m pytest -q tests/test_data.py)`", exercise).group(1)
     done = subprocess.run(
         [sys.executable, *command.split()], cwd=tmp_path, capture_output=True, text=True
@@ -141,86 +217,97 @@ def test_the_padding_exercise_is_caught_by_the_test_that_it_names(tmp_path):
     ), done.stdout
 
 
-def test_the_fork_in_the_readme_is_what_stands_in_train_py():
-    fork, sampling = (
+def test_the_fork_in_the_documents_is_what_stands_in_train_py():
+    dpo, grpo = (
         [line[1:] for line in diff.splitlines()]
         for diff in re.findall(
-            r"```diff\n(.*?)```", README.split("**A new algorithm**", 1)[1], re.DOTALL
-        )
+            r"```diff\n(.*?)```", section(DOCS["extensions.md"], "A new algorithm"), re.DOTALL
+        )[:2]
     )
-    lines = (ROOT / "train.py").read_text().splitlines()
-    assert len(fork) <= 10 and all(line in lines for line in fork + sampling)
+    lines = (ROOT / "train.py").read_text(encoding="utf-8").splitlines()
+    assert len(dpo) <= 10 and all(line in lines for line in dpo + grpo)
     for line in lines:  # and nothing about DPO stands elsewhere
-        if re.search(r"dpo|preference_|args\.beta|pair_stream", line) and not re.search(
-            r"mixture", line
-        ):
-            assert line in fork, line
+        if re.search(r"dpo|args\.beta", line):
+            assert line in dpo, line
 
 
-BENCHMARKS = README.split("## Benchmarks", 1)[1].split("\n## ", 1)[0]
+# ---- the commands
+
+BENCHMARKS = section(DOCS["results.md"], "Benchmarks")
 
 
-def readme_commands(text: str = README.replace(BENCHMARKS, "")) -> list[str]:
-    """Every line that starts with `python` in a console block, but for the test command itself. The benchmarks need the hub, and have a test of their own."""
+def commands_of(text: str) -> list[str]:
+    """Every command in a console block that starts with `python` or `torchrun`, but for the tests.
+
+    A line that ends in a backslash goes on in the next one.
+    """
     blocks = re.findall(r"```(?:bash|console)\n(.*?)```", text, re.DOTALL)
-    lines = [re.split(r"\s#\s", line)[0].strip() for block in blocks for line in block.splitlines()]
+    lines = [line for block in blocks for line in re.sub(r"\s*\\\n\s*", " ", block).splitlines()]
+    commands = [re.split(r"\s#\s", line)[0].strip() for line in lines]
     return [
-        line for line in lines if line.startswith(("python ", "torchrun ")) and "pytest" not in line
+        command
+        for command in commands
+        if command.startswith(("python ", "torchrun ")) and "pytest" not in command
     ]
+
+
+def readme_commands() -> list[str]:
+    """The commands of all pages, each once. The benchmarks need the hub and have their own test."""
+    return list(dict.fromkeys(commands_of(TEXT.replace(BENCHMARKS, ""))))
+
+
+def made_by(command: str) -> str | None:
+    """The folder or file that a command leaves behind."""
+    if "make_sums.py" in command:
+        return "sums.jsonl"
+    trains = " train.py" in command and "--resume" not in command and "--dry-run" not in command
+    return re.search(r"--out (\S+)|$", command).group(1) or ("out" if trains else None)
 
 
 def test_the_readmes_runs_do_not_get_in_each_others_way():
     commands = readme_commands()
-    outs = [
-        re.search(r"--out (\S+)|$", command).group(1) or "out"
-        for command in commands
-        if " train.py" in command and "--resume" not in command and "--dry-run" not in command
-    ]
+    outs = [made_by(command) for command in commands if made_by(command)]
     assert len(commands) >= 15 and len(set(outs)) == len(outs)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=["README.md", *DOCS])
+def test_a_command_stands_after_the_one_that_makes_what_it_needs(page):
+    made = {made_by(command) for command in commands_of(README)} if page is not README else set()
+    for command in commands_of(page):
+        needed = re.findall(
+            r"(?:[\s=\"'])(out[\w-]*|merged|reward|sums\.jsonl)(?=[/:\"'\s]|$)",
+            re.sub(r"--out \S+", "", command),
+        )
+        assert set(needed) <= made, command
+        assert all((ROOT / file).is_file() for file in re.findall(r"examples/[\w.]+", command))
+        made.add(made_by(command))
 
 
 @pytest.fixture(scope="module")
 def readme_folder(tmp_path_factory, tiny_folder):
-    """What the commands refer to: the code, a run, a model called gpt2, data files."""
+    """A fresh clone, as far as the commands see it, and a local model that is called gpt2."""
     folder = tmp_path_factory.mktemp("readme")
     for path in ROOT.glob("*.py"):
-        (folder / path.name).symlink_to(path)
-    (folder / "gpt2").symlink_to(tiny_folder)
-    (folder / "questions.jsonl").write_text(
-        "".join(json.dumps({"turns": [f"Question {i}?", "And then?"]}) + "\n" for i in range(9))
-    )
-    (folder / "zero.json").write_text('{"zero_optimization": {"stage": 2}}')
-    (folder / "my_rewards.py").write_text(
-        re.search(r"```python\n(# my_rewards\.py\n.*?)```", README, re.DOTALL).group(1)
-    )
-    (folder / "my_data.jsonl").write_text(
-        "".join(
-            json.dumps({"prompt": f"Question {i}?", "target": f"Answer {i}."}) + "\n"
-            for i in range(9)
-        )
-    )
-    scored = {"prompt": "p", "completion": "the cat sat", "target": "the cat sat down"}
-    (folder / "scored.jsonl").write_text(json.dumps(scored) + "\n")
-    pairs = [{"prompt": f"q{i}", "chosen": "a good answer", "rejected": "bad"} for i in range(9)]
-    (folder / "prefs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
-    (folder / "reviews.txt").write_bytes("un café noir sans sucre\n".encode("latin-1") * 9)
+        shutil.copy(path, folder)
+    shutil.copytree(ROOT / "examples", folder / "examples")
+    shutil.copytree(tiny_folder, folder / "gpt2")
     return folder
 
 
 def shortened(comparison: list[str], jobs: int = 2) -> list[str]:
-    """A command of evaluate.py compare, for one seed and two steps; what is appended goes to train.py."""
-    ours, theirs = (
-        (comparison[: comparison.index("--")], comparison[comparison.index("--") :])
-        if "--" in comparison
-        else (comparison, ["--"])
-    )
-    return [*ours, *f"--seeds 1 --steps 2 --lrs 1e-3 --kl-coefs 0.1 --jobs {jobs}".split(), *theirs]
+    """A command of compare.py, for one seed and two steps; what is appended goes to train.py."""
+    cut = comparison.index("--") if "--" in comparison else len(comparison)
+    flags = f"--seeds 1 --steps 2 --lrs 1e-3 --kl-coefs 0.1 --jobs {jobs}".split()
+    return [*comparison[:cut], *flags, "--", *comparison[cut + 1 :]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", readme_commands())
 def test_a_readme_command_runs(readme_folder, command):
     if "--deepspeed" in command:
         pytest.importorskip("deepspeed", reason="deepspeed is an optional package")
+    if "compare.py" in command or "--plot" in command:
+        pytest.importorskip("matplotlib", reason="matplotlib is an optional package")
     launcher = (
         [] if command.startswith("python") else ["-m", "torch.distributed.run", "--standalone"]
     )
@@ -231,8 +318,7 @@ def test_a_readme_command_runs(readme_folder, command):
     ]
     if "train.py" in words and "--resume" not in words:
         words += [*FAST, "--max-length", "32", "--batch-size", "8", "--overwrite"]
-    if "compare" in words:
-        pytest.importorskip("matplotlib", reason="matplotlib is an optional package")
+    if "compare.py" in words:
         words = [*shortened(words), *FAST[:2], *FAST[4:10], "--max-length", "40"]
     if words[1] == "bench.py":
         words += [
@@ -254,19 +340,49 @@ def test_a_readme_command_runs(readme_folder, command):
     assert done.stdout.strip()
 
 
+def story(i: int) -> dict:
+    return {"text": f"Once upon a time {i} small cats sat down. They were glad and warm."}
+
+
+def line_of_a_book(i: int) -> dict:
+    return {"text": "" if i % 2 else f" The plot was the {i}th of its kind . \n"}
+
+
+def film(i: int) -> dict:
+    text = f"I saw this film {i} times and the acting was warm and the plot was bold."
+    return {"text": text, "label": i % 2}
+
+
+def truth(i: int) -> dict:
+    return {
+        "type": "Adversarial",
+        "category": "Films",
+        "question": f"Is film {i} good?",
+        "best_answer": "No one knows",
+        "correct_answers": ["No one knows"],
+        "incorrect_answers": ["It is good", "It is bad"],
+        "source": "http://films",
+    }
+
+
+def grade_school(i: int) -> dict:
+    return {
+        "question": f"Ann has {i} films and buys 2 more. How many has she?",
+        "answer": f"{i} + 2 = <<{i}+2={i + 2}>>{i + 2}\n#### {i + 2}",
+    }
+
+
 HUB = {  # id -> what its records look like there
-    "roneneldan/TinyStories": lambda i: {"text": f"Once upon a time {i} small cats sat down. They were glad and warm."},
-    "wikitext": lambda i: {"text": "" if i % 2 else f" The plot was the {i}th of its kind . \n"},
-    "imdb": lambda i: {"text": f"I saw this film {i} times and the acting was warm and the plot was bold.", "label": i % 2},
-    "truthful_qa": lambda i: {
-        "type": "Adversarial", "category": "Films", "question": f"Is film {i} good?", "best_answer": "No one knows", "correct_answers": ["No one knows"],
-        "incorrect_answers": ["It is good", "It is bad"], "source": "http://films",
-    },
-    "openai/gsm8k": lambda i: {"question": f"Ann has {i} films and buys 2 more. How many has she?", "answer": f"{i} + 2 = <<{i}+2={i + 2}>>{i + 2}\n#### {i + 2}"},
-}  # fmt: skip
+    "roneneldan/TinyStories": story,
+    "wikitext": line_of_a_book,
+    "imdb": film,
+    "truthful_qa": truth,
+    "openai/gsm8k": grade_school,
+}
 
 
-@pytest.mark.parametrize("command", readme_commands(BENCHMARKS))
+@pytest.mark.slow
+@pytest.mark.parametrize("command", commands_of(BENCHMARKS))
 def test_a_benchmark_runs_on_records_like_those_of_the_hub(
     command, tmp_path, tiny_folder, monkeypatch, capsys
 ):
@@ -279,12 +395,10 @@ def test_a_benchmark_runs_on_records_like_those_of_the_hub(
         return datasets.Dataset.from_list([HUB[name](i) for i in range(40)])
 
     def run_here(command, **options):
-        main(
-            [
-                *command[2:],
-                *"--steps 2 --batch-size 4 --eval-size 2 --max-length 48 --max-new-tokens 4 --device cpu".split(),
-            ]
+        tiny = (
+            "--steps 2 --batch-size 4 --eval-size 2 --max-length 48 --max-new-tokens 4 --device cpu"
         )
+        main([*command[2:], *tiny.split()])
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.chdir(tmp_path)
@@ -309,32 +423,56 @@ def test_a_benchmark_runs_on_records_like_those_of_the_hub(
         tmp_path / "lvwerra/distilbert-imdb"
     )
     AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(tmp_path / "lvwerra/distilbert-imdb")
-    words = shlex.split(command)[2:]
-    evaluate.main(shortened(words, jobs=1) if words[0] == "compare" else words)
-    printed = capsys.readouterr().out
-    assert "| hybrid |" in printed if words[0] == "compare" else "perplexity " in printed
+    program, *words = shlex.split(command)[1:]
+    if program == "compare.py":
+        compare.main(shortened(words, jobs=1))
+        assert "| hybrid |" in capsys.readouterr().out
+    else:
+        evaluate.main(words)
+        assert "perplexity " in capsys.readouterr().out
+
+
+# ---- what the documents name
+
+WRITTEN_BY_A_RUN = {
+    "metrics.jsonl",
+    "samples.jsonl",
+    "skipped.jsonl",
+    "config.json",
+    "compare.json",
+}
 
 
 def test_every_row_of_the_mission_has_a_command_that_is_run_here_and_a_test_that_exists():
-    table = README.split("## The mission, row by row", 1)[1].split("\n## ", 1)[0]
+    table = (ROOT / "tests/MISSION.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| .* \| `(.+)` \| `(\w+\.py)::(\w+)` \|$", table, re.MULTILINE)
     assert len(rows) >= 21 and len(rows) == table.count("\n| ") - 1
     for command, file, test in rows:
         assert command in readme_commands(), command
-        assert f"def {test}(" in (ROOT / "tests" / file).read_text(), test
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), test
 
 
 def test_the_files_that_the_readme_names_exist():
-    for name in set(re.findall(r"`((?:tests/)?\w+\.(?:py|txt|md))`", README)) - {"my_rewards.py"}:
-        assert (ROOT / name).is_file(), name
+    pages = TEXT + (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for name in set(re.findall(r"`((?:\w+/)?\w+\.(?:py|txt|md|jsonl|json))`", pages)):
+        if name not in WRITTEN_BY_A_RUN:
+            assert (ROOT / name).is_file(), name
+
+
+def test_the_examples_are_tiny_and_every_one_is_used():
+    for path in (ROOT / "examples").iterdir():
+        if path.name != "__pycache__":
+            assert f"examples/{path.name}" in TEXT and path.stat().st_size < 10_000, path.name
+    function = re.search(r"```python\n(def politeness.*?)```", DOCS["rewards.md"], re.DOTALL)
+    assert function.group(1) in (ROOT / "examples/my_rewards.py").read_text(encoding="utf-8")
 
 
 def test_the_pictures_are_there_and_small():
-    shown = re.findall(r"!\[[^\]]+\]\((images/\S+)\)", README)
+    shown = re.findall(r"!\[[^\]]+\]\((?:\.\./)?(images/\S+)\)", TEXT)
     assert len(shown) >= 3 and {ROOT / path for path in shown} == set((ROOT / "images").iterdir())
     assert all((ROOT / path).stat().st_size < 100_000 for path in shown)
 
 
 def test_the_reading_order_table_lists_every_module():
     for path in ROOT.glob("*.py"):
-        assert f"`{path.name}`" in README, path.name
+        assert f"`{path.name}`" in TEXT or f"[{path.name}]({path.name})" in README, path.name
