@@ -141,7 +141,7 @@ def table(sizes: Sizes, rows: Callable[[int], tuple[int, int]], **options) -> st
 
 
 def print_estimate(args, samples: bool) -> None:
-    """--dry-run: what a run would take, from the model's config alone. `samples`: does it sample?"""
+    """--dry-run: what a run would take, by the config of its model. `samples`: does it sample?"""
     sizes = TINY if args.model == "tiny" else sizes_of(args.model)
     if args.optimizer != "adamw":
         print(f"--optimizer {args.optimizer} is counted like adamw")
