@@ -145,9 +145,9 @@ def print_evaluation(run) -> None:
     """The last evaluation of a run and its samples."""
     numbers = [f"{name.removeprefix('eval/')} {value:.3f}" for name, value in run.after.items()]
     tqdm.write(f"step {run.step}  {'  '.join(numbers)}")
-    for sample in run.samples_after:
-        marks = [f"{name} {sample[name]:+.2f}" for name in ("score", "kl") if name in sample]
-        text = f"{one_line(sample['prompt'])} >>> {one_line(sample['response'])}"
+    for row in run.samples_after:
+        marks = [f"{name} {row[name]:+.2f}" for name in ("score", "kl") if name in row]
+        text = f"{one_line(row['prompt'])} >>> {one_line(row['response'])}"
         tqdm.write(f"    {text}    {'  '.join(marks)}")
 
 

@@ -5,7 +5,7 @@ Shao et al. 2402.03300. No value head and no GAE: for every token of response i
     A_i = (score_i - mean of the group) / standard deviation of the group
     loss = clipped surrogate + kl_coef * k3(pi || reference)    (eq. 3 and 4, the sign turned)
 
-The KL is paid in the loss, as in the paper; ppo.py has it in the reward. One difference: the mean is
+    loss = clipped surrogate + kl_coef * k3(pi || reference)   (eq. 3 and 4, the sign turned)
 over the tokens of the whole update, as everywhere here; the paper takes the mean of each response
 first. Left out on purpose: process rewards.
 

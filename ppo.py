@@ -417,8 +417,8 @@ def update_epochs(
     `backend` is for float16 and several processes; None is plain torch.
 
     Returns the means of the stats over the updates (maxima of those named `..._max`), the number of
-    updates skipped, of passes (`epochs`), and `first_ratio_gap`: max |ratio - 1| in the first update,
-    which is 0 up to rounding as long as rollouts are on-policy.
+    updates skipped, of passes (`epochs`), and `first_ratio_gap`: max |ratio - 1| in the first
+    update, which is 0 up to rounding as long as rollouts are on-policy.
     """
     backend = backend or Backend(model)
 

@@ -17,7 +17,7 @@ from train import main
 
 
 def test_dpo_loss_is_the_formula():
-    """-log sigmoid(beta * ((pi_w - ref_w) - (pi_l - ref_l))), in plain doubles, and its two limits."""
+    """-log sigmoid(beta * ((pi_w - ref_w) - (pi_l - ref_l))) in plain doubles; its two limits."""
     numbers = [
         (-3.0, -4.0, -3.5, -3.0),
         (-10.0, -1.0, -2.0, -9.0),
@@ -85,7 +85,8 @@ def pair_batch(model, rows: int = 5) -> PairBatch:
 
 
 def test_dpo_step_pairs_the_right_rows_whatever_the_micro_batches():
-    """The gradient against the loss written out on full rows; pairs must stay together when they are split and sorted by length."""
+    """The gradient against the loss written out on full rows; pairs must stay together when they
+    are split and sorted by length."""
     model = HybridModel(build_lm("llama"))
     batch = pair_batch(model)
     logps = model(batch.input_ids, batch.attention_mask, batch.response_mask).logprobs.sum(1)
@@ -142,7 +143,10 @@ def test_built_in_pairs_differ_in_their_judgement_alone():
 
 
 def test_dpo_learns_the_preference_in_a_whole_run(tmp_path):
-    flags = "--algorithm dpo --limit 300 --steps 40 --sft-warmup 10 --batch-size 16 --eval-size 16 --max-new-tokens 12 --device cpu --save-every 0 --eval-every 0"
+    flags = (
+        "--algorithm dpo --limit 300 --steps 40 --sft-warmup 10 --batch-size 16 "
+        "--eval-size 16 --max-new-tokens 12 --device cpu --save-every 0 --eval-every 0"
+    )
     main([*flags.split(), "--out", str(tmp_path / "run")])
     rows = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row["phase"] == "dpo"]
     assert (
@@ -214,7 +218,10 @@ def test_grpo_raises_the_better_sibling_and_leaves_the_value_head_alone():
 
 
 def test_grpo_runs_in_groups_and_learns(tmp_path):
-    flags = "--algorithm grpo --group-size 4 --limit 200 --steps 24 --sft-warmup 6 --batch-size 16 --eval-size 16 --max-new-tokens 8 --device cpu --save-every 0"
+    flags = (
+        "--algorithm grpo --group-size 4 --limit 200 --steps 24 --sft-warmup 6 "
+        "--batch-size 16 --eval-size 16 --max-new-tokens 8 --device cpu --save-every 0"
+    )
     main(
         [
             *flags.split(),

@@ -1,4 +1,5 @@
-"""Everything a user can get wrong, in one table: exit status 2, one line that says what to do, before any training."""
+"""Everything a user can get wrong, in one table: exit status 2, one line that says what to do,
+before any training."""
 
 import json
 import shutil
@@ -88,11 +89,14 @@ def place(tmp_path_factory, tiny_folder):
     data("same.jsonl", '{"prompt": "p", "chosen": "a", "rejected": "a"}\n')
     data(
         "r.py",
-        "def boom(**k): raise RuntimeError('no')\ndef short(completions, **k): return [1.0]\ndef nan(completions, **k): return [float('nan')] * len(completions)\n",
+        "def boom(**k): raise RuntimeError('no')\n"
+        "def short(completions, **k): return [1.0]\n"
+        "def nan(completions, **k): return [float('nan')] * len(completions)\n",
     )
     data(
         "r2.py",
-        "def text(completions, **k): return ['x'] * len(completions)\ndef none(completions, **k): return None\nnumber = 3\n",
+        "def text(completions, **k): return ['x'] * len(completions)\n"
+        "def none(completions, **k): return None\nnumber = 3\n",
     )
     data("syntax.py", "def f(:\n")
     data("file", "x")
@@ -302,5 +306,8 @@ def test_half_weights_are_no_mistake(place, tmp_path):
     shutil.copytree(place / "good", tmp_path / "half")
     lm.save_pretrained(tmp_path / "half")
     main(
-        f"--model {tmp_path}/half --limit 20 --steps 2 --batch-size 2 --max-new-tokens 4 --eval-size 2 --device cpu --out {tmp_path}/run".split()
+        (
+            f"--model {tmp_path}/half --limit 20 --steps 2 --batch-size 2 "
+            f"--max-new-tokens 4 --eval-size 2 --device cpu --out {tmp_path}/run"
+        ).split()
     )

@@ -1,4 +1,5 @@
-"""The pure functions of ppo.py against closed forms, enumeration and definitions written the slow way."""
+"""The pure functions of ppo.py against closed forms, enumeration and definitions written the
+slow way."""
 
 import math
 
@@ -63,7 +64,8 @@ def test_whitening_never_looks_off_the_mask():
 
 
 def test_kl_estimators_by_enumeration():
-    """Under p, the expectation of k1 and of k3 is KL(p || q) exactly; k2's is half the mean squared log-ratio."""
+    """Under p, the expectation of k1 and of k3 is KL(p || q) exactly; k2's is half the mean squared
+    log-ratio."""
     p = torch.softmax(torch.tensor([0.1, 1.5, -0.7, 0.4], dtype=torch.float64), 0)
     q = torch.softmax(torch.tensor([1.0, 0.2, 0.3, -1.0], dtype=torch.float64), 0)
     true_kl = float((p * (p / q).log()).sum())
@@ -85,7 +87,8 @@ def test_kl_estimators_by_enumeration():
 
 
 def gae_by_definition(rewards, values, mask, gamma, lam):
-    """The double sum A_t = sum_l (gamma lam)^l delta_{t+l}, over the masked tokens of each row as one list."""
+    """The double sum A_t = sum_l (gamma lam)^l delta_{t+l}, over the masked tokens of each row as
+    one list."""
     advantages = torch.zeros_like(rewards)
     for i in range(len(rewards)):
         columns = mask[i].nonzero().flatten().tolist()
@@ -137,7 +140,7 @@ def test_gae_does_not_see_extra_padding():
 
 
 def loss_of(ratio=1.0, advantage=1.0, new_value=0.0, old_value=0.0, ret=0.0, **options):
-    """ppo_loss on one token, as (policy loss, value loss, stats, d loss / d log pi, d loss / d V)."""
+    """ppo_loss on one token: (policy loss, value loss, stats, d loss / d log pi, d loss / d V)."""
     new = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
     value = torch.tensor([[new_value]], dtype=torch.float64, requires_grad=True)
     old, adv, old_v, r = (

@@ -64,8 +64,7 @@ def anchors(page: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["README.md", "CONTRIBUTING.md", "tests/MISSION.md", *(f"docs/{name}" for name in DOCS)],
+    "name", ["README.md", "CONTRIBUTING.md", "tests/MISSION.md", *(f"docs/{name}" for name in DOCS)]
 )
 def test_every_link_points_to_something(name):
     page = (ROOT / name).read_text(encoding="utf-8")

@@ -1,4 +1,5 @@
-"""Runs that are killed, interrupted, starved of disk or fed with NaN: nothing is lost, and the end is that of an undisturbed run."""
+"""Runs that are killed, interrupted, starved of disk or fed with NaN: nothing is lost, and the
+end is that of an undisturbed run."""
 
 import json
 import math
@@ -30,7 +31,10 @@ from hybrid import HybridModel, merge
 from lm import build_tiny
 from train import main
 
-SHORT = "--limit 60 --steps 14 --sft-warmup 4 --batch-size 4 --micro-batch-size 3 --max-new-tokens 6 --eval-size 4 --eval-every 5 --save-every 3".split()
+SHORT = (
+    "--limit 60 --steps 14 --sft-warmup 4 --batch-size 4 --micro-batch-size 3 "
+    "--max-new-tokens 6 --eval-size 4 --eval-every 5 --save-every 3"
+).split()
 SHORT += [
     "--reward",
     "clip(ema(sentiment), -3, 3) + mixture(length, repetition)",
@@ -65,7 +69,8 @@ def assert_equal_runs(a: Path, b: Path) -> None:
 
 
 def in_a_child(argv: list[str]) -> int:
-    """Fork and run `main(argv)`; -> process id. A fork has torch loaded already, so that twenty of them take no time."""
+    """Fork and run `main(argv)`; -> process id. A fork has torch loaded already, so that twenty of
+    them take no time."""
     pid = os.fork()
     if pid == 0:
         torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
@@ -107,7 +112,8 @@ def test_a_run_killed_at_random_moments_ends_like_one_that_was_not(tmp_path):
         while time.perf_counter() < deadline:
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
-                # Killed after `final` was written and before it could say so, the run is complete, and --resume says that (status 2).
+                # Killed after `final` was written and before it could say so, the run is complete,
+                # and --resume says that (status 2).
                 code = os.waitstatus_to_exitcode(status)
                 assert code == 0 or (
                     code == 2 and resumable and (out / "final" / "trainer_state.pt").is_file()
@@ -164,9 +170,13 @@ def test_a_signal_says_how_to_go_on(tmp_path, capsys, monkeypatch):
 
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on_later(tmp_path):
-    """A limit on the size of files stands in for the disk: the optimiser's state does not fit, the model does."""
+    """A limit on the size of files stands in for the disk: the optimiser's state does not fit, the
+    model does."""
     out = tmp_path / "run"
-    script = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (6_000_000, resource.RLIM_INFINITY)); import sys; import train; train.main(sys.argv[2:])"
+    script = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (6_000_000, "
+        "resource.RLIM_INFINITY)); import sys; import train; train.main(sys.argv[2:])"
+    )
     done = subprocess.run(
         [sys.executable, "-c", script, "x", *SHORT, "--out", str(out)],
         cwd=ROOT,
@@ -192,7 +202,8 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(tmp_path):
 def test_metrics_that_cannot_be_written_are_one_line(tmp_path):
     with pytest.raises(
         UserError,
-        match="metrics.jsonl cannot be written: No space left on device; make room and go on with --resume",
+        match="metrics.jsonl cannot be written: No space left on device; "
+        "make room and go on with --resume",
     ):
         (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
         runs.append_rows(tmp_path / "metrics.jsonl", [{"step": 1}])
@@ -246,7 +257,10 @@ def test_a_lost_update_is_skipped_counted_and_reported_with_its_batch(
         monkeypatch.setattr(sys.modules[module], "apply_gradients", poisoned)
     ratio = {"sft": "0", "ppo": "1"}[phase]
     main(
-        "--limit 60 --steps 4 --batch-size 4 --max-new-tokens 6 --eval-size 4 --device cpu --minibatches 1 --ppo-epochs 1".split()
+        (
+            "--limit 60 --steps 4 --batch-size 4 --max-new-tokens 6 --eval-size 4 "
+            "--device cpu --minibatches 1 --ppo-epochs 1"
+        ).split()
         + ["--ppo-ratio", ratio, "--out", str(tmp_path / "run")]
     )
     rows = {
@@ -276,7 +290,10 @@ def test_a_reward_that_turns_nan_costs_one_update(tmp_path, capsys):
         "calls = []\ndef r(completions, **columns):\n    calls.append(0)\n"
         "    return [float('nan') if len(calls) == 5 else 1.0] + [0.0] * (len(completions) - 1)\n"
     )  # probe, evaluation, rollouts 1 and 2, and then the NaN
-    flags = "--limit 60 --steps 4 --ppo-ratio 1 --batch-size 4 --max-new-tokens 6 --eval-size 4 --eval-every 0 --device cpu".split()
+    flags = (
+        "--limit 60 --steps 4 --ppo-ratio 1 --batch-size 4 --max-new-tokens 6 "
+        "--eval-size 4 --eval-every 0 --device cpu"
+    ).split()
     main([*flags, "--reward", f"{tmp_path}/r.py:r", "--out", str(tmp_path / "run")])
     rows = [
         row for row in runs.read_rows(tmp_path / "run" / "metrics.jsonl") if row["phase"] == "ppo"
@@ -291,9 +308,13 @@ def test_a_reward_that_turns_nan_costs_one_update(tmp_path, capsys):
 
 def test_a_reward_that_turns_nan_while_measuring_costs_that_measurement(tmp_path, capsys):
     (tmp_path / "r.py").write_text(
-        "calls = []\ndef r(completions, **columns):\n    calls.append(0)\n    return [float('nan') if len(calls) > 4 else 1.0] * len(completions)\n"
+        "calls = []\ndef r(completions, **columns):\n    calls.append(0)\n"
+        "    return [float('nan') if len(calls) > 4 else 1.0] * len(completions)\n"
     )
-    flags = "--limit 60 --steps 2 --ppo-ratio 1 --batch-size 4 --max-new-tokens 6 --eval-size 4 --eval-every 0 --device cpu".split()
+    flags = (
+        "--limit 60 --steps 2 --ppo-ratio 1 --batch-size 4 --max-new-tokens 6 "
+        "--eval-size 4 --eval-every 0 --device cpu"
+    ).split()
     metrics = main(
         [*flags, "--reward", f"{tmp_path}/r.py:r", "--out", str(tmp_path / "run")]
     )  # probe, evaluation, two rollouts, evaluation
@@ -307,11 +328,17 @@ def test_a_reward_that_turns_nan_while_measuring_costs_that_measurement(tmp_path
 
 @pytest.mark.parametrize("calls, saved", [(4, 2), (5, 3)], ids=["in a rollout", "in an evaluation"])
 def test_a_reward_that_raises_in_mid_run_loses_no_step(tmp_path, capsys, calls, saved):
-    body = "def r(completions, **columns):\n    calls.append(0)\n    assert len(calls) <= {}, 'oops'\n    return [1.0] * len(completions)\n"
+    body = (
+        "def r(completions, **columns):\n    calls.append(0)\n"
+        "    assert len(calls) <= {}, 'oops'\n    return [1.0] * len(completions)\n"
+    )
     (tmp_path / "r.py").write_text(
         "calls = []\n" + body.format(calls)
     )  # probe, evaluation, rollouts 1 to 3, evaluation
-    flags = "--limit 60 --steps 3 --ppo-ratio 1 --batch-size 4 --max-new-tokens 6 --eval-size 4 --eval-every 0 --device cpu".split()
+    flags = (
+        "--limit 60 --steps 3 --ppo-ratio 1 --batch-size 4 --max-new-tokens 6 "
+        "--eval-size 4 --eval-every 0 --device cpu"
+    ).split()
     with pytest.raises(SystemExit):
         main([*flags, "--reward", f"{tmp_path}/r.py:r", "--out", str(tmp_path / "run")])
     error = capsys.readouterr().err
@@ -552,10 +579,24 @@ def test_a_healthy_run_is_called_so():
 
 
 SICK = {
-    "ppo/sampler_gap": 5.0, "ppo/first_ratio_gap": 0.2, "ppo/kl_k1": -3.0, "ppo/kl": 80.0, "ppo/score": -1.0, "ppo/entropy": 0.05, "ppo/clipfrac": 0.6,
-    "ppo/score_std": 0.0, "ppo/var_explained": -4.0, "ppo/response_length": 60, "ppo/eos_rate": 0.01, "ppo/unscored": 0.5, "sft/skipped_steps": 1, "ppo/skipped_steps": 1, "sft/loss": 5.0,
-    "dpo/skipped_steps": 1, "dpo/accuracy": 0.3,
-}  # fmt: skip
+    "ppo/sampler_gap": 5.0,
+    "ppo/first_ratio_gap": 0.2,
+    "ppo/kl_k1": -3.0,
+    "ppo/kl": 80.0,
+    "ppo/score": -1.0,
+    "ppo/entropy": 0.05,
+    "ppo/clipfrac": 0.6,
+    "ppo/score_std": 0.0,
+    "ppo/var_explained": -4.0,
+    "ppo/response_length": 60,
+    "ppo/eos_rate": 0.01,
+    "ppo/unscored": 0.5,
+    "sft/skipped_steps": 1,
+    "ppo/skipped_steps": 1,
+    "sft/loss": 5.0,
+    "dpo/skipped_steps": 1,
+    "dpo/accuracy": 0.3,
+}
 
 
 @pytest.mark.parametrize("key, text", [(key, text) for key, _, text in RULES])

@@ -17,7 +17,10 @@ from sft import sft_step
 from train import main
 
 A, B, C = (Example(name, "t") for name in "abc")
-FLAGS = "--limit 120 --batch-size 4 --max-new-tokens 6 --eval-size 4 --device cpu --save-every 5 --eval-every 0 --ppo-epochs 1".split()
+FLAGS = (
+    "--limit 120 --batch-size 4 --max-new-tokens 6 --eval-size 4 --device cpu "
+    "--save-every 5 --eval-every 0 --ppo-epochs 1"
+).split()
 
 
 def make(kind, **changes):
@@ -97,9 +100,8 @@ def test_gate_in_a_run(tmp_path):
         "length",
     )
     assert len(rows) == 12 and rows[0]["phase"] == "sft"
-    for row in rows[
-        1:
-    ]:  # every prompt is hard: all are demonstrated, none is learnt from by PPO, and the run goes on
+    # Every prompt is hard: all get an SFT update, PPO learns from none, and the run goes on.
+    for row in rows[1:]:
         assert (
             row["schedule/hard"] == 1
             and row["sft/tokens"] > 0

@@ -1,4 +1,5 @@
-"""One SFT step, one rollout, one PPO step: exact accumulation, on-policy ratios, guarded updates, honest statistics."""
+"""One SFT step, one rollout, one PPO step: exact accumulation, on-policy ratios, guarded
+updates, honest statistics."""
 
 import copy
 import math
@@ -52,7 +53,8 @@ def assert_same_gradients(left, right):
 
 
 def random_rollout(model, seed=0) -> Rollout:
-    """A rollout with responses of unequal length and old log-probs that differ from the model's, so that nothing is trivial."""
+    """A rollout with responses of unequal length and old log-probs that differ from the model's, so
+    that nothing is trivial."""
     batch = make_batch(None, *ragged_batch(seed), max_length=32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -77,7 +79,7 @@ def tiny_model(tiny):
 
 
 def rollout_of(model, tokenizer, reward=None, reference=None, seed=0, n=16, **options):
-    """-> rollout, metrics, and what the reward was shown and said: one (completion, score) a row."""
+    """-> rollout, metrics, and what the reward got and said: one (completion, score) a row."""
     reward, seen = reward or build_reward("sentiment"), []
 
     def recorded(prompts, completions, **columns):
@@ -153,7 +155,8 @@ def test_every_row_is_used_once_an_epoch_and_minibatches_are_even(model):
 
 
 def test_sft_trains_eos_and_target_and_nothing_else(tokenizer, tiny_model):
-    """pad == eos here, as in GPT-2: the EOS of every complete target is in the mask, the padding is not."""
+    """pad == eos here, as in GPT-2: the EOS of every complete target is in the mask, the padding is
+    not."""
     examples = [
         Example("the plot was", " dull ."),
         Example("the music", " was really fresh and the cast was warm ."),
@@ -253,7 +256,8 @@ def test_a_row_scores_the_same_in_any_company(tokenizer, tiny_model):
 
 
 def test_token_ids_are_never_read_back_from_text(tokenizer, tiny_model):
-    """A random model emits ids that do not survive decode and encode; the rollout must hold the sampled ones."""
+    """A random model emits ids that do not survive decode and encode; the rollout must hold the
+    sampled ones."""
     rollout, metrics, samples = rollout_of(tiny_model, tokenizer)
     rows = [row[mask].tolist() for row, mask in zip(rollout.input_ids, rollout.response_mask)]
     round_trip = [
@@ -288,7 +292,8 @@ def test_prompts_lose_their_oldest_tokens_when_there_is_no_room(tokenizer, tiny_
 
 
 def test_a_response_without_a_score_teaches_nothing(tokenizer, tiny_model):
-    """What a judge could not grade is taken off the mask: the gradient is that of the rollout without those rows."""
+    """What a judge could not grade is taken off the mask: the gradient is that of the rollout
+    without those rows."""
 
     def reward(prompts, completions, **columns):
         return torch.tensor([math.nan if i % 3 == 0 else 0.1 * i for i in range(len(completions))])

@@ -1,4 +1,5 @@
-"""The whole program: short runs through `main`, what they leave behind, and what a user's mistakes look like."""
+"""The whole program: short runs through `main`, what they leave behind, and what a user's
+mistakes look like."""
 
 import copy
 import json
@@ -74,7 +75,8 @@ def test_a_ramp_has_its_mean_and_its_ends():
 def test_a_hybrid_run_and_what_it_leaves_behind(tmp_path, capsys):
     metrics, rows = run(tmp_path, "--sft-warmup", 2, "--save-every", 4, "--eval-every", 3)
     assert [(row["step"], row["phase"]) for row in rows] == [
-        (0, "eval"), (1, "sft"), (2, "sft"), (3, "sft"), (3, "eval"), (4, "ppo"), (5, "sft"), (6, "ppo"), (6, "eval")
+        (0, "eval"), (1, "sft"), (2, "sft"), (3, "sft"), (3, "eval"), (4, "ppo"), (5, "sft"),
+        (6, "ppo"), (6, "eval"),
     ]  # fmt: skip
     for row in rows:
         foreign = {"sft": "ppo/", "ppo": "sft/", "eval": "ppo/"}[row["phase"]]
@@ -137,7 +139,8 @@ def test_two_runs_with_one_seed_are_equal_bit_by_bit_and_another_seed_is_not(tmp
 def test_evaluating_more_often_changes_nothing(tmp_path):
     """Not even for a reward that draws random numbers."""
     (tmp_path / "noisy.py").write_text(
-        "import random\ndef noisy(completions, **columns):\n    return [random.random() for _ in completions]\n"
+        "import random\ndef noisy(completions, **columns):\n"
+        "    return [random.random() for _ in completions]\n"
     )
     reward = ["--reward", f"{tmp_path}/noisy.py:noisy"]
     random.seed(0)
@@ -236,7 +239,8 @@ def test_a_named_reference_is_used_from_the_start(tmp_path, tiny_folder):
 
 def test_a_local_folder_and_a_users_reward(tmp_path, tiny_folder):
     (tmp_path / "mine.py").write_text(
-        "def vowels(completions, **columns):\n    return [sum(c in 'aeiou' for c in t) / 10 for t in completions]\n"
+        "def vowels(completions, **columns):\n"
+        "    return [sum(c in 'aeiou' for c in t) / 10 for t in completions]\n"
     )
     metrics, rows = run(
         tmp_path,
