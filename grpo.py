@@ -5,9 +5,9 @@ Shao et al. 2402.03300. No value head and no GAE: for every token of response i
     A_i = (score_i - mean of the group) / standard deviation of the group
     loss = clipped surrogate + kl_coef * k3(pi || reference)    (eq. 3 and 4, the sign turned)
 
-    loss = clipped surrogate + kl_coef * k3(pi || reference)   (eq. 3 and 4, the sign turned)
-over the tokens of the whole update, as everywhere here; the paper takes the mean of each response
-first. Left out on purpose: process rewards.
+The KL is paid in the loss, as in the paper; ppo.py has it in the reward. One difference: the mean
+is over the tokens of the whole update, as everywhere here; the paper takes the mean of each
+response first. Left out on purpose: process rewards.
 
     python train.py --algorithm grpo --group-size 8 --out out-grpo8
 """
