@@ -231,7 +231,6 @@ class Reward:
         self._learn = True
         self.parts: dict[str, torch.Tensor] = {}
         self.total = torch.zeros(0)  # (B,) what the last call returned
-        self.reference = None  # the KL reference, for self_play(..., opponent="reference")
 
     def __call__(self, prompts: list[str], completions: list[str], **columns) -> torch.Tensor:
         """One float per completion.
@@ -241,7 +240,7 @@ class Reward:
         """
         of_opponent = {}
         for key, play in self._all(SelfPlay).items():
-            answers = play.answers(prompts, self.reference, self._learn)
+            answers = play.answers(prompts, self._learn)
             of_opponent[key] = self._ask_leaves(prompts, answers, columns)
         self.parts = self._ask_leaves(prompts, completions, columns)
         total = self._tree.evaluate(self.parts | of_opponent, self._learn)

@@ -319,6 +319,11 @@ def f1_of(rouge: Callable[..., Rouge], *arguments) -> Callable[[str, str], float
     return f1
 
 
+def best_of(metric: Callable[[str, str], float], name: str) -> Callable:
+    """The `make` of a reward without arguments: metric(completion, best reference)."""
+    return without_arguments(best_reference_reward(metric, name))
+
+
 def bleu_reward(context: dict, max_order: int = 4) -> Callable:
     check_above_0("bleu", "max_order", max_order)
     return reference_reward(functools.partial(bleu, max_order=max_order), "bleu")
@@ -345,27 +350,15 @@ ROUGE_L, ROUGE_LSUM = f1_of(rouge_l), f1_of(rouge_lsum)
 # name -> (make(context, **arguments) -> reward function, "range, needs: meaning")
 REWARDS: dict[str, tuple[Callable, str]] = {
     "bleu": (bleu_reward, "0..1, target: sentence BLEU, equal to sacrebleu's"),
-    "rouge_1": (
-        without_arguments(best_reference_reward(ROUGE_1, "rouge_1")),
-        "0..1, target: shared words, F1",
-    ),
-    "rouge_2": (
-        without_arguments(best_reference_reward(ROUGE_2, "rouge_2")),
-        "0..1, target: shared word pairs, F1",
-    ),
+    "rouge_1": (best_of(ROUGE_1, "rouge_1"), "0..1, target: shared words, F1"),
+    "rouge_2": (best_of(ROUGE_2, "rouge_2"), "0..1, target: shared word pairs, F1"),
     "rouge_n": (rouge_n_reward, "0..1, target: shared n-grams, F1"),
-    "rouge_l": (
-        without_arguments(best_reference_reward(ROUGE_L, "rouge_l")),
-        "0..1, target: longest common subsequence, F1",
-    ),
+    "rouge_l": (best_of(ROUGE_L, "rouge_l"), "0..1, target: longest common subsequence, F1"),
     "rouge_lsum": (
-        without_arguments(best_reference_reward(ROUGE_LSUM, "rouge_lsum")),
+        best_of(ROUGE_LSUM, "rouge_lsum"),
         "0..1, target: the same over the lines of a summary, F1",
     ),
-    "cosine": (
-        without_arguments(best_reference_reward(cosine, "cosine")),
-        "0..1, target: bag-of-words cosine",
-    ),
+    "cosine": (best_of(cosine, "cosine"), "0..1, target: bag-of-words cosine"),
     "truthful": (
         functools.partial(truthful_reward, {"rouge_1": ROUGE_1, "rouge_l": ROUGE_L, "bleu": bleu}),
         "-1..1, correct_answers and incorrect_answers: nearer to which (TruthfulQA)",
@@ -393,17 +386,12 @@ def build_reward(expression: str, **context) -> Reward:
 
 def list_rewards() -> str:
     """One line per name: what it gives, what it needs, what it means."""
-    return "\n".join(
-        [
-            *(f"{name:13} {description}" for name, (_, description) in REWARDS.items()),
-            "",
-            "functions of any expression:",
-            *(f"  {description}" for description in DESCRIPTIONS.values()),
-            "",
-            "your own: path/to/file.py:function, with "
-            "def function(prompts, completions, **columns) -> list[float]",
-        ]
-    )
+    lines = [f"{name:13} {description}" for name, (_, description) in REWARDS.items()]
+    lines += ["", "functions of any expression:"]
+    lines += [f"  {description}" for description in DESCRIPTIONS.values()]
+    lines += ["", "your own: path/to/file.py:function, with"]
+    lines += ["  def function(prompts, completions, **columns) -> list[float]"]
+    return "\n".join(lines)
 
 
 @one_line_errors

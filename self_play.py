@@ -44,23 +44,19 @@ class SelfPlay:
         self.sampling, self.seed = context["sampling"], context.get("seed", 0)
         # A dialogue is more than the text of its prompt.
         self.examples = {example.prompt: example for example in context["examples"]}
-        self.ask_reference = context.get("reference")
+        self.ask_reference = context.get("reference", lambda: None)
         self.kind, self.every, self.shape = opponent, every, shape
         self.snapshot: HybridModel | None = None
         self.rounds = 0  # of training
         self.win_rate = float("nan")
 
-    def answers(self, prompts: list[str], reference: HybridModel | None, learn: bool) -> list[str]:
-        """The opponent's responses. In training (`learn`) a due snapshot is taken first.
-
-        A `reference` in the context goes before the argument."""
+    def answers(self, prompts: list[str], learn: bool) -> list[str]:
+        """The opponent's responses. In training (`learn`) a due snapshot is taken first."""
         if learn:
             if self.kind == "snapshot" and self.rounds % self.every == 0:
                 self.snapshot = self.policy.frozen_copy()
             self.rounds += 1
-        if self.ask_reference is not None:
-            reference = self.ask_reference()
-        opponent = reference if self.kind == "reference" else self.snapshot
+        opponent = self.ask_reference() if self.kind == "reference" else self.snapshot
         # Until there is an opponent, the policy plays itself.
         model = self.policy if opponent is None else opponent
         longest = self.sampling["max_length"] - self.sampling["max_new_tokens"]

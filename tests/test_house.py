@@ -16,7 +16,7 @@ LESSON = {
     "hybrid.py": 310,
     "sft.py": 65,
     "ppo.py": 460,
-    "rewards.py": 430,
+    "rewards.py": 440,
     "generate.py": 130,
 }
 FILES = {path.name: path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("*.py"))}

@@ -84,10 +84,11 @@ def test_the_reference_can_be_the_opponent(tiny, monkeypatch):
             asked.append(model) or type("G", (), {"responses": [[5]] * len(ids)})
         ),
     )
-    reward = build_reward('self_play(length, opponent="reference")', **context(tiny))
-    reward.reference = HybridModel(tiny[0])
+    reference = HybridModel(tiny[0])
+    setting = context(tiny, reference=lambda: reference)
+    reward = build_reward('self_play(length, opponent="reference")', **setting)
     reward(["the plot was"], [" warm ."])
-    assert asked == [reward.reference]
+    assert asked == [reference]
 
     references = [None, HybridModel(tiny[0]), HybridModel(tiny[0])]
     remaining, setting = list(references), context(tiny, reference=lambda: remaining.pop(0))
