@@ -46,7 +46,7 @@ def test_an_equal_opponent_is_worth_one_half(tiny):
     reward = build_reward("self_play(length(target=5) + 0.1*repetition)", **context(tiny))
     policy = SelfPlay(context(tiny))
     # The same distribution, other draws than the opponent's in training.
-    completions = policy.answers(prompts, None, learn=False)
+    completions = policy.answers(prompts, learn=False)
     win = reward(prompts, completions)
     assert (
         abs(float(win.mean()) - 0.5) < 3 * float(win.std()) / len(win) ** 0.5
@@ -60,14 +60,14 @@ def test_the_opponent_is_frozen_and_renewed_in_time(tiny):
     play = SelfPlay(setting, every=2)
     weights = []
     for _ in range(5):
-        play.answers(["the plot was"], None, learn=True)
+        play.answers(["the plot was"], learn=True)
         weights.append(next(play.snapshot.parameters()).detach().clone())
         with torch.no_grad():
             next(setting["policy"].parameters()).add_(0.01)
     assert torch.equal(weights[0], weights[1]) and torch.equal(weights[2], weights[3])
     assert not torch.equal(weights[1], weights[2]) and not torch.equal(weights[3], weights[4])
     before = play.rounds
-    play.answers(["the plot was"], None, learn=False)
+    play.answers(["the plot was"], learn=False)
     assert play.rounds == before, "measuring does not move it"
     other = SelfPlay(context(tiny), every=2)
     other.load_state_dict(play.state_dict())
