@@ -208,7 +208,7 @@ def readme_folder(tmp_path_factory, tiny_folder):
 
 
 def shortened(comparison: list[str], jobs: int = 2) -> list[str]:
-    """A command of evaluate.py compare, for one seed and two steps; what is appended goes to train.py."""
+    """Flags of compare.py, for one seed and two steps; what is appended goes to train.py."""
     ours, theirs = (
         (comparison[: comparison.index("--")], comparison[comparison.index("--") :])
         if "--" in comparison
@@ -231,7 +231,7 @@ def test_a_readme_command_runs(readme_folder, command):
     ]
     if "train.py" in words and "--resume" not in words:
         words += [*FAST, "--max-length", "32", "--batch-size", "8", "--overwrite"]
-    if "compare" in words:
+    if "compare.py" in words:
         pytest.importorskip("matplotlib", reason="matplotlib is an optional package")
         words = [*shortened(words), *FAST[:2], *FAST[4:10], "--max-length", "40"]
     if words[1] == "bench.py":
@@ -309,10 +309,13 @@ def test_a_benchmark_runs_on_records_like_those_of_the_hub(
         tmp_path / "lvwerra/distilbert-imdb"
     )
     AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(tmp_path / "lvwerra/distilbert-imdb")
-    words = shlex.split(command)[2:]
-    evaluate.main(shortened(words, jobs=1) if words[0] == "compare" else words)
-    printed = capsys.readouterr().out
-    assert "| hybrid |" in printed if words[0] == "compare" else "perplexity " in printed
+    file, *words = shlex.split(command)[1:]
+    if file == "compare.py":
+        compare.main(shortened(words, jobs=1))
+        assert "| hybrid |" in capsys.readouterr().out
+    else:
+        evaluate.main(words)
+        assert "perplexity " in capsys.readouterr().out
 
 
 def test_every_row_of_the_mission_has_a_command_that_is_run_here_and_a_test_that_exists():
