@@ -106,7 +106,8 @@ def bench_rewards(n: int, rounds: int) -> list[dict]:
 
     left_out = {*JUDGES, "perplexity", "rouge_n"}
     names = [name for name in REWARDS if name not in left_out]
-    calls = {n: (ask_reward, build_reward(n, documents=texts[0][0][:200])) for n in names}
+    documents = texts[0][0][:200]
+    calls = {name: (ask_reward, build_reward(name, documents=documents)) for name in names}
     calls |= {peer: (ask_peer, function) for peer, function in peers.values()}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for round_number in range(rounds + 1):
