@@ -229,11 +229,11 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient():
     twin.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     batch = make_batch(None, *ragged_batch(), max_length=32)
     calls = {"plain": 0, "checkpointed": 0}
-    for name, each in (("plain", model), ("checkpointed", twin)):
-        each.lm.model.layers[0].mlp.register_forward_pre_hook(
+    for name, one in (("plain", model), ("checkpointed", twin)):
+        one.lm.model.layers[0].mlp.register_forward_pre_hook(
             lambda *a, name=name: calls.update({name: calls[name] + 1})
         )
-        each(batch.input_ids, batch.attention_mask, batch.response_mask).logprobs.sum().backward()
+        one(batch.input_ids, batch.attention_mask, batch.response_mask).logprobs.sum().backward()
     assert calls == {"plain": 1, "checkpointed": 2}
     for x, y in zip(model.parameters(), twin.parameters()):
         assert (x.grad is None) == (y.grad is None)

@@ -60,10 +60,10 @@ def two(tmp_path_factory):
 
 def test_sft_weights_are_those_of_one_process(two):
     alone = worker.sft_weights()
-    for each in two:
-        close(each["sft"]["weights"], alone["weights"], atol=1e-5)
-        assert each["sft"]["stats"] == pytest.approx(alone["stats"], rel=1e-4)
-        assert each["sft"]["head_state"] == alone["head_state"] == 0, (
+    for process in two:
+        close(process["sft"]["weights"], alone["weights"], atol=1e-5)
+        assert process["sft"]["stats"] == pytest.approx(alone["stats"], rel=1e-4)
+        assert process["sft"]["head_state"] == alone["head_state"] == 0, (
             "an SFT step does not even touch the value head's moments"
         )
 
@@ -79,13 +79,13 @@ def test_ppo_gradients_are_those_of_one_process_on_the_same_rollout(two):
             for k, v in worker.new_model().state_dict().items()
         )
         assert moved > 1e-3
-        for each in two:
-            close(each[name]["weights"], alone["weights"], atol=1e-6)
-            assert each[name]["metrics"] == pytest.approx(alone["metrics"], abs=1e-4)
+        for process in two:
+            close(process[name]["weights"], alone["weights"], atol=1e-6)
+            assert process[name]["metrics"] == pytest.approx(alone["metrics"], abs=1e-4)
 
 
 def test_every_process_knows_the_whole_rollout_and_whitens_all_of_it(two):
-    first, second = (each["rollout"] for each in two)
+    first, second = (process["rollout"] for process in two)
     for name in vars(first):
         assert torch.equal(getattr(first, name), getattr(second, name)), name
     assert (
@@ -97,8 +97,8 @@ def test_every_process_knows_the_whole_rollout_and_whitens_all_of_it(two):
     assert abs(float(advantages.mean())) < 1e-5 and float(
         advantages.std(unbiased=False)
     ) == pytest.approx(1, abs=1e-3)
-    mine = first.advantages[::2][first.response_mask[::2]]
-    assert abs(float(mine.mean())) > 1e-3, "the halves alone are not white"
+    half = first.advantages[::2][first.response_mask[::2]]
+    assert abs(float(half.mean())) > 1e-3, "the halves alone are not white"
     with torch.no_grad():  # what was scored elsewhere is what is scored here
         scores = worker.new_model()(first.input_ids, first.attention_mask, first.response_mask)
     torch.testing.assert_close(scores.logprobs, first.logprobs, atol=1e-5, rtol=0)
@@ -204,16 +204,16 @@ def test_zero_equals_ddp_and_its_checkpoints_are_plain(whole_run, zero_json, tmp
             load_file(whole_run / "final" / file),
             atol=1e-4,
         )
-    ours, theirs = (
+    zero, ddp = (
         torch.load(out / "final" / "trainer_state.pt", weights_only=True)["stateful"]["optimizer"]
         for out in (tmp_path / "zero", whole_run)
     )
     assert (
-        ours["state"].keys() == theirs["state"].keys()
-        and ours["param_groups"][0]["params"] == theirs["param_groups"][0]["params"]
+        zero["state"].keys() == ddp["state"].keys()
+        and zero["param_groups"][0]["params"] == ddp["param_groups"][0]["params"]
     )
-    for number, entry in theirs["state"].items():
-        close(ours["state"][number], entry, atol=1e-4)
+    for number, entry in ddp["state"].items():
+        close(zero["state"][number], entry, atol=1e-4)
     # DDP goes on from ZeRO's checkpoint, ZeRO from DDP's, and both arrive where the whole run did
     for source, more in ((tmp_path / "zero", []), (whole_run, flags)):
         resumed = copy_until(source, tmp_path / f"resumed{len(more)}", 4)
