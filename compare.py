@@ -1,7 +1,7 @@
 """SFT alone, PPO alone, SFT then PPO, and the hybrid: alike in code, data, steps and tuning.
 
     python compare.py --seeds 5 --out compare                                # the built-in task
-    python compare.py --out compare-mine -- --model gpt2 --data my_data.jsonl --reward rouge_l
+    python compare.py --out compare-mine -- --model gpt2 --data examples/my_data.jsonl
 
 What follows `--` goes to train.py as it is. Every step of every arm is ONE update on one batch
 (`--ppo-epochs 1 --minibatches 1`, unless you give others): equal steps are equal updates on equally

@@ -10,7 +10,7 @@ the plain one of `render_dialogue`; sampled token ids stay as they are: the text
 is never tokenised again. The user is scripted (the user turns that the record goes on with) or a
 model (`--user-model`). Left out on purpose: tools, more than two speakers.
 
-    python train.py --data questions.jsonl --turns 2 --ppo-ratio 1 --reward "length(target=20)"
+    python train.py --data examples/questions.jsonl --turns 2 --ppo-ratio 1 --reward length
 """
 
 import argparse

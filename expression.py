@@ -11,7 +11,7 @@ f(prompts, completions, **columns) -> list[float], one float per completion, hig
 Left out on purpose: division, powers, conditions, and every other thing that Python can do. The
 text is read with `ast` and is never evaluated as Python.
 
-    python rewards.py "clip(ema(sentiment), -3, 3)" scored.jsonl
+    python rewards.py "clip(ema(sentiment), -3, 3)" examples/scored.jsonl
 """
 
 import ast

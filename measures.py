@@ -4,7 +4,7 @@ Each measure is a plain function of strings; the lower half of the file makes re
 table MEASURES for rewards.py. Left out on purpose: stemming, parsing, word lists of any size (give
 `toxicity` and `sentiment` a file), and everything that asks a model (judges.py).
 
-    python rewards.py "coverage - toxicity + 0.2*style(sentence_length=12)" scored.jsonl
+    python rewards.py "coverage - toxicity + 0.2*style()" examples/scored.jsonl
 """
 
 import functools

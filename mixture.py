@@ -11,7 +11,7 @@ learns how much each counts, in one of two ways:
 
 Left out on purpose: weights that depend on the prompt, negative weights (write `- x` inside).
 
-    python rewards.py "mixture(rouge_l, length(target=8))" scored.jsonl
+    python rewards.py "mixture(rouge_l, length(target=8))" examples/scored.jsonl
 """
 
 import math

@@ -1,7 +1,7 @@
 """Several processes as one: each holds the whole model and works on its share of the rows.
 
-    torchrun --nproc_per_node=2 train.py                       # gloo on the CPU, nccl on GPUs
-    torchrun --nproc_per_node=2 train.py --deepspeed zero.json # ZeRO splits the optimiser state too
+    torchrun --nproc_per_node=2 train.py            # gloo on the CPU, nccl on GPUs
+    torchrun --nproc_per_node=2 train.py --deepspeed examples/zero.json
 
 Four places share out rows: sampling (`generate.sample`), log-probabilities (`hybrid.forward_rows`),
 rewards (`rewards.Reward`), gradients (`engine.accumulate`). Process r takes rows r, r + world,

@@ -9,7 +9,7 @@ the model's config; `--reward 'model("PATH")'` uses them to give scores of mean 
 The folder is a plain AutoModelForSequenceClassification(num_labels=1) that others can load.
 Left out on purpose: ensembles, margins. One epoch is the default: a reward model soon overfits.
 
-    python reward_model.py --data prefs.jsonl --model gpt2 --out reward
+    python reward_model.py --data examples/prefs.jsonl --model gpt2 --out reward
     python train.py --reward 'model("reward")'
 """
 

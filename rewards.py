@@ -15,7 +15,7 @@ rouge_score without stemming) to 1e-9. More measures of text are in measures.py,
 model in judges.py. Left out on purpose: stemming, and anything that looks at token ids.
 
     python rewards.py --list                                  # every name, its range, what it needs
-    python rewards.py "0.7*rouge_l + 0.3*bleu" scored.jsonl   # records: prompt, completion, target
+    python rewards.py "0.7*rouge_l + 0.3*bleu" examples/scored.jsonl
 """
 
 import functools

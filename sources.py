@@ -4,7 +4,7 @@ A record is a dict of fields: `read_records` reads them, `to_examples` turns one
 an error names the file, and the line where there is one. Token ids and batches are in data.py.
 Left out on purpose: endless corpora, guessing an encoding, cleaning texts.
 
-    python data.py my_data.jsonl        # print what a source becomes
+    python data.py examples/my_data.jsonl        # print what a source becomes
 """
 
 import csv

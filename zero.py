@@ -3,8 +3,7 @@
 The optimiser state, and with stage 2 the gradients too, are split over the processes. DeepSpeed is
 an optional package. Its configuration is the user's, except for what flags of train.py say.
 
-    echo '{"zero_optimization": {"stage": 2}}' > zero.json
-    torchrun --nproc_per_node=2 train.py --deepspeed zero.json
+    torchrun --nproc_per_node=2 train.py --deepspeed examples/zero.json
 
 A checkpoint is as one process would write it. Any number of processes can resume it, with or
 without DeepSpeed. Left out on purpose: ZeRO-3. It splits the weights: every sampled token would
