@@ -1,7 +1,6 @@
 """Does it fit? The memory of training on each device, from sizes alone, before anything is loaded.
 
     python train.py --model gpt2 --batch-size 64 --amp bf16 --dry-run   # your run, 1 to 8 devices
-    python cost.py                                                      # three sizes of models
 
 With P parameters, L layers of width W, vocabulary V, and T tokens in the rows that pass through the
 model together, in bytes:
@@ -49,11 +48,6 @@ class Sizes(NamedTuple):
 
 TINY_WIDTH = TINY_LM["hidden_size"]
 TINY = Sizes(1e6, TINY_LM["num_hidden_layers"], TINY_WIDTH, TINY_WIDTH, TINY_LM["vocab_size"])
-EXAMPLES = {  # GPT-2 small and XL; Llama 2 7B
-    "124 M": Sizes(124e6, 12, 768, 768, 50257),
-    "1.5 B": Sizes(1.56e9, 48, 1600, 1600, 50257),
-    "7 B": Sizes(6.74e9, 32, 4096, 4096, 32000),
-}
 
 
 def sizes_of(name: str) -> Sizes:
@@ -165,19 +159,3 @@ def print_estimate(args, samples: bool) -> None:
     sampled = f", {args.max_new_tokens} of them sampled" if samples else ""
     print(f"rows of {length} tokens{sampled}; the formula is in cost.py")
     print(table(sizes, rows, **options))
-
-
-def example_table() -> str:
-    """Peak GiB per device: bf16, gradient checkpointing, 8 rows of 1,024 tokens, 256 sampled."""
-    options = dict(rows=8, sampled=8, length=1024, response=256, amp=True, checkpointing=True)
-    lines = ["| model | one device | 8 devices, DDP | 8 devices, ZeRO-2 |", "|---|---|---|---|"]
-    for name, sizes in EXAMPLES.items():
-        one = memory(sizes, **options)["peak"] / GIB
-        ddp = memory(sizes, devices=8, **options)["peak"] / GIB
-        zero = memory(sizes, devices=8, zero=2, **options)["peak"] / GIB
-        lines.append(f"| {name} | {one:.1f} | {ddp:.1f} | {zero:.1f} |")
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(example_table())

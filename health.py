@@ -186,10 +186,6 @@ def plot(rows: list[dict], path: Path) -> None:
         axis.set_ylabel(title)
         if axis.lines:
             axis.legend(fontsize=7)
-    for row in rows:
-        if row["phase"] not in ("sft", "eval"):
-            for axis in axes[:2]:
-                axis.axvspan(row["step"] - 1, row["step"], color="0.92", linewidth=0)
-    axes[-1].set_xlabel("step (shaded: PPO, or what takes its place)")
+    axes[-1].set_xlabel("step")
     figure.savefig(path, dpi=80)
     pyplot.close(figure)

@@ -289,10 +289,26 @@ class ProgressBar:
 
 
 class Stop:
-    """`signal` is None until the user (Ctrl-C) or the machine (SIGTERM) asks the run to end."""
+    """`with Stop() as stop:` the first Ctrl-C (SIGINT) or SIGTERM only sets `signal`, so that the
+    step is finished and saved; a second one acts at once."""
 
     def __init__(self):
         self.signal: int | None = None
+        self.handlers: dict = {}  # what stood there before
+
+    def __enter__(self) -> "Stop":
+        if threading.current_thread() is threading.main_thread():  # only it may set handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self.ask)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def ask(self, number: int, frame) -> None:
+        self.signal = number
+        self.__exit__()
 
     def asked(self) -> bool:
         """If one process got a signal, all of them stop. So every process must ask."""
@@ -305,28 +321,3 @@ class Stop:
         if self.signal is not None:
             tqdm.write(f"stopped after step {step}; go on with: python train.py --resume {out}")
             raise SystemExit(128 + self.signal)
-
-
-@contextmanager
-def graceful_stop():
-    """The first SIGINT or SIGTERM waits until the step is saved; a second one acts at once."""
-    stop = Stop()
-    if threading.current_thread() is not threading.main_thread():  # only it may set handlers
-        yield stop
-        return
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-    def ask(number, frame) -> None:
-        stop.signal = number
-        restore()
-
-    for number in handlers:
-        signal.signal(number, ask)
-    try:
-        yield stop
-    finally:
-        restore()

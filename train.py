@@ -25,7 +25,7 @@ from flags import parse_args
 from ppo import collect_rollout, ppo_step
 from prepare import prepare
 from references import follow_policy, renew_reference
-from runs import Algorithm, ProgressBar, Run, RunFolder, Stop, graceful_stop
+from runs import Algorithm, ProgressBar, Run, RunFolder, Stop
 from schedules import is_ppo_step, leave_out  # noqa: F401  (the rule of --ppo-ratio is public here)
 from sft import sft_step
 
@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     args = parse_args(argv, ALGORITHMS)
     if args.dry_run:
         return cost.print_estimate(args, ALGORITHMS[args.algorithm].samples)
-    with graceful_stop() as stop:
+    with Stop() as stop:
         metrics = train(args, stop)
     parallel.finish()
     return metrics

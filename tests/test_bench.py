@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, SHARED
+from conftest import SHARED
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
@@ -182,7 +182,3 @@ def test_the_activations_are_those_that_autograd_keeps():
         model(ids, torch.ones_like(ids).bool(), response)
     saved = sum(size for pointer, (_, size) in kept.items() if pointer not in weights)
     assert saved / (layers * width * tokens) == pytest.approx(85, rel=0.03)
-
-
-def test_the_table_of_the_readme_is_what_the_formula_gives():
-    assert cost.example_table() in (ROOT / "docs/speed.md").read_text(encoding="utf-8")
