@@ -57,13 +57,14 @@ class PairBatch(Batch):
 def add_flags(parser) -> None:
     group = parser.add_argument_group("dpo")
     group.add_argument(
-        "--preference-data", help="preference pairs (default: made from the built-in task)"
+        "--preference-data",
+        help="file with prompt, chosen and rejected (default: pairs made from the built-in task)",
     )
     group.add_argument(
         "--beta",
         type=number(float, 0, above=True),
         default=0.1,
-        help="how close to the reference (0.05 to 0.5; smaller is freer)",
+        help="how close to the reference (usual: 0.05 to 0.5; smaller is freer)",
     )
 
 

@@ -71,7 +71,7 @@ class Parser(argparse.ArgumentParser):
 
 class _DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
-        if action.default in (None, False) or "(default" in action.help:
+        if action.default is None or action.default is False or "(default" in action.help:
             return action.help
         return super()._get_help_string(action)
 
@@ -141,7 +141,7 @@ def make_scaler(amp: str, device: torch.device) -> torch.amp.GradScaler | None:
 
 
 def compile_lm(model: torch.nn.Module) -> None:
-    """Compile the trunk, for any number of rows and columns. Raises UserError where that fails."""
+    """Compile the LM without its head, for any shape of a batch. Raises UserError if that fails."""
     try:
         one_tensor = torch.ones(3, device=model.value_head.weight.device)
         torch.compile(lambda x: x * 2 + 1, dynamic=True)(one_tensor)
@@ -187,7 +187,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 # Betas as in GPT-3 (2005.14165, appendix B). Adam's eps is 1e-5, not torch's 1e-8: the first
-# updates are far less wild (N+ details, 2403.17031). No weight decay: PPO has its own anchor.
+# updates are far less wild (N+ details, 2403.17031). No weight decay: that is what the KL is for.
 ADAM = dict(betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
 
 

@@ -1,7 +1,7 @@
 """Held-out measurements: how well the model still writes the data, and what the reward says.
 
-`train.py` calls `evaluate` every `--eval-every` steps. It samples with a generator of its own, so
-measuring more often never changes a run. Left out on purpose: benchmark suites.
+`train.py` calls `measure` every `--eval-every` steps. `evaluate` samples with a generator of its
+own, so measuring more often never changes a run. Left out on purpose: benchmark suites.
 
     python evaluate.py --health out                           # healthy, or what to suspect and why
     python evaluate.py --plot out                             # out/curves.png (needs matplotlib)

@@ -1,8 +1,8 @@
 """The command line: every flag that is no extension's own, their defaults, and what a resumed run remembers.
 
-An extension adds its flags by `add_flags(parser)` and refuses what cannot be by `check_flags(args)`. An algorithm
-names the flags that matter to it in its entry of ALGORITHMS (train.py), a schedule in its `flags`: a flag that does
-nothing in a run is refused. Left out on purpose: configuration files.
+An extension has `add_flags(parser)`, and `check_flags(args)`, which raises UserError for flags that contradict each
+other. An algorithm names the flags that matter to it in its entry of ALGORITHMS (train.py), a schedule in its `flags`:
+a flag of another algorithm or schedule is refused. Left out on purpose: configuration files.
 
     python train.py --help
 """
@@ -17,10 +17,10 @@ import references
 import schedules
 from data import add_data_flags
 from engine import AMP_DTYPES, OPTIMIZERS, SCHEDULERS, Parser, UserError, number
-from runs import MAY_CHANGE, Algorithm, read_config
+from runs import MAY_CHANGE_ON_RESUME, Algorithm, read_config
 
 EXTENSIONS = (schedules, references, dialogue)
-EVERY_TIME = ("resume", "overwrite", "deepspeed", "dry_run")  # flags that --resume does not take from config.json
+NOT_REMEMBERED = ("resume", "overwrite", "deepspeed", "dry_run")  # --resume does not take them from config.json
 
 
 def make_parser(algorithms: dict[str, Algorithm]) -> Parser:
@@ -34,7 +34,7 @@ def make_parser(algorithms: dict[str, Algorithm]) -> Parser:
         help="'reviews' (built in), a .jsonl .json .csv .parquet .txt file, or a hub dataset id")
     add_data_flags(parser.add_argument_group("how --data is read"))
     add = parser.add_argument_group("training").add_argument
-    add("--algorithm", choices=tuple(algorithms), default="ppo", help="what takes turns with SFT")
+    add("--algorithm", choices=tuple(algorithms), default="ppo", help="the algorithm that alternates with SFT")
     add("--steps", type=count, default=700, help="steps of the loop, SFT and PPO together")
     add("--batch-size", type=count, default=32,
         help="demonstrations of an SFT step, episodes of a PPO step, pairs of a DPO step; of all processes together")
@@ -43,11 +43,11 @@ def make_parser(algorithms: dict[str, Algorithm]) -> Parser:
     add("--grad-accum", type=count, help="the same, said as the number of parts into which each process cuts its share")
     add("--max-length", type=number(int, 2),
         help="tokens of prompt and response together (default: 256, or the model's context)")
-    add("--lr", type=positive, help="peak learning rate (default: 3e-3 for 'tiny', else 1e-5; 1e-6 to 1e-3)")
+    add("--lr", type=positive, help="peak learning rate (usual: 1e-6 to 1e-3; default: 3e-3 for 'tiny', else 1e-5)")
     add("--optimizer", choices=tuple(OPTIMIZERS), default="adamw",
         help="torch's own; muon takes the matrices, AdamW the rest")
     add("--scheduler", choices=tuple(SCHEDULERS), default="linear",
-        help="learning rate after the warm-up; wsd decays in the last fifth")
+        help="learning rate after its warm-up; wsd decays in the last fifth")
     add("--warmup-steps", type=number(int, 0), default=20, help="steps over which the learning rate rises")
     add("--max-grad-norm", type=positive, default=1.0, help="gradient clipping")
     add = parser.add_argument_group("reward and sampling").add_argument
@@ -55,25 +55,27 @@ def make_parser(algorithms: dict[str, Algorithm]) -> Parser:
     add("--mixture-data", help="preference pairs (prompt, chosen, rejected) that fit the weights of a mixture(...)")
     add("--max-new-tokens", type=count, default=32, help="length limit of a response, EOS included")
     add("--temperature", type=number(float, 0.01), default=1.0,
-        help="divides the logits of policy, old policy and reference (0.7 to 1)")
+        help="divides the logits of policy, old policy and reference (usual: 0.7 to 1)")
     add("--missing-eos-penalty", type=number(float, 0), default=0.0,
-        help="taken off the score of a response that hit the length limit")
-    add = parser.add_argument_group("ppo").add_argument
+        help="subtracted from the score of a response that hit the length limit")
+    add = parser.add_argument_group("ppo and grpo").add_argument
     add("--kl-coef", type=number(float, 0), default=0.05,
-        help="price of one nat of KL, in units of reward (0.01 to 0.2)")
-    add("--kl-target", type=positive, help="adapt the price until a response has this KL, in nats (1 to 10)")
-    add("--kl-horizon", type=positive, default=1000, help="episodes in which the price can change by a factor of 1.2")
+        help="what is subtracted from the reward for one nat of KL (usual: 0.01 to 0.2)")
+    add("--kl-target", type=positive, help="adapt kl_coef until a response has this KL (k1), in nats (usual: 1 to 10)")
+    add("--kl-horizon", type=positive, default=1000, help="episodes in which kl_coef can change by a factor of 1.2")
     add("--kl-estimator", choices=("k1", "k2", "k3"), default="k1",
-        help="per-token KL in the reward; only k1 also gives the KL's unbiased gradient")
-    add("--ppo-epochs", type=count, default=2, help="passes over each rollout (1 to 4)")
-    add("--minibatches", type=count, default=2, help="updates per pass (1 to 8)")
-    add("--cliprange", type=positive, default=0.2, help="the ratio may leave 1 by this much (0.1 to 0.3)")
-    add("--cliprange-value", type=positive, default=0.2, help="a value may leave its old self by this much")
-    add("--vf-coef", type=number(float, 0), default=0.1, help="weight of the value loss")
-    add("--gamma", type=share, default=1.0, help="discount per token; 1 for text")
-    add("--lam", type=share, default=0.95, help="GAE lambda, 1 unbiased, 0 smallest variance (0.9 to 1)")
-    add("--target-kl", type=positive, help="stop the passes over a rollout once approxkl exceeds this (0.01 to 0.1)")
-    add("--whiten-rewards", action="store_true", help="scale per-token rewards to unit variance")
+        help="ppo: per-token KL in the reward; only k1 also gives the KL's unbiased gradient")
+    add("--ppo-epochs", type=count, default=2, help="passes over each rollout (usual: 1 to 4)")
+    add("--minibatches", type=count, default=2, help="updates per pass (usual: 1 to 8)")
+    add("--cliprange", type=positive, default=0.2, help="the ratio may leave 1 by this much (usual: 0.1 to 0.3)")
+    add("--cliprange-value", type=positive, default=0.2,
+        help="ppo: a value may move by this much from what it was at sampling")
+    add("--vf-coef", type=number(float, 0), default=0.1, help="ppo: weight of the value loss")
+    add("--gamma", type=share, default=1.0, help="ppo: discount per token; 1 for text")
+    add("--lam", type=share, default=0.95, help="ppo: GAE lambda, 1 unbiased, 0 smallest variance (usual: 0.9 to 1)")
+    add("--target-kl", type=positive,
+        help="stop the passes over a rollout once approxkl exceeds this (usual: 0.01 to 0.1)")
+    add("--whiten-rewards", action="store_true", help="ppo: scale per-token rewards to unit variance")
     add = parser.add_argument_group("run").add_argument
     add("--out", default="out", help="run folder: config, metrics, samples, checkpoints, final model")
     add("--overwrite", action="store_true", help="replace the run that --out holds")
@@ -84,7 +86,7 @@ def make_parser(algorithms: dict[str, Algorithm]) -> Parser:
     add("--save-every", type=number(int, 0), default=100, help="steps between checkpoints; 0 only the final model")
     add("--keep", type=count, default=2, help="checkpoints to keep, the newest ones")
     add("--log", choices=("none", "wandb", "tensorboard"), default="none",
-        help="mirror of metrics.jsonl (optional packages)")
+        help="where a copy of metrics.jsonl goes as well (optional packages)")
     add("--seed", type=number(int, 0, 2**32 - 2), default=0,
         help="of model, data order and sampling: the same seed, the same run")
     add = parser.add_argument_group("machine").add_argument
@@ -117,7 +119,7 @@ def parse_args(argv: list[str] | None, algorithms: dict[str, Algorithm]) -> argp
     if args.overwrite:
         raise UserError("--resume goes on with a run, --overwrite replaces one; say one of the two")
     config = read_config(Path(args.resume))
-    remembered = {name: config.get(name, value) for name, value in vars(args).items() if name not in EVERY_TIME}
+    remembered = {name: config.get(name, value) for name, value in vars(args).items() if name not in NOT_REMEMBERED}
     remembered["out"] = args.resume
     parser.set_defaults(**dict.fromkeys(remembered))  # a flag that is not given again is None
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
@@ -125,7 +127,7 @@ def parse_args(argv: list[str] | None, algorithms: dict[str, Algorithm]) -> argp
     if "out" in given and Path(given["out"]).resolve() == Path(args.resume).resolve():
         given["out"] = args.resume
     for name, value in given.items():
-        if remembered[name] != value and name not in MAY_CHANGE:
+        if remembered[name] != value and name not in MAY_CHANGE_ON_RESUME:
             raise UserError(
                 f"{spelled(name)} {value} contradicts the run that is resumed, which has {remembered[name]}; "
                 "leave the flag out"
@@ -183,12 +185,13 @@ def resolve_defaults(args: argparse.Namespace, algorithm: Algorithm, context: in
             f"--batch-size {args.batch_size} counts all {parallel.world()} processes together; "
             "give each at least one row"
         )
-    least = algorithm.least_group
-    if args.batch_size % args.group_size or args.group_size < least:
-        at_least = f", at least {least} for {args.algorithm}" if least > 1 else ""
+    if args.group_size < algorithm.least_group:
         raise UserError(
-            f"--group-size {args.group_size}: expected a divisor of --batch-size {args.batch_size}{at_least}"
+            f"--algorithm {args.algorithm} compares responses to one prompt: "
+            f"give --group-size {algorithm.least_group} or more, such as 4"
         )
+    if args.batch_size % args.group_size:
+        raise UserError(f"--group-size {args.group_size}: expected a divisor of --batch-size {args.batch_size}")
     if not algorithm.samples and (args.schedule != "ratio" or args.turns > 1):
         raise UserError(f"--algorithm {args.algorithm} samples nothing, so it goes with --schedule ratio and one turn")
     for extension in EXTENSIONS:

@@ -1,12 +1,12 @@
-"""GRPO: several responses to each prompt; a response is as good as it is better than its siblings.
+"""GRPO: several responses to each prompt; the advantage of one is its score among all of them.
 
 Shao et al. 2402.03300. No value head and no GAE: for every token of response i
 
     A_i = (score_i - mean of the group) / standard deviation of the group
     loss = clipped surrogate + kl_coef * k3(pi || reference)    (eq. 3 and 4, the sign turned)
 
-The KL is paid in the loss, as in the paper; ppo.py has it in the reward. One difference: the mean
-is over the tokens of the whole update, as everywhere here; the paper takes the mean of each
+The loss contains the KL, as in the paper; in ppo.py the reward contains it. One difference: the
+mean is over the tokens of the whole update, as everywhere here; the paper takes the mean of each
 response first. Left out on purpose: process rewards.
 
     python train.py --algorithm grpo --group-size 8 --out out-grpo8
@@ -26,7 +26,7 @@ def add_flags(parser) -> None:
         "--group-size",
         type=number(int, 1),
         default=1,
-        help="responses to each prompt; grpo compares them (4 to 16); they count in --batch-size",
+        help="responses to each prompt, part of --batch-size; grpo needs 2 or more (4 to 16)",
     )
 
 
@@ -74,9 +74,9 @@ def grpo_step(
     cliprange: float = 0.2,
     **options,
 ) -> dict[str, float]:
-    """GRPO's updates on a rollout of `collect_rollout(..., kl_coef=0)`, whose rewards are then the
-    scores alone. `options` are those of `update_epochs`. -> metrics `grpo/...`; the metrics of the
-    rollout keep their names, `ppo/...`."""
+    """GRPO's updates on a rollout of `collect_rollout(..., kl_coef=0)`, whose rewards are then
+    scores minus penalties. `options` are those of `update_epochs`. -> metrics `grpo/...`; the
+    metrics of the rollout keep their names, `ppo/...`."""
     scored = rollout.response_mask.any(1)  # (B,)
     scores = torch.where(scored, rollout.rewards.sum(1), torch.nan)  # (B,)
     advantages = group_advantages(scores, group_size)[:, None] * rollout.response_mask  # (B, T)

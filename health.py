@@ -3,8 +3,8 @@
     python evaluate.py --health out           # one line: healthy, or what to suspect and why
     python evaluate.py --plot out             # out/curves.png (needs matplotlib)
 
-Left out on purpose: limits that a user can set. A rule fires where a metric leaves the healthy
-range that the glossary of the README gives.
+Left out on purpose: limits that a user can set. A rule fires where a metric is far outside the
+healthy range that docs/metrics.md gives.
 """
 
 from collections.abc import Callable

@@ -13,7 +13,7 @@ Left out on purpose: a separate critic (the trunk is shared, as in Ziegler et al
 dropout (the PPO ratio would differ from 1 before the first update), half-precision weights.
 Loading, checking and packing of the LM itself are in lm.py.
 
-    python hybrid.py merge out-sft/final out-ppo/final --out merged    # the average of two models
+    python hybrid.py merge out-sft/final out/final --out merged        # the average of two models
 """
 
 import copy

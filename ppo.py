@@ -1,4 +1,4 @@
-"""PPO on a language model: sample, score, pay for the distance to a reference, estimate, update.
+"""PPO on a language model: sample, score, subtract the KL, estimate advantages, update.
 
 Read beside: PPO (Schulman et al. 1707.06347), GAE (Schulman et al. 1506.02438), Ziegler et al.
 1909.08593 (the KL penalty and its controller), the N+ details (Huang et al. 2403.17031). One token
@@ -11,9 +11,9 @@ is one action; one response is one episode; gamma is 1 by default.
     values          0    0    0    *    *    *    0     V(state just before token t)
     rewards         0    0    0   -kl  -kl  -kl+score   the score sits on the LAST RESPONSE token
 
-Left out on purpose: an entropy bonus, a separate critic, reward models (a reward is any function of
-text, see rewards.py), a threshold that drops batches (only an update whose gradient is not finite
-is skipped, and counted: engine.py).
+Left out on purpose: an entropy bonus, a separate critic, rewards themselves (any function of text,
+rewards.py), a threshold that drops batches. Only an update whose gradient is not finite is skipped
+(engine.py), and a step whose reward is not finite (runs.py); both are counted.
 
     python train.py --ppo-ratio 1 --out out-ppo-only          # PPO alone
 """
@@ -90,7 +90,8 @@ def compute_gae(
 
     All (B, T) float32 -> advantages, returns, 0 off the mask. "t+1" is the next column ON the mask:
     columns off it (prompt, padding, user turns of a dialogue) are skipped; they are not states of
-    value zero. After the last response token the episode is over: its next value is 0.
+    value zero. After the last response token the episode is over: the next value is 0, also where
+    the response was truncated.
 
     >>> rewards, values = torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[0.0, 0.5, 0.6]])
     >>> advantages, _ = compute_gae(rewards, values, torch.tensor([[False, True, True]]), lam=1.0)
@@ -120,8 +121,8 @@ def clipped_surrogate(
     """The clipped surrogate of 1707.06347 (eq. 7), with its sign turned, as a mean over tokens.
 
     All (B, T) -> scalar, detached scalar stats. A > 0: no gradient once ratio > 1 + cliprange;
-    A < 0: none once ratio < 1 - cliprange. Everywhere else there is one, so that a ratio that moved
-    in the wrong direction can always come back.
+    A < 0: none once ratio < 1 - cliprange. Everywhere else there is one (up to a log-ratio of 20),
+    so that a ratio that moved in the wrong direction can come back.
     """
     log_ratio = torch.where(mask, new_logprobs - old_logprobs, 0)  # (B, T)
     log_ratio = log_ratio.clamp(max=20)  # beyond that exp would overflow
@@ -180,7 +181,7 @@ class AdaptiveKLController:
         self.value, self.target, self.horizon = init_kl_coef, target, horizon
 
     def update(self, current_kl: float, n_steps: int) -> None:
-        """current_kl: mean KL of a response, in nats; n_steps: episodes since the last update."""
+        """current_kl: mean KL of a response, in nats; n_steps: episodes that this mean is over."""
         if self.target is not None:
             error = min(max(current_kl / self.target - 1, -0.2), 0.2)
             self.value *= 1 + error * n_steps / self.horizon
@@ -197,9 +198,9 @@ class AdaptiveKLController:
 
 @dataclass
 class Rollout(Batch):
-    """Sampled responses and what PPO knows about each token: (B, T) float32, 0 off the mask."""
+    """Sampled responses and what PPO knows of each token. Rows without a score are off the mask."""
 
-    logprobs: torch.Tensor  # under the policy that sampled them, by the same forward that trains
+    logprobs: torch.Tensor  # (B, T), as all below; under the policy, by the forward that trains
     ref_logprobs: torch.Tensor  # under the reference
     values: torch.Tensor  # V(state just before the token)
     rewards: torch.Tensor  # -kl_coef * kl, plus the score on the last response token
@@ -280,11 +281,11 @@ def collect_rollout(
 ) -> tuple[Rollout, dict[str, float]]:
     """Sample one episode per example, score it, work out advantages. -> rollout, metrics `ppo/...`.
 
-    Call it after the SFT steps before it: the old log-probabilities belong to the weights as they
-    are now. `reward(prompts, completions, **columns) -> (n,)`; a response whose score is NaN leaves
-    the mask, so nothing is learnt from it. `missing_eos_penalty` is taken off the score of a
-    truncated response. `sampling` is for `sample_episodes`: max_length, max_new_tokens, generator,
-    turns, user.
+    Call it just before the updates that use it: the old log-probabilities must belong to the
+    present weights. `reward(prompts, completions, **columns) -> (n,)`; a row with a score of NaN
+    leaves the mask, so nothing is learnt from it. `missing_eos_penalty` is subtracted from the
+    score of a truncated response. `sampling` is for `sample_episodes`: max_length, max_new_tokens,
+    generator, turns, user.
     """
     # 1. sample
     episodes = sample_episodes(model, tokenizer, examples, temperature=temperature, **sampling)
@@ -411,10 +412,9 @@ def update_epochs(
     other pass follows.
 
     `loss_fn(rows of the rollout) -> (loss, stats)`, means over their response tokens. With
-    `demonstrations`, an update follows (1 - sft_weight) * loss_fn + sft_weight * sft_loss (as in
-    InstructGPT 2203.02155, eq. 2, which has a sum with a coefficient). `generator` (CPU) orders the
-    rows. `micro_batch_size` rows pass through the model together (None: all of an update).
-    `backend` is for float16 and several processes; None is plain torch.
+    `demonstrations`, the loss of an update is (1 - sft_weight) * loss_fn + sft_weight * sft_loss
+    (InstructGPT 2203.02155, eq. 2, has a sum). `generator` (CPU) orders the rows. `backend` is for
+    float16 and several processes. `micro_batch_size` rows pass through the model together.
 
     Returns the means of the stats over the updates (maxima of those named `..._max`), the number of
     updates skipped, of passes (`epochs`), and `first_ratio_gap`: max |ratio - 1| in the first

@@ -1,4 +1,4 @@
-"""All that a run needs, made and checked before the first step: a run that starts can finish.
+"""All that a run needs, made and checked before the first step.
 
 `prepare(args, algorithm) -> Run` loads data, policy, reward, reference and user, and resolves the
 flags whose default depends on them. Whatever the user got wrong is a UserError here; nothing is
@@ -110,7 +110,9 @@ def make_run(args, algorithm, model, tokenizer, train_examples, held_out) -> Run
     else:
         backend = Backend(model, scaler)
     with_target = [example for example in train_examples if example.target]
-    pairs = algorithm.load_pairs(args, train_examples) if algorithm.load_pairs else []
+    pairs = []
+    if algorithm.preference_pairs is not None:
+        pairs = algorithm.preference_pairs(args, train_examples)
     prompts_at_once = args.batch_size // args.group_size
     return Run(
         algorithm=algorithm,

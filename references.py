@@ -71,7 +71,7 @@ def reference_logprobs(
     micro_batch_size: int | None,
     temperature: float = 1.0,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """What each row is held to, (B, T), and under each named reference, {name: (B, T)}.
+    """Log-probabilities under the reference of each row, (B, T), and under each by {name: (B, T)}.
 
     Raises UserError for a record that names a reference that is not there.
     """
@@ -100,8 +100,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     text = "renew the reference every N PPO steps; 0 never does"
     group.add_argument("--ref-refresh", type=number(int, 0), default=0, help=text)
     text = (
-        "after every PPO step the reference becomes this much of itself and the rest of the policy "
-        "(0.99); 0 never moves it"
+        "after every PPO step: reference = x * reference + (1 - x) * policy (usual: 0.99; 0: the "
+        "reference does not move)"
     )
     group.add_argument("--ref-ema", type=number(float, 0, 1), default=0.0, help=text)
 

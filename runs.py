@@ -36,8 +36,7 @@ from checkpoints import (  # noqa: F401  (read_rows and checkpoints can be had f
 from engine import NonFiniteReward, UserError
 from hybrid import HybridModel
 
-# What a resumed run may do differently
-MAY_CHANGE = ("device", "steps", "eval_every", "eval_size", "save_every", "keep", "log")
+MAY_CHANGE_ON_RESUME = ("device", "steps", "eval_every", "eval_size", "save_every", "keep", "log")
 MAX_LOST = 10  # steps in a row without an update, after which the run ends
 
 
@@ -45,15 +44,15 @@ MAX_LOST = 10  # steps in a row without an update, after which the run ends
 class Algorithm:
     """An entry of the table ALGORITHMS in train.py: all that depends on the algorithm."""
 
-    train: Callable  # (run, args) -> metrics: one step of the loop
-    step: Callable  # (model, batch, optimizer, **options) -> metrics: the updates of that step
+    train_on: Callable  # train_on_reward or the like: (run, args) -> metrics, one step of the loop
+    step: Callable  # its xxx_step(model, batch, optimizer, **options) -> metrics: the updates
     step_flags: tuple[str, ...] = ()  # flags that `step` takes as keyword arguments
     flags: tuple[str, ...] = ()  # other flags that matter to it, and not to every algorithm
     add_flags: Callable | None = None  # adds flags of its own to the command line
     samples: bool = True  # it learns from responses that are sampled and scored by --reward
-    load_pairs: Callable | None = None  # (args, examples) -> preference pairs, if it wants them
+    preference_pairs: Callable | None = None  # (args, examples) -> the pairs that it learns from
     least_group: int = 1  # --group-size must be at least this
-    kl_in_loss: bool = False  # `step` takes kl_coef; otherwise the KL is paid in the reward
+    kl_in_loss: bool = False  # its loss contains the KL (`step` takes kl_coef), not the reward
 
 
 @dataclass
@@ -65,7 +64,7 @@ class Run:
     tokenizer: object
     held_out: list  # examples that are only measured on
     optimizer: torch.optim.Optimizer
-    backend: object  # how gradients come about and are applied (engine.py)
+    backend: object  # computes and applies gradients (engine.py)
     scaler: object  # of fp16, else None
     kl_controller: object
     schedule: object
@@ -109,7 +108,7 @@ class Run:
         return {name: thing for name, thing in things.items() if thing is not None}
 
     def counters(self) -> dict:
-        """What a checkpoint keeps besides: restored by name."""
+        """Other values that a checkpoint stores; they are restored by name."""
         names = ("step", "rl_steps", "skipped", "before", "samples_before")
         return {name: getattr(self, name) for name in names}
 
@@ -140,7 +139,7 @@ class RunFolder:
                     "give more --steps to go on"
                 )
         if args.resume:
-            changed = {name: getattr(args, name) for name in MAY_CHANGE}
+            changed = {name: getattr(args, name) for name in MAY_CHANGE_ON_RESUME}
             parallel.on_main(write_config, self.out, {**read_config(self.out), **changed})
         else:
             parallel.on_main(open_run_folder, self.out, vars(args), args.overwrite)
@@ -169,9 +168,9 @@ class RunFolder:
 
     @contextmanager
     def nothing_lost(self, run: Run):
-        """For whatever asks the reward. A reward that gives no finite number costs this step. A
-        reward that raises ends the run; first, everything is saved as it was, and the prompts of
-        this step will be drawn again."""
+        """Around whatever asks the reward. A reward that is not finite skips this step. A reward
+        that raises ends the run: a checkpoint is saved, and the prompts of this step will be drawn
+        again."""
         position = run.prompt_stream.state_dict()
         try:
             yield

@@ -47,7 +47,7 @@ def is_ppo_step(
 
 
 class Ratio:
-    """SFT for `sft_warmup` steps, then RL in a share of them. The others change a method or two."""
+    """SFT for `sft_warmup` steps, then RL in a share of them. Other schedules are subclasses."""
 
     flags: tuple[str, ...] = ()  # flags that matter to this schedule and not to every one
 
@@ -94,7 +94,7 @@ class Ratio:
 
 
 class _AlwaysRollout(Ratio):
-    """After the warm-up every step is a rollout, whatever --ppo-ratio says."""
+    """After the SFT warm-up every step is a rollout, whatever --ppo-ratio says."""
 
     def phase(self, step: int) -> str:
         return "sft" if step < self.sft_warmup else "rl"
@@ -178,7 +178,7 @@ def hard_examples(examples: list[Example], scores: torch.Tensor, below: float) -
 def leave_out(rollout, examples: list[Example], chosen: list[Example]) -> None:
     """Take the rows of the `chosen` examples out of the RL loss of a rollout, in place.
 
-    Their advantages stay part of the whitening: the others are judged against all that was tried.
+    The advantages were whitened before, over all rows, these included.
     """
     chosen_ids = {id(example) for example in chosen}
     kept = [id(example) not in chosen_ids for example in examples]

@@ -32,7 +32,7 @@ from sft import sft_step
 
 def train(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
     """The whole run: step, write it down, measure, save. -> the last evaluation."""
-    run = prepare(args, ALGORITHMS[args.algorithm])  # whatever can be wrong is wrong here
+    run = prepare(args, ALGORITHMS[args.algorithm])  # every mistake of the user shows here
     folder = RunFolder(args, run)  # with --resume it puts `run` back where it was
     lr_factor = learning_rate_factor(args.scheduler, args.steps, args.warmup_steps)
     if folder.is_new:
@@ -48,13 +48,13 @@ def train(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
 
             # ---- one step: learn from demonstrations, or from the reward
             phase = "sft" if run.schedule.phase(run.step) == "sft" else args.algorithm
-            metrics = {f"{phase}/skipped_steps": 1.0}  # stands if the reward gives no finite number
+            metrics = {f"{phase}/skipped_steps": 1.0}  # stays if the reward is not finite
             if phase == "sft":
                 metrics = train_on_demonstrations(run, args)
             else:
                 renew_reference(run, args)
-                with folder.nothing_lost(run):  # when a user's reward raises
-                    metrics = run.algorithm.train(run, args)
+                with folder.nothing_lost(run):  # if the reward raises, or is not finite
+                    metrics = run.algorithm.train_on(run, args)
                 run.rl_steps += 1
                 follow_policy(run, args)
             run.step += 1
@@ -156,7 +156,7 @@ ALGORITHMS = {
         step_flags=("beta",),
         flags=("preference_data",),
         add_flags=dpo.add_flags,
-        load_pairs=dpo.preference_pairs,
+        preference_pairs=dpo.preference_pairs,
         samples=False,
     ),
 }

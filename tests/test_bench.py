@@ -19,6 +19,7 @@ SMALL = "--layers 2 --width 64 --vocab 256 --batch 4 --prompt-len 6 --response-l
 SMALL += ["--rounds", "1", "--device", "cpu"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     ["sft", "rollout --ragged --against generate", "ppo --ragged --amp bf16 --micro-batch-size 2"],
@@ -43,6 +44,7 @@ def test_every_workload_runs_and_reports(capsys, flags):
     assert ("this project is" in capsys.readouterr().out) == ("against" in flags)
 
 
+@pytest.mark.slow
 def test_a_peer_that_is_not_there_or_measures_something_else_is_one_line(capsys):
     for flags, message in (
         (["sft", "--against", "trl"], "trl is measured by ppo"),

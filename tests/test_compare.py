@@ -105,6 +105,7 @@ def trained(tmp_path, monkeypatch) -> list[str]:
 SMALL = "--limit 40 --batch-size 4 --max-new-tokens 4 --eval-size 4 --device cpu".split()
 
 
+@pytest.mark.slow
 def test_a_small_comparison_from_one_command(tmp_path, trained, capsys):
     pytest.importorskip("matplotlib", reason="matplotlib is an optional package")
     command = [
@@ -195,6 +196,7 @@ def test_the_tax_is_the_perplexity_elsewhere(tmp_path, trained, tiny_folder):
     assert "perplexity elsewhere" in (tmp_path / "c" / "compare.md").read_text()
 
 
+@pytest.mark.slow
 def test_what_cannot_be_compared_is_one_line_before_any_run(tmp_path, monkeypatch, capsys):
     def refused(flags: str, main=main) -> str:
         with pytest.raises(SystemExit) as caught:

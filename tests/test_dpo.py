@@ -142,6 +142,7 @@ def test_built_in_pairs_differ_in_their_judgement_alone():
         )
 
 
+@pytest.mark.slow
 def test_dpo_learns_the_preference_in_a_whole_run(tmp_path):
     flags = (
         "--algorithm dpo --limit 300 --steps 40 --sft-warmup 10 --batch-size 16 "
@@ -217,6 +218,7 @@ def test_grpo_raises_the_better_sibling_and_leaves_the_value_head_alone():
     assert model.value_head.weight.abs().max() == 0, "no value is learnt"
 
 
+@pytest.mark.slow
 def test_grpo_runs_in_groups_and_learns(tmp_path):
     flags = (
         "--algorithm grpo --group-size 4 --limit 200 --steps 24 --sft-warmup 6 "

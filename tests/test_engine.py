@@ -241,6 +241,7 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient():
             torch.testing.assert_close(x.grad, y.grad)
 
 
+@pytest.mark.slow
 def test_compiling_changes_no_score_and_its_absence_is_one_line(monkeypatch):
     model = HybridModel(build_lm("gpt2"))
     batch = make_batch(None, *ragged_batch(), max_length=32)

@@ -478,6 +478,7 @@ def trained(tmp_path_factory):
     return folder, metrics
 
 
+@pytest.mark.slow
 def test_an_easy_rule_is_learnt(trained):
     _, metrics = trained
     assert metrics["accuracy"] > 0.95 and metrics["pairs"] > 30

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parent))
 import parallel_worker as worker
 
+pytestmark = pytest.mark.slow  # every test starts processes that load torch
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 FLAGS = """--limit 120 --steps 8 --batch-size 7 --max-new-tokens 8 --eval-size 6 --save-every 4
 --device cpu --sft-warmup 2 --warmup-steps 0 --ppo-ratio 0.6 --micro-batch-size 2

@@ -197,6 +197,7 @@ def test_the_loop_in_twelve_lines_is_a_loop_that_trains():
     )
 
 
+@pytest.mark.slow
 def test_the_padding_exercise_is_caught_by_the_test_that_it_names(tmp_path):
     exercise = section(DOCS["exercises.md"], "Unmask the padding")
     diff = re.search(r"```diff\n(.*?)```", exercise, re.DOTALL).group(1)

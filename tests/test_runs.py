@@ -93,6 +93,7 @@ def wait_for(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_like_one_that_was_not(tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "out"
     started = time.perf_counter()
@@ -136,6 +137,7 @@ def test_a_run_killed_at_random_moments_ends_like_one_that_was_not(tmp_path):
     assert finished >= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_after_the_step_saved(tmp_path, number):
     whole, out = tmp_path / "whole", tmp_path / "out"
@@ -169,6 +171,7 @@ def test_a_signal_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_the_run_goes_on_later(tmp_path):
     """A limit on the size of files stands in for the disk: the optimiser's state does not fit, the
     model does."""

@@ -331,6 +331,7 @@ def test_columns_reach_the_reward_by_name():
 # ---- the update
 
 
+@pytest.mark.slow
 def test_ppo_learns_to_praise(tokenizer, tiny_model):
     """The whole chain has the right sign: the probability of a rewarded token rises."""
 

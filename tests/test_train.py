@@ -501,6 +501,7 @@ def test_models_that_do_not_fit_together(tmp_path, capsys, tiny_folder, tiny):
     assert "another vocabulary" in refused("--ref-model", tiny_folder)
 
 
+@pytest.mark.slow
 def test_the_command_line_itself(tmp_path):
     """Exit status and streams as a shell sees them."""
     done = subprocess.run(
