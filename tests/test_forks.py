@@ -14,6 +14,7 @@ import sys
 import pytest
 import torch
 from conftest import FAST, ROOT
+from script import run_script
 
 TEXT = (ROOT / "docs" / "extensions.md").read_text(encoding="utf-8")
 
@@ -51,8 +52,7 @@ def fork(tmp_path_factory):
 
 
 def run(folder, *flags):
-    command = [sys.executable, "train.py", *map(str, flags)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    return run_script(["train.py", *map(str, flags)], folder)
 
 
 def rows_of(folder, phase: str) -> list[dict]:

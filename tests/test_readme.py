@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import datasets
 import pytest
 from conftest import FAST, ROOT
+from script import run_script
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 import compare
@@ -311,34 +312,21 @@ def test_a_readme_command_runs(readme_folder, command):
         pytest.importorskip("deepspeed", reason="deepspeed is an optional package")
     if "compare.py" in command or "--plot" in command:
         pytest.importorskip("matplotlib", reason="matplotlib is an optional package")
-    launcher = (
-        [] if command.startswith("python") else ["-m", "torch.distributed.run", "--standalone"]
-    )
-    words = [
-        sys.executable,
-        *launcher,
-        *shlex.split(command.replace("--steps 800", "--steps 8"))[1:],
-    ]
+    words = shlex.split(command.replace("--steps 800", "--steps 8"))[1:]
     if "train.py" in words and "--resume" not in words:
         words += [*FAST, "--max-length", "32", "--batch-size", "8", "--overwrite"]
     if "compare.py" in words:
         words = [*shortened(words), *FAST[:2], *FAST[4:10], "--max-length", "40"]
-    if words[1] == "bench.py":
-        words += [
-            "--texts",
-            "20",
-            "--rounds",
-            "1",
-            *"--layers 1 --width 64 --vocab 64 --batch 2".split(),
-        ]
-    done = subprocess.run(
-        words,
-        cwd=readme_folder,
-        capture_output=True,
-        text=True,
-        input="the plot was\n",
-        timeout=120,
-    )
+    if words[0] == "bench.py":
+        words += "--texts 20 --rounds 1 --layers 1 --width 64 --vocab 64 --batch 2".split()
+    if command.startswith("torchrun"):
+        words = ["-m", "torch.distributed.run", "--standalone", *words]
+    if words[0] in ("-c", "-m", "bench.py", "compare.py"):  # the last three start processes
+        done = subprocess.run(
+            [sys.executable, *words], cwd=readme_folder, capture_output=True, text=True, timeout=120
+        )
+    else:
+        done = run_script(words, readme_folder, "the plot was\n")
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip()
 
