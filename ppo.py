@@ -379,12 +379,12 @@ def ppo_step(
     `options` are those of `update_epochs`: ppo_epochs, minibatches, target_kl, backend, ...
     """
 
-    def loss_fn(part: Rollout):
-        columns = part.input_ids, part.attention_mask, part.response_mask
-        new = model(*columns, temperature, entropy=False)
+    def loss_fn(old: Rollout):  # a micro-batch, as it was when it was sampled
+        inputs = old.input_ids, old.attention_mask, old.response_mask
+        new = model(*inputs, temperature, entropy=False)
         return ppo_loss(
-            new.logprobs, part.logprobs, part.advantages, new.values, part.values, part.returns,
-            part.response_mask, cliprange, cliprange_value, vf_coef,
+            new.logprobs, old.logprobs, old.advantages, new.values, old.values, old.returns,
+            old.response_mask, cliprange, cliprange_value, vf_coef,
         )  # fmt: skip
 
     metrics = update_epochs(model, rollout, optimizer, loss_fn, **options)
@@ -422,13 +422,13 @@ def update_epochs(
     """
     backend = backend or Backend(model)
 
-    def weighted_loss(part: Rollout):
-        loss, stats = loss_fn(part)
+    def weighted_loss(micro_batch: Rollout):
+        loss, stats = loss_fn(micro_batch)
         return (1 - sft_weight) * loss, stats
 
-    def weighted_sft_loss(part: Batch):
-        scores = model(part.input_ids, part.attention_mask, part.response_mask, entropy=False)
-        loss = sft_loss(scores.logprobs, part.response_mask)
+    def weighted_sft_loss(rows: Batch):
+        scores = model(rows.input_ids, rows.attention_mask, rows.response_mask, entropy=False)
+        loss = sft_loss(scores.logprobs, rows.response_mask)
         return sft_weight * loss, {"sft_loss": loss.detach()}
 
     def update(rows: torch.Tensor) -> dict[str, float]:
