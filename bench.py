@@ -6,10 +6,10 @@
     python bench.py sft --amp bf16 --json      # one SFT step; for programs
     python bench.py rewards                    # texts per second, beside sacrebleu and rouge_score
 
-All candidates run in turn, several rounds after a warm-up, and the median counts: on a shared
+All candidates take one round after another, after a warm-up; the median counts. On a shared
 machine only ratios within one call mean anything. For sft, rollout and ppo each candidate is a
 process, `bench.py --worker SIDE JSON`. So each has its own peak memory, and a peer may live in
-another Python with its own torch and transformers; imports of this project stand inside functions,
+another Python with its own torch and transformers; imports of this project are inside functions,
 since that Python may not be able to run it. All sides build their workload by the same lines: a
 GPT-2 of random weights (or --model), random prompts, and a bias on EOS that sets the lengths of
 responses. The protocol: a worker prints a line of JSON when it is ready; then each line on its
@@ -33,7 +33,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
-import transformers.generation  # noqa: F401  (loaded now: it is no memory of a round)
+import transformers.generation  # noqa: F401  (loaded now: no round counts its memory)
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 EOS, PPO_EPOCHS, LR = 0, 4, 1e-6  # a small rate: lengths must not drift while we measure
@@ -91,7 +91,7 @@ def bench_rewards(n: int, rounds: int) -> list[dict]:
     from judges import JUDGES
     from rewards import REWARDS, build_reward
 
-    # New texts for every round, as in training: no cache has seen them.
+    # New texts for every round, as in training, so that no cache holds them.
     texts = [short_texts(n, seed) for seed in range(rounds + 1)]
     peers = reward_peers()
 
@@ -360,7 +360,7 @@ def numbered_words(n: int):
 
 
 def trl_old(load) -> Callable:
-    """A PPO step of TRL up to 0.11: PPOTrainer.generate and .step, one trunk with a value head."""
+    """A PPO step of TRL up to 0.11: PPOTrainer.generate and .step, an LM with a value head."""
     import trl
 
     batch, micro_batch = load.batch, load.micro_batch_size
@@ -385,11 +385,11 @@ def trl_old(load) -> Callable:
 
 
 class NoReward(torch.nn.Module):
-    """A reward model of no cost for TRL 1.x: it answers zero."""
+    """A reward model for TRL 1.x that takes no time: every score is 0."""
 
     base_model_prefix = "body"
 
-    def body(self, input_ids, **rest):
+    def body(self, input_ids, **inputs):
         zeros = torch.zeros(*input_ids.shape, 1, device=input_ids.device)
         return SimpleNamespace(hidden_states=[zeros])
 
@@ -400,7 +400,7 @@ class NoReward(torch.nn.Module):
 def trl_last(load, rounds: "Rounds") -> None:
     """TRL 1.x up to 1.12: PPOTrainer.train with a separate critic.
 
-    Only TRL can call its loop, so its collator is what waits for the next round.
+    TRL runs the loop itself, so its collator waits for the next round.
     """
     from datasets import Dataset
     from transformers import AutoModelForSequenceClassification
@@ -454,7 +454,7 @@ class Rounds:
 
     def begin(self) -> None:
         if not sys.stdin.readline():
-            os._exit(0)  # not sys.exit: a peer's loop may hold it up
+            os._exit(0)  # not sys.exit: a peer's loop may catch it
         self.started = time.perf_counter()
 
     def end(self, **lengths) -> None:
@@ -519,7 +519,7 @@ def parse_args(argv: list[str]):
     group = parser.add_argument_group("sft, rollout, ppo: a GPT-2 of random weights, or --model")
     add, wide = group.add_argument, number(int, 64)
     add("--layers", type=count, default=6)
-    add("--width", type=wide, default=384, help="a head for every 64")
+    add("--width", type=wide, default=384, help="an attention head for every 64")
     add("--vocab", type=wide, default=8192, help="of random weights; a --model has its own")
     add("--model", help="a local folder instead of random weights")
     add("--batch", type=count, default=32, help="rows")
@@ -532,9 +532,9 @@ def parse_args(argv: list[str]):
     add("--compile", action="store_true", help="torch.compile, this project only")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", choices=("cpu", "cuda"), default=device)
-    several = dict(action="append", default=[])
-    add("--against", choices=("trl", "generate"), help="a peer; may be repeated", **several)
-    add("--peer-python", help="a Python that has TRL, if not this; may be repeated", **several)
+    repeated = dict(action="append", default=[])
+    add("--against", choices=("trl", "generate"), help="a peer; may be repeated", **repeated)
+    add("--peer-python", help="a Python that has TRL, if not this; may be repeated", **repeated)
     return parser.parse_args(argv)
 
 

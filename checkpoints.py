@@ -7,8 +7,8 @@
                               trainer_state.pt: everything else that the next step depends on
       final/                  the same form, at the end
 
-Every file that counts is written under another name, flushed to the disk (fsync) and renamed. A
-folder is renamed before it is deleted. So a folder called checkpoint-* is complete, whenever the
+A checkpoint and config.json are written under another name, flushed to the disk (fsync), renamed.
+A folder is renamed before it is deleted. So a folder called checkpoint-* is complete, whenever the
 process dies. Left out on purpose: uploading, a choice of the best checkpoint.
 
     python train.py --resume out
@@ -37,7 +37,7 @@ RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "skipped.jsonl", "
 
 
 def write_text(path: Path, text: str) -> None:
-    """The whole text or none of it."""
+    """Write a file. A crash leaves the whole new text, or what was there before."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     flush(temporary)
@@ -48,10 +48,10 @@ def write_text(path: Path, text: str) -> None:
 def discard(path: Path) -> None:
     """Delete a file or folder. It is renamed first, so that a crash never leaves a half-deleted
     folder under this name."""
-    doomed = path.with_name(f".{path.name}.old")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.replace(path, doomed)
-    remove(doomed)
+    renamed = path.with_name(f".{path.name}.old")
+    shutil.rmtree(renamed, ignore_errors=True)
+    os.replace(path, renamed)
+    remove(renamed)
 
 
 def remove(path: Path) -> None:
@@ -63,7 +63,7 @@ def remove(path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """fsync of a file or folder: a rename may reach the disk before the contents do."""
+    """fsync a file or folder: without it a rename may reach the disk before the contents."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -75,8 +75,8 @@ def flush(path: Path) -> None:
 
 
 def append_rows(path: Path, rows: list[dict]) -> None:
-    """Add JSON lines. Raises UserError when the disk does not take them, ValueError for a number
-    that JSON lacks."""
+    """Add JSON lines. Raises UserError where they cannot be written, ValueError for NaN and
+    infinity, which JSON lacks."""
     lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
     try:
         with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
@@ -92,13 +92,13 @@ def read_rows(path: Path) -> list[dict]:
     """The complete lines of a .jsonl file; none where there is no file."""
     if not path.is_file():
         return []
-    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last line break was torn
+    lines = path.read_bytes().split(b"\n")[:-1]  # the last line is not complete without its break
     rows = []
     for line in lines:
         try:
             rows.append(json.loads(line))
         except ValueError:
-            break  # torn by a full disk, and written on after it: the rest cannot be trusted
+            break  # a full disk truncated this line; do not trust what was written after it
     return rows
 
 
@@ -115,7 +115,7 @@ def forget_after(out: Path, step: int) -> None:
 
 
 def open_run_folder(out: Path, flags: dict, overwrite: bool) -> None:
-    """Create the folder with its config.json. Raises UserError rather than write over anything."""
+    """Create the folder and config.json. Raises UserError for an old run, unless `overwrite`."""
     try:
         paths = [*[out / name for name in RUN_FILES], *out.glob("checkpoint-*")]
         old = [path for path in paths if path.exists()]
@@ -172,14 +172,14 @@ def save_checkpoint(folder: Path, run, states: dict, keep: int) -> None:
     """Write the model of a run (runs.py) as a plain Hugging Face folder with a trainer_state.pt.
 
     `states` has the state_dict of everything in `run.stateful()`, by name. The newest `keep`
-    folders checkpoint-* remain. Raises UserError when the disk refuses.
+    folders checkpoint-* remain. Raises UserError where the folder cannot be written.
     """
     unfinished = folder.with_name(f".{folder.name}.tmp")
     state = {
         "counters": run.counters(),
         "stateful": states,
         "order": run.order_generator.get_state(),
-        # For rewards that users write. Responses are drawn from a seed that follows from the step.
+        # A user's reward may draw from these. The seed of the responses follows from the step.
         "rng": {
             "python": random.getstate(),
             "numpy": _numpy_state(),
@@ -194,7 +194,7 @@ def save_checkpoint(folder: Path, run, states: dict, keep: int) -> None:
         for path in [*unfinished.rglob("*"), unfinished]:
             flush(path)
         replaced = folder.with_name(f".{folder.name}.old")
-        if folder.exists():  # only `final` ever is; for an instant it has no name: recover() knows
+        if folder.exists():  # only `final`; recover() repairs a crash between the two renames
             shutil.rmtree(replaced, ignore_errors=True)
             os.replace(folder, replaced)
         os.replace(unfinished, folder)
@@ -202,34 +202,34 @@ def save_checkpoint(folder: Path, run, states: dict, keep: int) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
         for old in checkpoints(folder.parent)[:-keep]:
             discard(old)
-    except (OSError, RuntimeError, SafetensorError) as problem:  # each has its own for a full disk
+    except (OSError, RuntimeError, SafetensorError) as problem:  # any of them: full disk
         shutil.rmtree(unfinished, ignore_errors=True)
         newest = newest_checkpoint(folder.parent)
-        rest = "there is no older one"
+        hint = "there is no older one"
         if newest is not None:
-            rest = (
+            hint = (
                 f"the newest complete checkpoint is {newest}; "
                 f"make room and go on with --resume {folder.parent}"
             )
-        raise UserError(f"{folder} could not be written ({first_line(problem)}); {rest}") from None
+        raise UserError(f"{folder} could not be written ({first_line(problem)}); {hint}") from None
 
 
 def load_checkpoint(folder: Path, run) -> None:
-    """The inverse: put `run`, which has just been prepared, back where it was."""
+    """The inverse: restore in `run`, which has just been prepared. Raises UserError if damaged."""
     state = _read_state(folder)
     run.model.load_state_dict(HybridModel.load(str(folder), "checkpoint")[0].state_dict())
-    for name, thing in run.stateful().items():
-        thing.load_state_dict(state["stateful"][name])
+    for name, component in run.stateful().items():
+        component.load_state_dict(state["stateful"][name])
     run.order_generator.set_state(state["order"])
     random.setstate(state["rng"]["python"])
-    kind, keys, *rest = state["rng"]["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    kind, keys, *position = state["rng"]["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *position))
     torch.set_rng_state(state["rng"]["torch"])
     if state["reference"] is not None:
         if run.reference is None or _shapes(run.reference.state_dict()) != _shapes(
             state["reference"]
         ):
-            # It was taken from the policy; a --ref-model of another shape has been replaced since.
+            # It is a copy of the policy, which has replaced a --ref-model of another shape.
             run.reference = run.model.frozen_copy()
         run.reference.load_state_dict(state["reference"])
     for name, value in state["counters"].items():
@@ -237,7 +237,7 @@ def load_checkpoint(folder: Path, run) -> None:
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """The folders checkpoint-<number>, oldest first. Other names belong to somebody else."""
+    """The folders checkpoint-<number>, oldest first. Folders with other names are not ours."""
     numbered = [path for path in out.glob("checkpoint-*") if path.name[11:].isdecimal()]
     return sorted(numbered, key=lambda path: int(path.name[11:]))
 
@@ -256,11 +256,11 @@ def newest_checkpoint(out: Path) -> Path | None:
 
 def recover(out: Path) -> None:
     """Clean up after a killed process: `final` gets its name back if the process died while it was
-    being replaced; half-written and half-deleted things go."""
+    being replaced; half-written and half-deleted files and folders are deleted."""
     if (out / ".final.old" / "trainer_state.pt").is_file() and not (out / "final").exists():
         os.replace(out / ".final.old", out / "final")
-    for rest in [*out.glob(".*.old"), *out.glob(".*.tmp")]:
-        remove(rest)
+    for leftover in [*out.glob(".*.old"), *out.glob(".*.tmp")]:
+        remove(leftover)
 
 
 def _read_state(folder: Path) -> dict:
@@ -279,5 +279,5 @@ def _shapes(state: dict) -> dict:
 
 
 def _numpy_state() -> tuple:
-    kind, keys, *rest = np.random.get_state()
-    return (kind, keys.tolist(), *rest)
+    kind, keys, *position = np.random.get_state()
+    return (kind, keys.tolist(), *position)

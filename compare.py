@@ -1,16 +1,16 @@
-"""SFT alone, PPO alone, SFT then PPO, and the hybrid: alike in code, data, steps and tuning.
+"""SFT alone, PPO alone, SFT then PPO, and the hybrid: with equal code, data, steps and tuning.
 
     python compare.py --seeds 5 --out compare                                # the built-in task
     python compare.py --out compare-mine -- --model gpt2 --data examples/my_data.jsonl
 
 What follows `--` goes to train.py as it is. Every step of every arm is ONE update on one batch
 (`--ppo-epochs 1 --minibatches 1`, unless you give others): equal steps are equal updates on equally
-many rows. What sampling costs on top, tokens and seconds, is in the table. Every arm is tuned over
-the same learning rates and KL prices, on seed 0, which is not reported; --select says by what.
+many rows. The table also has what sampling takes: tokens and seconds. Every arm is tuned over the
+same learning rates and KL coefficients, on seed 0, which is not reported; --select says by what.
 
-`--tax` adds what training costs elsewhere: the perplexity of the model before training and of every
-final model, on a text that the runs did not train on. The same command continues an interrupted
-comparison. A complete run is not repeated, also when seeds, rates or prices are added.
+`--tax` adds the perplexity of the model before training and of every final model on a text that the
+runs did not train on. The same command continues an interrupted comparison. A complete run is not
+repeated, also when seeds, rates or coefficients are added.
 
 The table has means and 95 % intervals (Student's t over seeds). compare.json has every number.
 pareto.png shows the reward against the held-out NLL along training, a line for each arm: up and to
@@ -42,7 +42,7 @@ TABLE_COLUMNS = ("eval/nll", "eval/reward", "eval/reward/", "eval/kl", "perplexi
 TABLE_COLUMNS += ("eval/fluent_and_positive", "eval/distinct", "eval/distinct_2")
 TABLE_COLUMNS += ("eval/response_length", *COUNTS)  # "eval/reward/" stands for every leaf
 SET_HERE = ("--steps", "--seed", "--out", "--lr", "--kl-coef", "--ppo-ratio")
-SET_HERE += ("--resume", "--overwrite", "--dry-run")  # flags that may not stand behind the --
+SET_HERE += ("--resume", "--overwrite", "--dry-run")  # flags that may not follow `--`
 
 
 class Job(NamedTuple):
@@ -169,8 +169,8 @@ def at_equal_reward(results: dict[str, list[dict]]) -> str:
     nll, reward = mean_curve(results["hybrid"])[-1]
     others = []
     for arm in ("PPO", "SFT, then PPO"):
-        at = nll_at_reward(mean_curve(results[arm]), reward)
-        others.append(f"{arm}: {'never there' if at is None else f'{at:.2f}'}")
+        arm_nll = nll_at_reward(mean_curve(results[arm]), reward)
+        others.append(f"{arm}: {'never there' if arm_nll is None else f'{arm_nll:.2f}'}")
     return (
         f"Held-out NLL at the reward with which the hybrid ends ({reward:.2f}): "
         f"hybrid: {nll:.2f}; {'; '.join(others)}."
@@ -212,7 +212,7 @@ def is_complete(folder: Path, steps: int) -> bool:
 
 
 def make_folder(out: Path, command: dict) -> None:
-    """Make the folder with a note of the command. Raises UserError for a folder of another one."""
+    """Make the folder with a note of the command. Raises UserError for another note."""
     note, text = out / "command.json", json.dumps(command, indent=1) + "\n"
     if not note.is_file():
         check_new_folder(str(out))
@@ -253,7 +253,7 @@ def train_once(job: Job, args, train_flags: list[str]) -> dict:
 
 
 def tuning_grid(args) -> list[Job]:
-    """Every learning rate with every KL price, for each arm, on seed 0. SFT has no KL price."""
+    """Every learning rate with every KL coefficient, for each arm, on seed 0. SFT has no KL."""
     grid = []
     for arm in arms(args.steps):
         kl_coefs = args.kl_coefs[:1] if arm == "SFT" else args.kl_coefs
@@ -265,7 +265,7 @@ def run_all(args, train_flags: list[str]) -> tuple[list, dict[str, Job], list]:
     """Tune, then run every seed, `--jobs` runs at a time.
 
     Returns the pairs (job, summary) of tuning, the best job of each arm, the pairs of the seeds.
-    With one learning rate and one KL price nothing is tuned.
+    With one learning rate and one KL coefficient nothing is tuned.
     """
     names = list(arms(args.steps))
 
@@ -315,8 +315,8 @@ def write_report(args, argv: list[str], tuned: list, best: dict[str, Job], finis
     (out / "compare.json").write_text(json.dumps(report, indent=1) + "\n")
     chosen = []
     for arm, job in best.items():
-        price = "" if arm == "SFT" else f", kl-coef {job.kl_coef:g}"
-        chosen.append(f"{arm}: lr {job.lr:g}{price}")
+        kl = "" if arm == "SFT" else f", kl-coef {job.kl_coef:g}"
+        chosen.append(f"{arm}: lr {job.lr:g}{kl}")
     how = f"Tuned on seed 0 by {args.select}" if tuned else "Not tuned"
     text = (
         f"{markdown(results)}\n\n{args.steps} steps, {args.seeds} seeds, mean and 95 % interval. "
@@ -336,9 +336,7 @@ def parse_args(argv: list[str]):
     add("--seeds", type=number(int, 1, 10), default=5, help="runs of each arm: seeds 1, 2, ...")
     add("--steps", type=count, default=600, help="steps of every run")
     add("--lrs", type=positive, nargs="+", default=[1e-3, 3e-3], help="learning rates to try")
-    add(
-        "--kl-coefs", type=number(float, 0), nargs="+", default=[0.02, 0.1], help="KL prices to try"
-    )
+    add("--kl-coefs", type=number(float, 0), nargs="+", default=[0.02, 0.1], help="KL coefficients")
     add("--select", default="reward-nll", help="tuning maximises it: reward-nll, or any metric")
     what = "text to measure perplexity on: a file, or hub dataset [configuration [split]]"
     add("--tax", nargs="+", metavar="SOURCE", help=what)
@@ -366,7 +364,7 @@ def main(argv: list[str] | None = None) -> dict:
     args, train_flags = parse_args(argv)
     load_pyplot("compare")  # a missing package or text is an error now, not after an hour
     elsewhere = whole_texts(args.tax) if args.tax else []
-    # Every run depends on these two. Seeds, rates and prices have runs of their own.
+    # Every run depends on these two. New seeds, rates or coefficients only add runs.
     make_folder(Path(args.out), {"steps": args.steps, "train.py": train_flags})
     tuned, best, finished = run_all(args, train_flags)
     if elsewhere:

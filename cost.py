@@ -16,7 +16,7 @@ model together, in bytes:
                           --gradient-checkpointing 4 L W T (2 with --amp) and those of one layer
     logits       12 V c   c = min(response tokens, 1024): logits, log-softmax and their gradient
     cache        8 L W S  keys and values while S tokens are sampled, the whole share of the batch
-                          (4 with --amp); W counts key-value heads. Not there with the activations.
+                          (4 with --amp); W counts key-value heads. Never held with activations.
 
 85 and 58 were counted on a Llama block (saved tensors, bytes per token, layer and width); GPT-2's
 takes 65 and 37. Left out on purpose: the CUDA context, gaps of the allocator, a judge; add 10 to
@@ -82,7 +82,7 @@ def memory(
     checkpointing: bool = False,
     references: int = 1,
 ) -> dict[str, float]:
-    """Bytes on each device, by the formula above; "peak" adds what is there at the same time.
+    """Bytes on each device, by the formula above; "peak" adds what is held at the same time.
 
     `rows` of `length` tokens pass through the model together, `response` tokens of each are the
     model's own (--micro-batch-size, --max-length, --max-new-tokens). `sampled` rows are sampled
@@ -94,10 +94,10 @@ def memory(
         adam, buckets = 12 * p / devices, min(4 * p, 4 * 5e8)
     if devices == 1:
         buckets = 0
-    of_a_layer = (58 if amp else 85) * width * tokens
-    activations = layers * of_a_layer
+    layer_bytes = (58 if amp else 85) * width * tokens
+    activations = layers * layer_bytes
     if checkpointing:
-        activations = (2 if amp else 4) * layers * width * tokens + of_a_layer
+        activations = (2 if amp else 4) * layers * width * tokens + layer_bytes
     held = {
         "weights": 4 * p,
         "reference": 4 * p * references,

@@ -5,8 +5,8 @@
     response_mask   1 for the tokens that the model is responsible for
 
 Prompt and response are tokenised apart and their ids joined, for SFT and PPO alike, so that no
-token ever crosses the border. Masks come from lengths, never from `ids != pad`: EOS is trained even
-when it doubles as the pad token. Where examples come from is in sources.py.
+token belongs to both. Masks come from lengths, never from `ids != pad`: EOS is trained even when it
+is also the pad token. Where examples come from is in sources.py.
 Left out on purpose: joining examples into blocks of one length (the model packs short rows itself,
 lm.py), workers (tokenising is not the bottleneck at this size).
 
@@ -80,8 +80,8 @@ def make_batch(
 
     A row that is too long loses the oldest tokens of its prompt first; only if one prompt token and
     the response still do not fit does the response lose its end, EOS included. Nothing is added: a
-    caller that wants EOS trained puts it into the response. Raises ValueError for an empty prompt
-    (nothing would predict the first response token) or an empty response.
+    caller that wants EOS trained puts it into the response. Raises ValueError for a max_length
+    below 2, an empty prompt (nothing would predict the first response token), an empty response.
 
     >>> batch = make_batch(None, [[1, 2, 3], [4]], [[5, 6], [7]], max_length=4)
     >>> batch.input_ids.tolist(), batch.response_mask.int().tolist()
@@ -140,7 +140,7 @@ def encode_prompt(tokenizer, example: Example) -> list[int]:
         ids = tokenizer(text, add_special_tokens=not has_bos).input_ids
         if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
             if not text.endswith(tokenizer.eos_token):
-                ids = ids[:-1]  # some tokenizers end every text, but a prompt goes on
+                ids = ids[:-1]  # some tokenizers add EOS to every text; here a response follows
     if ids:
         return ids
     # Even an empty prompt needs a token from which the first response token is predicted.
@@ -160,8 +160,8 @@ def _chat_prompt(tokenizer, example: Example) -> str:
 def encode_target(tokenizer, text: str) -> list[int]:
     """Token ids of a complete response, EOS at the end.
 
-    SentencePiece-like tokenizers put a space before whatever they are given; of a text that brings
-    its own, one of the two spaces is taken away.
+    SentencePiece-like tokenizers put a space before every text; if the text begins with a space
+    too, one of the two is removed.
     """
     if text.startswith(" ") and tokenizer.tokenize("a")[0].startswith(SPACE):
         text = text[1:]
@@ -170,10 +170,10 @@ def encode_target(tokenizer, text: str) -> list[int]:
 
 
 def decode(tokenizer, response: list[int]) -> str:
-    """Text of a response, for rewards and for people. Training itself keeps to the ids."""
+    """Text of a response, for rewards and for people. Training uses the ids."""
     text = tokenizer.decode(response, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     if response and not text.startswith(" "):
-        # Decoders drop the space before the first word, as if a text began there.
+        # Decoders remove the space before the first word, as at the beginning of a text.
         if tokenizer.convert_ids_to_tokens(response[0]).startswith(SPACE):
             return " " + text
     return text
@@ -189,8 +189,8 @@ def demonstration_batch(tokenizer, examples: list[Example], max_length: int) -> 
 def columns_of(examples: list[Example]) -> dict[str, list]:
     """The keyword lists that rewards receive: `target` and every other field of the data.
 
-    None stands where an example lacks a field. `prompts` and `completions` are names that rewards
-    use for something else, so fields of those names are left out.
+    A field that an example lacks is None. Fields named `prompts` and `completions` are left out:
+    rewards use these names for something else.
     """
     names = dict.fromkeys(name for example in examples for name in example.columns)  # in order
     lists = {name: [example.columns.get(name) for example in examples] for name in names}
@@ -207,7 +207,7 @@ def split_examples(
 ) -> tuple[list[Example], list[Example]]:
     """(train, held out) by a hash of the record: it depends neither on order nor on other records.
 
-    The turns of a dialogue share a side. If a side would be empty, the record with the smallest
+    All turns of a dialogue are on one side. If a side would be empty, the record with the smallest
     hash is held out; a single record (or dialogue) serves on both sides.
     """
     hashes = [_hash(example) for example in examples]
@@ -220,7 +220,7 @@ def split_examples(
 
 
 def _hash(example: Example) -> float:
-    """A number in [0, 1). A dialogue is known by its first user turn: many share a system turn."""
+    """A number in [0, 1). A dialogue is hashed by its first user turn: many share a system turn."""
     key = [example.prompt, example.target]
     if example.messages is not None:
         key = [m for m in example.messages if m["role"] == "user"][:1] or key
@@ -247,7 +247,7 @@ class BatchStream:
         return order
 
     def next(self) -> list:
-        """The next `batch_size` items: they may be of two epochs, and of a small source repeat."""
+        """The next `batch_size` items. They may be of two epochs; a small source repeats some."""
         batch = []
         while len(batch) < self.batch_size:
             if self.index == len(self._order):
@@ -269,7 +269,7 @@ class BatchStream:
 
 
 def touches(example: Example) -> bool:
-    """Does the target go on with a letter or digit right behind the last word of the prompt?"""
+    """Does the target begin with a letter or digit directly after the last word of the prompt?"""
     if example.messages is not None:
         return False
     last, first = example.prompt[-1:], example.target[:1]

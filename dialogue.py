@@ -4,11 +4,11 @@
     input_ids       q0   q1   r0   r1  EOS   u0   u1   r2  EOS  PAD
     response_mask   0    0    1    1    1    0    0    1    1    0
 
-This is one episode: GAE passes over the user's turn. An episode of one turn is the ordinary one of
-PPO, and takes the same path. Between turns stands what the model's chat template writes there, or
+This is one episode: GAE skips the columns of the user's turn. Ordinary PPO has episodes of one turn
+and runs the same code. The tokens between two turns come from the model's chat template, or from
 the plain one of `render_dialogue`; sampled token ids stay as they are: the text of a whole dialogue
-is never tokenised again. The user is scripted (the user turns that the record goes on with) or a
-model (`--user-model`). Left out on purpose: tools, more than two speakers.
+is never tokenised again. The user is scripted (by the later user turns of the record) or a model
+(`--user-model`). Left out on purpose: tools, more than two speakers.
 
     python train.py --data examples/questions.jsonl --turns 2 --ppo-ratio 1 --reward length
 """
@@ -26,7 +26,7 @@ from hybrid import HybridModel
 
 @dataclass
 class Episode:
-    """One dialogue as it grows: its row, and lists with an entry for each turn of the policy."""
+    """One dialogue: its row so far, and lists with an entry for each turn of the policy."""
 
     example: Example
     messages: list[dict]
@@ -34,13 +34,13 @@ class Episode:
     response_mask: list[bool]
     histories: list[str] = field(default_factory=list)  # what was said before, as rewards read it
     responses: list[str] = field(default_factory=list)
-    replies: list[str] = field(default_factory=list)  # of the user, each behind a response
-    logprobs: list[float] = field(default_factory=list)  # by the sampler, a sampled token each
+    replies: list[str] = field(default_factory=list)  # of the user, each after a response
+    logprobs: list[float] = field(default_factory=list)  # the sampler's, of each sampled token
     ends: list[int] = field(default_factory=list)  # column of the turn's last token
     truncated: list[bool] = field(default_factory=list)  # did it hit the length limit?
 
     def text(self) -> str:
-        """Everything after the prompt, the user's turns too: the completion of a dialogue."""
+        """Everything after the prompt, with the user's turns: the completion of a dialogue."""
         text = self.responses[0]
         for reply, response in zip(self.replies, self.responses[1:]):
             text += plain_reply(reply) + response
@@ -99,8 +99,8 @@ def _add_response(tokenizer, episode: Episode, ids: list[int], logprobs: list[fl
 def _add_replies(
     tokenizer, episodes: list[Episode], replies: list[str | None], limit: int
 ) -> list[Episode]:
-    """Append what the user says. -> the episodes that go on: they stay within `limit` tokens."""
-    go_on = []
+    """Append the replies. -> the episodes that continue, with at most `limit` tokens."""
+    continued = []
     for episode, reply in zip(episodes, replies):
         if reply is None:
             continue
@@ -111,18 +111,18 @@ def _add_replies(
             episode.replies.append(reply)
             episode.ids = episode.ids + ids
             episode.response_mask += [False] * len(ids)
-            go_on.append(episode)
-    return go_on
+            continued.append(episode)
+    return continued
 
 
 def text_between(tokenizer, episode: Episode, reply: str) -> str:
-    """What stands between the policy's last token and its next one.
+    """The text between the policy's last token and its next one.
 
     That is the end of its turn, the user's turn, and the header of its next turn.
     """
     if episode.example.messages is None or not tokenizer.chat_template:
         return plain_reply(reply)
-    # The mark stands for the response, whose own tokens are in the row already.
+    # The mark replaces the response, whose own tokens are in the row already.
     mark = "\N{SECTION SIGN}response\N{SECTION SIGN}"
     response = {"role": "assistant", "content": mark}
     messages = [*episode.messages[:-1], response, {"role": "user", "content": reply}]
@@ -130,7 +130,7 @@ def text_between(tokenizer, episode: Episode, reply: str) -> str:
     text = text.rsplit(mark, 1)[1]
     before_eos, _, after_eos = text.partition(tokenizer.eos_token)
     if not episode.truncated[-1] and not before_eos.strip():
-        return after_eos  # EOS was sampled: it is not said twice
+        return after_eos  # EOS was sampled: it must not be there twice
     return text
 
 
@@ -138,7 +138,7 @@ def text_between(tokenizer, episode: Episode, reply: str) -> str:
 
 
 def scripted_user(episodes: list[Episode], generator=None) -> list[str | None]:
-    """The user turns that the record goes on with, whatever the policy says; None at their end."""
+    """The next user turn of each record, whatever the policy says; None after the last one."""
     replies = []
     for episode in episodes:
         turns, turn = episode.example.user_turns, len(episode.responses) - 1
@@ -149,7 +149,7 @@ def scripted_user(episodes: list[Episode], generator=None) -> list[str | None]:
 class ModelUser:
     """A language model that plays the user, by the plain template.
 
-    Its turn ends at EOS or an empty line; nothing said (None) ends the dialogue.
+    Its turn ends at EOS or an empty line. An empty turn (None) ends the dialogue.
     """
 
     def __init__(self, model: HybridModel, tokenizer, max_new_tokens: int):

@@ -4,8 +4,8 @@ Rafailov et al. 2305.18290, eq. 7, with log pi and log ref summed over a respons
 
     loss = -log sigmoid(beta * [(log pi - log ref)(chosen) - (log pi - log ref)(rejected)])
 
-The worked example of a fork. The layout is that of everything else: a pair is two rows of a Batch,
-and `forward(...).logprobs.sum(1)` is the log-probability of a response. Left out on purpose: the
+The worked example of a fork. The layout is the one of data.py: a pair is two rows of a Batch, and
+`forward(...).logprobs.sum(1)` is the log-probability of a response. Left out on purpose: the
 other losses of the family (IPO, SimPO, ...); they differ from `dpo_loss` in a line or two.
 
     python train.py --algorithm dpo --out out-dpo
@@ -33,10 +33,7 @@ from references import ReferenceMixture, reference_logprobs
 
 @dataclass
 class PairBatch(Batch):
-    """n pairs as 2n rows: the chosen responses, then the rejected ones in the same order.
-
-    An index names a pair.
-    """
+    """n pairs as 2n rows: all chosen responses, then all rejected ones; an index is a pair."""
 
     ref_logprobs: torch.Tensor  # (2n, T) under the reference
 
@@ -64,14 +61,14 @@ def add_flags(parser) -> None:
         "--beta",
         type=number(float, 0, above=True),
         default=0.1,
-        help="how close to the reference (usual: 0.05 to 0.5; smaller is freer)",
+        help="how close to the reference (usual: 0.05 to 0.5; smaller is less close)",
     )
 
 
 def preference_pairs(args, examples: list[Example]) -> list[Pair]:
     """Preferences from --preference-data, or made from the examples of the built-in task.
 
-    Raises UserError where there are none.
+    Raises UserError where there are neither.
     """
     if args.preference_data is not None:
         return load_pairs(args.preference_data, encoding=args.encoding, what="--preference-data")
@@ -96,7 +93,7 @@ def preference_batch(
     prompts = [encode_prompt(tokenizer, Example(pair.prompt, "")) for pair in pairs]
     texts = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     responses = [encode_target(tokenizer, text) for text in texts]
-    # Both responses get one prompt, cut by the longer of the two: eq. 7 compares them given one x.
+    # Eq. 7 compares two responses to one x: the longer one decides how much of the prompt fits.
     longest = [max(len(responses[i]), len(responses[i + n])) for i in range(n)]
     prompts = [ids[-max(1, max_length - most) :] for ids, most in zip(prompts, longest)]
     batch = make_batch(tokenizer, prompts * 2, responses, max_length)
@@ -116,14 +113,14 @@ def dpo_loss(
     """Log-probabilities of whole responses, in nats, (B,) each -> losses, chosen_rewards,
     rejected_rewards, (B,) each; rewards detached.
 
-    `label_smoothing` is the share of pairs whose preference is taken to be the wrong way round
+    `label_smoothing` is the assumed share of pairs in which chosen and rejected are swapped
     (conservative DPO, Mitchell 2023).
 
     >>> losses, *_ = dpo_loss(*torch.tensor([[-3.0], [-3.0], [-5.0], [-5.0]]))
     >>> round(losses.item(), 4)  # no change against the reference: log 2
     0.6931
     """
-    # The implicit reward, eq. 5 but for a constant that depends on the prompt alone; (B,) each
+    # (B,) each: the implicit reward, eq. 5, without its term that depends on the prompt alone
     chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
     rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
     margin = chosen_rewards - rejected_rewards  # (B,)
@@ -145,14 +142,16 @@ def update_pairs(
 ) -> dict[str, float]:
     """One update on pairs, `micro_batch_size` of them at a time.
 
-    `pair_loss` has the arguments and results of `dpo_loss`. -> loss, accuracy (share of pairs whose
-    chosen side has the larger implicit reward), the two rewards and their margin, grad_norm.
+    `pair_loss` has the tensors of `dpo_loss` as arguments and results. -> loss, accuracy (share of
+    pairs whose chosen response has the larger implicit reward), the means of both rewards and of
+    their margin, and what `apply_gradients` returns.
     """
 
-    def loss_fn(part: PairBatch):
-        scores = model(part.input_ids, part.attention_mask, part.response_mask, entropy=False)
+    def loss_fn(micro_batch: PairBatch):
+        inputs = micro_batch.input_ids, micro_batch.attention_mask, micro_batch.response_mask
+        scores = model(*inputs, entropy=False)
         policy = scores.logprobs.sum(1).chunk(2)  # chosen (b,), rejected (b,)
-        reference = part.ref_logprobs.sum(1).chunk(2)  # chosen (b,), rejected (b,)
+        reference = micro_batch.ref_logprobs.sum(1).chunk(2)  # chosen (b,), rejected (b,)
         losses, chosen, rejected = pair_loss(*policy, *reference)  # (b,) each
         loss = losses.mean()
         stats = {
@@ -179,7 +178,7 @@ def dpo_step(
     label_smoothing: float = 0.0,
     **options,
 ) -> dict[str, float]:
-    """`update_pairs` with `dpo_loss`; `options` are those of `update_pairs`. -> `dpo/...`."""
+    """`update_pairs` with `dpo_loss`; `options` are its other arguments. -> metrics `dpo/...`."""
 
     def pair_loss(*logps: torch.Tensor):
         return dpo_loss(*logps, beta, label_smoothing)

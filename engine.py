@@ -1,7 +1,7 @@
-"""What every script needs and no paper talks about: errors, flags, devices, optimisers, updates.
+"""What every script needs and no paper describes: errors, flags, devices, optimisers, updates.
 
-Left out on purpose: anything of an algorithm, so that `sft.py` and `ppo.py` can be read without
-this file: `accumulate` is "backward over the rows", `apply_gradients` is "optimizer.step()".
+Left out on purpose: anything of an algorithm. So `sft.py` and `ppo.py` can be read without this
+file: `accumulate` is "backward over the rows", `apply_gradients` is "optimizer.step()".
 
     python -m pytest -q tests/test_engine.py
 """
@@ -24,7 +24,7 @@ class UserError(ValueError):
 
 
 class NonFiniteReward(UserError):
-    """A score that is not a finite number. It ends a run at its start; later it costs one step."""
+    """A score that is not a finite number: an error before the first step, later one lost step."""
 
 
 def first_line(problem: BaseException) -> str:
@@ -169,7 +169,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self._share_groups()
 
     def _share_groups(self) -> None:
-        # The same dicts, not copies: whoever sets a learning rate here sets it in both optimisers.
+        # The same dicts, not copies: a learning rate that is set here is set in both optimisers.
         muon, adamw = self.optimizers
         self.param_groups = [*muon.param_groups, *adamw.param_groups]
 
@@ -187,7 +187,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 # Betas as in GPT-3 (2005.14165, appendix B). Adam's eps is 1e-5, not torch's 1e-8: the first
-# updates are far less wild (N+ details, 2403.17031). No weight decay: that is what the KL is for.
+# updates are much smaller (N+ details, 2403.17031). No weight decay: the KL limits the change.
 ADAM = dict(betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
 
 
@@ -260,7 +260,7 @@ class Backend:
         return stats
 
     def step(self, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> float:
-        """Clip the gradient, update the weights, forget the gradient. Returns the unclipped norm.
+        """Clip the gradient, update the weights, clear the gradient. Returns the unclipped norm.
 
         A gradient that is not finite changes no weight.
         """
@@ -327,10 +327,10 @@ def accumulate(
     if len(rows) > 1 and (n_micro_batches > 1 or parallel.world() > 1):
         rows = rows[batch.lengths()[rows].argsort(stable=True)]
     total: dict[str, float] = {}
-    for i, some_rows in enumerate(torch.tensor_split(parallel.share(rows), n_micro_batches)):
-        # A process without rows left takes part in the collective call with weight 0.
-        weight = batch.weight(some_rows) / whole_weight  # scalar
-        micro_batch = batch.rows(some_rows if len(some_rows) else rows[:1])
+    for i, index in enumerate(torch.tensor_split(parallel.share(rows), n_micro_batches)):
+        # A process that has no rows left takes part in the collective call with weight 0.
+        weight = batch.weight(index) / whole_weight  # scalar
+        micro_batch = batch.rows(index if len(index) else rows[:1])
         stats = backend.backward(loss_fn, micro_batch, weight, last=i == n_micro_batches - 1)
         total = join_stats([(total, 1.0), (stats, weight)])
     return join_stats([(process_total, 1.0) for process_total in parallel.everybody(total)])
@@ -339,10 +339,10 @@ def accumulate(
 def apply_gradients(
     backend: Backend, optimizer: torch.optim.Optimizer, max_grad_norm: float
 ) -> dict[str, float]:
-    """Clip the gradient, update, forget the gradient. `grad_norm` is the norm BEFORE the clip.
+    """Clip the gradient, update, clear the gradient. `grad_norm` is the norm BEFORE the clip.
 
-    A gradient that is not finite never reaches weights or optimiser state: the update is skipped
-    and says so (`skipped_steps` 1, no `grad_norm`, which would not be a number).
+    A gradient that is not finite never reaches weights or optimiser state: the update is skipped,
+    `skipped_steps` is 1, and there is no `grad_norm`, which would not be a number.
     """
     grad_norm = backend.step(optimizer, max_grad_norm)
     if not math.isfinite(grad_norm):

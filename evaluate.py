@@ -74,8 +74,8 @@ def evaluate(
     options = dict(max_new_tokens=max_new_tokens, temperature=temperature, generator=generator)
     responses = []
     for begin in range(0, len(prompts), batch_size):
-        some = prompts[begin : begin + batch_size]
-        responses += sample(model, some, eos_token_id=tokenizer.eos_token_id, **options).responses
+        chunk = prompts[begin : begin + batch_size]
+        responses += sample(model, chunk, eos_token_id=tokenizer.eos_token_id, **options).responses
     completions = [decode(tokenizer, response) for response in responses]
     metrics |= diversity(completions)
     metrics["response_length"] = sum(len(response) for response in responses) / len(responses)
@@ -122,7 +122,7 @@ def diversity(texts: list[str]) -> dict[str, float]:
 def measure(run, args, folder) -> None:
     """Evaluate a run (runs.py) as it is now and write that down: `run.after`, `run.samples_after`.
 
-    A reward that gives no finite number leaves out the reward; before training it is an error.
+    If a score is not finite, the reward is left out; before the first step raises NonFiniteReward.
     """
     options = dict(
         **run.sampling, reference=run.reference, batch_size=args.batch_size,
@@ -134,7 +134,7 @@ def measure(run, args, folder) -> None:
     except NonFiniteReward as problem:
         if run.step == 0:
             raise  # nothing is lost yet
-        tqdm.write(f"step {run.step}: {problem}; this evaluation goes without the reward")
+        tqdm.write(f"step {run.step}: {problem}; this evaluation leaves out the reward")
         run.after, samples = evaluate(*what, reward=None, **options)
     run.samples_after = samples[:3]
     folder.write(run, "eval", run.after)
@@ -154,16 +154,16 @@ def print_evaluation(run) -> None:
 def print_summary(run, out: Path) -> None:
     """What changed, in three lines, and the verdict."""
     before, after = run.before, run.after
-    parts = []
+    changes = []
     if "eval/reward" in after:
-        parts.append(f"reward {before['eval/reward']:+.3f} -> {after['eval/reward']:+.3f}")
+        changes.append(f"reward {before['eval/reward']:+.3f} -> {after['eval/reward']:+.3f}")
     if "eval/nll" in after:
-        parts.append(f"held-out NLL {before['eval/nll']:.3f} -> {after['eval/nll']:.3f}")
+        changes.append(f"held-out NLL {before['eval/nll']:.3f} -> {after['eval/nll']:.3f}")
     else:
-        parts.append("no target to measure an NLL on")
+        changes.append("no target to measure an NLL on")
     if "eval/kl" in after:
-        parts.append(f"KL to the reference {after['eval/kl']:.2f} nats a response")
-    print(f"{', '.join(parts)}; model in {out / 'final'}")
+        changes.append(f"KL to the reference {after['eval/kl']:.2f} nats a response")
+    print(f"{', '.join(changes)}; model in {out / 'final'}")
     for label, samples in (("before", run.samples_before), ("after ", run.samples_after)):
         texts = [one_line(s["prompt"] + " >>> " + s["response"]) for s in samples[:2]]
         print(f"{label}: {' | '.join(texts)}")
@@ -176,7 +176,7 @@ def one_line(text: str, width: int = 160) -> str:
 
 
 def whole_texts(source: list[str]) -> list[Example]:
-    """The records of a file, or of a hub dataset [configuration [split]], to be predicted whole.
+    """The records of a file, or of a hub dataset [configuration [split]], as texts to predict.
 
     The first word is the prompt, the rest is the target. Raises UserError if there is no text.
     """
@@ -186,18 +186,18 @@ def whole_texts(source: list[str]) -> list[Example]:
         )
     name, *more = source
     options = dict(zip(("config", "split"), more))
-    found = [e for e in load_examples(name, prompt_words=1, **options) if e.target]
-    if not found:
+    examples = [e for e in load_examples(name, prompt_words=1, **options) if e.target]
+    if not examples:
         raise UserError(f"{name} has no text to predict")
-    return found
+    return examples
 
 
 def perplexity(name: str, examples: list[Example]) -> float:
     """exp of the NLL per target token, for the model in a folder or on the hub.
 
     A record is truncated to the context of the model, 1,024 tokens at most; EOS is not predicted.
-    Only models with the same tokenizer can be compared. Published numbers are lower: they read a
-    book in one piece.
+    Only models with the same tokenizer can be compared. Published numbers are lower: there the
+    texts are joined, so that each token is predicted from a longer context.
     """
     model, tokenizer = HybridModel.load(name, "--perplexity")
     model.to(pick_device()).eval()

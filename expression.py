@@ -8,7 +8,7 @@
 This file knows no reward by name. `parse(text, names, context)` gets the rewards as a table
 name -> (make, description); `make(context, **arguments)` returns the reward function
 f(prompts, completions, **columns) -> list[float], one float per completion, higher is better.
-Left out on purpose: division, powers, conditions, and every other thing that Python can do. The
+Left out on purpose: division, powers, conditions, and everything else that Python can do. The
 text is read with `ast` and is never evaluated as Python.
 
     python rewards.py "clip(ema(sentiment), -3, 3)" examples/scored.jsonl
@@ -88,7 +88,7 @@ def references_of(columns: dict[str, list], name: str) -> list[list[str]]:
         return [as_list(target) for target in targets]
     if targets is None:
         targets = [""] * len(references)
-    return [as_list(several or target) for several, target in zip(references, targets)]
+    return [as_list(texts or target) for texts, target in zip(references, targets)]
 
 
 def as_list(references: str | list[str]) -> list[str]:
@@ -122,7 +122,7 @@ def tanh() -> Callable:
 
 
 def whiten() -> Callable:
-    return lambda x: RunningNorm()(x)  # a new one for every batch: it has no memory
+    return lambda x: RunningNorm()(x)  # a new one for every batch: only its own statistics
 
 
 def check_numbers(*values: float) -> None:
@@ -139,7 +139,7 @@ def fold(function: Callable, *operands: torch.Tensor) -> torch.Tensor:
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 SIGNS = {ast.UAdd: operator.pos, ast.USub: operator.neg}
 EXTREMES = {"min": torch.minimum, "max": torch.maximum}
-# name -> make(**literals) -> function of x (B,) -> (B,); RunningNorm alone has a memory
+# name -> make(**literals) -> function of x (B,) -> (B,); only RunningNorm keeps statistics
 POST_PROCESSORS = {"clip": clip, "scale": scale, "tanh": tanh, "whiten": whiten, "ema": RunningNorm}
 DESCRIPTIONS = {
     "clip": "clip(x, low, high): no less than low, no more than high",
@@ -166,23 +166,23 @@ class Node:
     operands: tuple["Node", ...] = ()
 
     def evaluate(self, values: dict, learn: bool) -> torch.Tensor:
-        """(values (B,) of the leaves by name, do statistics move?) -> (B,), or () for a number."""
+        """`values` (B,) by leaf name; `learn` updates statistics. -> (B,), or () for a number."""
         return self.function(*[operand.evaluate(values, learn) for operand in self.operands])
 
     def walk(self) -> Iterator["Node"]:
-        """Every node from here down, operands before what they are operands of."""
+        """This node and all below it; a node comes after its operands."""
         for operand in self.operands:
             yield from operand.walk()
         yield self
 
     def leaves(self) -> dict[str, Callable]:
-        """The reward functions from here down, by the names that are logged."""
+        """The reward functions of this node and all below it, by the names that are logged."""
         return {node.name: node.function for node in self.walk() if isinstance(node, Leaf)}
 
 
 @dataclass
 class Leaf(Node):
-    """A reward function, which `Reward` asks."""
+    """A reward function. `Reward` calls it and gives its values to `evaluate`."""
 
     name: str = ""
 
@@ -201,12 +201,12 @@ class MixtureNode(Node):
         return self.function(torch.broadcast_tensors(*rewards), learn)
 
     def scores(self, prompts: list[str], completions: list[str], columns: dict) -> torch.Tensor:
-        """(N, K) raw values of the K rewards in the mixture; their statistics stay as they are."""
+        """(N, K) raw values of the K rewards in the mixture; no statistics are updated."""
         values = {
             name: call_leaf(name, function, prompts, completions, columns)
             for name, function in self.leaves().items()
         }
-        zeros = torch.zeros(len(completions))  # (N,) makes N values of a mere number
+        zeros = torch.zeros(len(completions))  # (N,) turns a single number into N values
         return torch.stack([x.evaluate(values, False) + zeros for x in self.operands], dim=1)
 
 
@@ -222,7 +222,7 @@ class SelfPlayNode(Node):
 class Reward:
     """A parsed expression. A call gives a (B,) float32 tensor, NaN where a judge gave no score.
 
-    After a call `parts` holds the raw values of every leaf. A call also moves the statistics of
+    After a call `parts` holds the raw values of every leaf. A call also updates the statistics of
     `ema` and `mixture`, but not inside `with reward.frozen():`, which is for measuring.
     """
 
@@ -244,7 +244,7 @@ class Reward:
             of_opponent[key] = self._ask_leaves(prompts, answers, columns)
         self.parts = self._ask_leaves(prompts, completions, columns)
         total = self._tree.evaluate(self.parts | of_opponent, self._learn)
-        self.total = total + torch.zeros(len(completions))  # (B,) also for a mere number
+        self.total = total + torch.zeros(len(completions))  # (B,) also for a single number
         if torch.isinf(self.total).any():
             raise NonFiniteReward(f"the reward is too large for a float32: {self.total.tolist()}")
         return self.total
@@ -252,8 +252,8 @@ class Reward:
     def _ask_leaves(
         self, prompts: list[str], completions: list[str], columns: dict[str, list]
     ) -> dict[str, torch.Tensor]:
-        """The raw values (B,) of every leaf. Each process asks for its share of the texts; what
-        fails on one raises on all."""
+        """The raw values (B,) of every leaf. Each process scores its share of the texts. An error
+        of one process is raised on all."""
         my_prompts, my_completions = parallel.share(prompts), parallel.share(completions)
         my_columns = {name: parallel.share(values) for name, values in columns.items()}
         my_values: dict[str, list[float]] = {name: [] for name in self._leaves}
@@ -271,7 +271,8 @@ class Reward:
         return {name: torch.tensor(parallel.gather(values)) for name, values in my_values.items()}
 
     def _all(self, kind: type) -> dict:
-        return {key: thing for key, thing in self._stateful.items() if isinstance(thing, kind)}
+        stateful = self._stateful.items()
+        return {key: function for key, function in stateful if isinstance(function, kind)}
 
     @property
     def opponent(self) -> SelfPlay | None:
@@ -280,8 +281,7 @@ class Reward:
 
     @contextmanager
     def frozen(self):
-        """Measuring leaves no trace: statistics stay, and the random states that a user's reward
-        may draw from are put back."""
+        """For measuring: no statistics are updated, and random states are restored at the end."""
         states = random.getstate(), np.random.get_state(), torch.get_rng_state()
         self._learn = False
         try:
@@ -304,11 +304,11 @@ class Reward:
         return metrics
 
     def state_dict(self) -> dict[str, dict]:
-        return {key: thing.state_dict() for key, thing in self._stateful.items()}
+        return {key: function.state_dict() for key, function in self._stateful.items()}
 
     def load_state_dict(self, state: dict[str, dict]) -> None:
-        for key, thing in self._stateful.items():
-            thing.load_state_dict(state[key])
+        for key, function in self._stateful.items():
+            function.load_state_dict(state[key])
 
 
 # ------------------------------------------------------------------ reward functions of a user
@@ -343,7 +343,7 @@ def load_function(file: str, name: str) -> Callable:
 def call_leaf(
     name: str, function: Callable, prompts: list[str], completions: list[str], columns: dict
 ) -> torch.Tensor:
-    """(B,) values of a reward function. Raises UserError that names it and the text."""
+    """(B,) values of a reward function. Raises UserError that names it and a completion."""
     try:
         parameters = inspect.signature(function).parameters
         if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
@@ -372,13 +372,13 @@ def check_values(name: str, values, completions: list[str]) -> None:
     """Raises UserError unless `values` is a list of one finite number per completion."""
     is_list = isinstance(values, (list, tuple))
     if not is_list or len(values) != len(completions):
-        found = f"{len(values)} values" if is_list else type(values).__name__
+        returned = f"{len(values)} values" if is_list else type(values).__name__
         raise UserError(
             f"reward '{name}' must return a list of {len(completions)} floats, "
-            f"one per completion; it returned {found}"
+            f"one per completion; it returned {returned}"
         )
     for value, text in zip(values, completions):
-        # float32 ends at 3.4e38; a NaN is not below anything
+        # float32 ends at 3.4e38. A comparison with NaN is false.
         if not isinstance(value, numbers.Real) or not abs(value) < 1e38:
             raise NonFiniteReward(
                 f"reward '{name}' gave {value!r}, not a finite number, "
@@ -412,7 +412,7 @@ def fit_mixtures(text: str, tree: Node, pairs: list) -> None:
     for mixture in mixtures:
         if any(isinstance(node, SelfPlayNode) for node in mixture.walk()):
             raise UserError(
-                f"--reward {text!r}: preference pairs know no opponent, "
+                f"--reward {text!r}: preference pairs have no opponent, "
                 "so --mixture-data does not go with self_play"
             )
         fit_to_pairs(mixture.function, pairs, mixture.scores)
@@ -431,14 +431,14 @@ class _Parser:
         self.stateful: dict[str, RunningNorm | Mixture | SelfPlay] = {}
 
     def tree(self) -> Node:
-        # A path is no Python expression: a name stands for it until `restore`.
+        # A path is no Python expression: a placeholder replaces it until `restore`.
         source = FILE_FUNCTION.sub(self.placeholder, self.expression.strip())
         try:
             return self.build(ast.parse(source, mode="eval").body)
         except (SyntaxError, RecursionError, MemoryError, OverflowError) as problem:
-            found = f"--reward {self.expression[:200]!r} is not an expression"
-            message = getattr(problem, "msg", problem)
-            raise UserError(f"{found}: {message}; {self.known()}") from None
+            reason = getattr(problem, "msg", problem)
+            message = f"--reward {self.expression[:200]!r} is not an expression: {reason}"
+            raise UserError(f"{message}; {self.known()}") from None
 
     def build(self, node: ast.expr) -> Node:
         if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
@@ -502,8 +502,8 @@ class _Parser:
 
     def self_play(self, node: ast.Call) -> Node:
         base = self.build(node.args[0])
-        if any(isinstance(thing, SelfPlay) for thing in self.stateful.values()):
-            raise self.error("one self_play is enough")
+        if any(isinstance(function, SelfPlay) for function in self.stateful.values()):
+            raise self.error("expected at most one self_play, found two")
         play = self.construct(node, SelfPlay, self.context, skip=1)
         return SelfPlayNode(play, (base,), self.remember(node, play))
 
@@ -532,12 +532,12 @@ class _Parser:
         except (ValueError, TypeError, AttributeError) as problem:
             raise self.error(f"cannot read {self.text(node)!r}: {problem}") from None
 
-    def remember(self, node: ast.Call, thing: RunningNorm | Mixture | SelfPlay) -> str:
-        """Keep what has a state. -> its key in checkpoints."""
+    def remember(self, node: ast.Call, function: RunningNorm | Mixture | SelfPlay) -> str:
+        """Keep a function that has a state. -> its key in checkpoints."""
         key = self.text(node)
         if key in self.stateful:
             key = f"{key} #{len(self.stateful)}"
-        self.stateful[key] = thing
+        self.stateful[key] = function
         return key
 
     def literal(self, node: ast.expr):
@@ -545,7 +545,7 @@ class _Parser:
         return self.restore(value) if isinstance(value, str) else value
 
     def text(self, node: ast.expr) -> str:
-        """The node as the user wrote it, but for spaces."""
+        """The node as the user wrote it, except for spaces and quotes."""
         return self.restore(ast.unparse(node).replace("'", '"'))
 
     def placeholder(self, match: re.Match) -> str:

@@ -4,7 +4,7 @@ Hugging Face's `generate` reads the model's `generation_config`, and with it a t
 minimum length that nobody asked for: the sampled distribution is then no longer the scored one, and
 the KL turns negative. Here a token is drawn from softmax(logits / temperature) and nothing else.
 Left out on purpose: top-k, top-p, penalties, beams. This is the only file that pads on the left:
-decoding wants all rows to end in the same column; the rows it returns are plain lists of ids.
+decoding needs all rows to end in the same column; the rows it returns are plain lists of ids.
 
     python sample.py out/final "the movie was"
 """
@@ -50,7 +50,7 @@ def generate(
     model.eval()  # gradient checkpointing would switch the cache off; dropout is 0 either way
     n, width = len(prompts), max(len(ids) for ids in prompts)
     padding = [width - len(ids) for ids in prompts]
-    # What stands under a mask of 0 is never seen; EOS is an id that every model knows.
+    # The model never sees what the mask hides; EOS is an id that every model has.
     rows = [[eos_token_id] * pad + ids for pad, ids in zip(padding, prompts)]
     masks = [[0] * pad + [1] * len(ids) for pad, ids in zip(padding, prompts)]
     input_ids = torch.tensor(rows, device=device)  # (B, P)
@@ -65,29 +65,29 @@ def generate(
     row = torch.arange(n, device=device)  # (b,) the unfinished prompts, and some that ended
     alive = torch.ones_like(row, dtype=torch.bool)  # (b,) unfinished
     with model.autocast():  # around the loop: weights are converted to low precision only once
-        for step in range(max_new_tokens):
+        for i in range(max_new_tokens):
             hidden = model.hidden_states(
                 input_ids, attention_mask, position_ids=position_ids, cache=cache
             )[:, -1]  # (b, H)
             logp = torch.log_softmax(model.logits(hidden, temperature or 1.0), dim=-1)  # (b, V)
             token = logp.argmax(-1) if temperature == 0 else draw(logp.exp(), generator)  # (b,)
-            tokens[row, step] = token
-            logprobs[row, step] = logp.gather(1, token[:, None]).squeeze(1)
+            tokens[row, i] = token
+            logprobs[row, i] = logp.gather(1, token[:, None]).squeeze(1)
             lengths[row] += alive
-            # (b,) A row stops at its first EOS; what follows is thrown away.
+            # (b,) A row stops at its first EOS; later tokens are not counted in `lengths`.
             alive = alive & (token != eos_token_id)
             n_alive = int(alive.sum())
-            if n_alive == 0 or step + 1 == max_new_tokens:
+            if n_alive == 0 or i + 1 == max_new_tokens:
                 break
             ones = torch.ones_like(attention_mask[:, :1])  # (b, 1)
-            attention_mask = torch.cat([attention_mask, ones], dim=1)  # (b, P + step + 1)
+            attention_mask = torch.cat([attention_mask, ones], dim=1)  # (b, P + i + 1)
             if cache is None:  # read the whole row again
                 input_ids = torch.cat([input_ids, token[:, None]], dim=1)
                 position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
             else:
                 input_ids = token[:, None]  # (b, 1)
                 position_ids = position_ids[:, -1:] + 1  # (b, 1)
-            if n_alive <= KEEP_WHILE * len(row):  # not at every end: the cache is copied
+            if n_alive <= KEEP_WHILE * len(row):  # not after every end: it copies the cache
                 kept = alive.nonzero().squeeze(1)  # (b',)
                 row, alive, input_ids = row[kept], alive[kept], input_ids[kept]
                 attention_mask, position_ids = attention_mask[kept], position_ids[kept]
@@ -102,7 +102,7 @@ def generate(
 
 
 def sample(model: HybridModel, prompts: list[list[int]], **options) -> Generation:
-    """`generate`, but each process samples its share; every process gets all of them."""
+    """`generate`, but each process samples its share, and every process gets all responses."""
     my_prompts = parallel.share(prompts)
     generation = generate(model, my_prompts, **options) if my_prompts else Generation([], [])
     return Generation(parallel.gather(generation.responses), parallel.gather(generation.logprobs))

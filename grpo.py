@@ -1,9 +1,9 @@
-"""GRPO: several responses to each prompt; the advantage of one is its score among all of them.
+"""GRPO: several responses to each prompt; an advantage compares a score with those of its group.
 
 Shao et al. 2402.03300. No value head and no GAE: for every token of response i
 
     A_i = (score_i - mean of the group) / standard deviation of the group
-    loss = clipped surrogate + kl_coef * k3(pi || reference)    (eq. 3 and 4, the sign turned)
+    loss = clipped surrogate + kl_coef * k3(pi || reference)    (minus eq. 3, with eq. 4)
 
 The loss contains the KL, as in the paper; in ppo.py the reward contains it. One difference: the
 mean is over the tokens of the whole update, as everywhere here; the paper takes the mean of each
@@ -26,13 +26,13 @@ def add_flags(parser) -> None:
         "--group-size",
         type=number(int, 1),
         default=1,
-        help="responses to each prompt, part of --batch-size; grpo needs 2 or more (4 to 16)",
+        help="responses to each prompt; --batch-size counts all; grpo needs 2 or more (4 to 16)",
     )
 
 
 def group_advantages(scores: torch.Tensor, group_size: int) -> torch.Tensor:
     """scores (B,), the responses to one prompt next to each other -> (B,): standardised within each
-    group, 0 where all are alike.
+    group, 0 where all scores of the group are equal.
 
     NaN marks a response without a score: it is left out of its group's statistics and gets 0.
 
@@ -82,12 +82,12 @@ def grpo_step(
     advantages = group_advantages(scores, group_size)[:, None] * rollout.response_mask  # (B, T)
     rollout = replace(rollout, advantages=advantages)
 
-    def loss_fn(part: Rollout):
-        columns = part.input_ids, part.attention_mask, part.response_mask
-        new = model(*columns, temperature, entropy=False)
+    def loss_fn(micro_batch: Rollout):
+        inputs = micro_batch.input_ids, micro_batch.attention_mask, micro_batch.response_mask
+        new = model(*inputs, temperature, entropy=False)
         return grpo_loss(
-            new.logprobs, part.logprobs, part.ref_logprobs, part.advantages, part.response_mask,
-            cliprange, kl_coef,
+            new.logprobs, micro_batch.logprobs, micro_batch.ref_logprobs, micro_batch.advantages,
+            micro_batch.response_mask, cliprange, kl_coef,
         )  # fmt: skip
 
     options |= dict(ppo_epochs=ppo_epochs, minibatches=minibatches)

@@ -3,8 +3,8 @@
     python evaluate.py --health out           # one line: healthy, or what to suspect and why
     python evaluate.py --plot out             # out/curves.png (needs matplotlib)
 
-Left out on purpose: limits that a user can set. A rule fires where a metric is far outside the
-healthy range that docs/metrics.md gives.
+Left out on purpose: limits that a user can set. A rule reports a metric that is far outside the
+healthy range in docs/metrics.md.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def below(limit: float) -> Callable[[float, float], bool]:
     return lambda first, last: last < limit
 
 
-# (metric, is it sick? by its means over the first and the last third of the run, what to suspect)
+# (metric, is_bad(mean over the first third of the run, over the last third), what to suspect)
 RULES = [
     ("ppo/sampler_gap", above(0.3),
      "sampled and scored log-probabilities differ: a bug, or very low precision"),
@@ -62,7 +62,7 @@ TRENDS += ("ppo/response_length", "sft/loss")
 
 
 def as_ppo(row: dict) -> dict:
-    """The row, its metrics `<phase>/...` renamed to `ppo/...`: RULES then fit all that sample.
+    """The row, its metrics `<phase>/...` renamed to `ppo/...`, so that RULES apply to it.
 
     A row of GRPO has `ppo/...` for its rollout, as PPO has, and `grpo/...` for its updates. A new
     algorithm that samples writes the same. Rows of SFT, DPO and evaluations stay as they are.
@@ -91,18 +91,18 @@ def leaves_of(rows: list[dict]) -> list[str]:
 
 
 def broken_rules(rows: list[dict]) -> list[str]:
-    """What RULES find in the rows."""
-    found = []
-    for name, is_sick, text in RULES:
+    """A sentence for each of RULES that a metric of the rows breaks."""
+    suspicions = []
+    for name, is_bad, text in RULES:
         ends = ends_of(rows, name)
-        if ends is not None and is_sick(*ends):
-            found.append(f"{name} {ends[1]:.3g}: {text}")
-    return found
+        if ends is not None and is_bad(*ends):
+            suspicions.append(f"{name} {ends[1]:.3g}: {text}")
+    return suspicions
 
 
 def falling_reward(rows: list[dict]) -> list[str]:
-    """Does every leaf of the reward fall?"""
-    # Leaves are raw. The total may be standardised (ema, whiten, mixture): it has no trend then.
+    """Does every leaf of the reward fall? A list with a sentence if so."""
+    # Not the total: ema, whiten and mixture standardise it, so it may have no trend.
     ends = [ends_of(rows, name) for name in leaves_of(rows)]
     falls = [pair[1] < pair[0] - 0.05 * abs(pair[0]) - 1e-9 for pair in ends if pair is not None]
     if falls and all(falls):
@@ -111,19 +111,19 @@ def falling_reward(rows: list[dict]) -> list[str]:
 
 
 def bad_evaluations(rows: list[dict]) -> list[str]:
-    """Is the held-out NLL far above its best, or does the model repeat itself?"""
-    found = []
+    """Is the held-out NLL far above its best, or does the model repeat itself? Sentences if so."""
+    suspicions = []
     evaluations = [row for row in rows if row["phase"] == "eval"]
     nll = [row["eval/nll"] for row in evaluations if "eval/nll" in row]
     if nll and nll[-1] > min(nll) + 0.5:
-        found.append(
+        suspicions.append(
             f"eval/nll {nll[-1]:.3g}, {nll[-1] - min(nll):.2g} above its best: "
             "PPO forgets the language; raise --kl-coef, lower --ppo-ratio"
         )
     distinct = evaluations[-1].get("eval/distinct", 1.0) if evaluations else 1.0
     if distinct < 0.5:
-        found.append(f"eval/distinct {distinct:.3g}: more than half of the responses are repeats")
-    return found
+        suspicions += [f"eval/distinct {distinct:.3g}: more than half of the responses are repeats"]
+    return suspicions
 
 
 def summary_of(rows: list[dict]) -> str:

@@ -9,7 +9,7 @@ state just before token t (through `value_head`).
     response_mask   0    0    0    1    1    1    0
     logprobs        0    0    0    *    *    *    0        taken from hidden column 2, 3, 4
 
-Left out on purpose: a separate critic (the trunk is shared, as in Ziegler et al. 1909.08593),
+Left out on purpose: a separate critic (both heads share one LM, as in Ziegler et al. 1909.08593),
 dropout (the PPO ratio would differ from 1 before the first update), half-precision weights.
 Loading, checking and packing of the LM itself are in lm.py.
 
@@ -63,7 +63,7 @@ def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     >>> masked_mean(torch.tensor([1.0, 2.0, 9.0]), torch.tensor([True, True, False])).item()
     1.5
     """
-    # where, not *: whatever lies off the mask is gone, NaN too
+    # `where` and not `x * mask`: NaN * 0 is NaN
     return torch.where(mask, x, 0).sum() / mask.sum().clamp(min=1)
 
 
@@ -71,8 +71,8 @@ class HybridModel(nn.Module):
     """`lm` is any Hugging Face causal LM; `value_head` starts at zero.
 
     So the first advantages are discounted sums of rewards. Raises UserError for an architecture
-    that breaks what is taken for granted here (`check_architecture`), or does something between
-    hidden states and logits that `logits` cannot repeat (`find_logit_transform`).
+    that the code cannot train (`check_architecture`), or that does something between hidden states
+    and logits that `logits` cannot repeat (`find_logit_transform`).
     """
 
     def __init__(self, lm: nn.Module):
@@ -109,16 +109,16 @@ class HybridModel(nn.Module):
     ) -> TokenScores:
         """Score every response token. input_ids (B, T) long; both masks (B, T) bool -> TokenScores.
 
-        `entropy=False` leaves the entropy 0, and saves three passes over (N, V) where no loss asks.
-        Only response positions reach `lm_head`, LOGIT_CHUNK at a time; a (B, T, V) tensor never
-        exists. Raises ValueError when column 0 is a response token: nothing before it predicts it.
+        `entropy=False` leaves the entropy 0 and saves three passes over (N, V). Only
+        response positions reach `lm_head`, LOGIT_CHUNK at a time; a (B, T, V) tensor never exists.
+        Raises ValueError when column 0 is a response token: nothing before it predicts it.
         """
         if response_mask[:, 0].any():
             needed = "a response needs at least one token before it"
             raise ValueError(f"response_mask is True in column 0, but {needed}")
         before = self.states_before(input_ids, attention_mask, response_mask)  # (N, H)
         targets = input_ids[response_mask]  # (N,)
-        recompute = torch.is_grad_enabled() and len(targets) > LOGIT_CHUNK  # one chunk is bounded
+        recompute = torch.is_grad_enabled() and len(targets) > LOGIT_CHUNK  # one chunk is small
         logprobs, entropies = [], []
         for hidden, ids in zip(before.split(LOGIT_CHUNK), targets.split(LOGIT_CHUNK)):
             inputs = (hidden, ids, temperature, entropy)  # hidden (n, H), ids (n,)
@@ -197,7 +197,7 @@ class HybridModel(nn.Module):
         return DynamicCache(config=self.lm.config) if self._cache_name else None
 
     def frozen_copy(self) -> "HybridModel":
-        """This model as it is now, never to change: the reference of the KL penalty."""
+        """A copy that never changes: the reference of the KL penalty."""
         return copy.deepcopy(self).requires_grad_(False).eval()
 
     def save(self, folder: str | Path, tokenizer) -> None:
@@ -207,7 +207,7 @@ class HybridModel(nn.Module):
         tokenizer.save_pretrained(folder)
         save_file(self.value_head.state_dict(), folder / VALUE_HEAD)
         for path in folder.glob("*.safetensors"):
-            # safetensors lets nobody but the owner read what it writes; config.json is as usual.
+            # Only the owner can read a file of safetensors; give it the mode of config.json.
             shutil.copymode(folder / "config.json", path)
 
     @classmethod
@@ -238,16 +238,16 @@ def forward_rows(
     -> TokenScores of a HybridModel; the plain tuple that a ReferenceMixture gives.
     """
     width, device = batch.input_ids.shape[1], batch.input_ids.device
-    # (B,) Rows of like length go together: little padding.
+    # (B,) Rows of similar length go together: less padding.
     by_length = batch.lengths().argsort(stable=True)
     my_rows = parallel.share(by_length)
     scores = []  # one (S, T) for each row, S kinds of score
     if len(my_rows) > 0:
         for rows in my_rows.split(micro_batch_size or len(batch)):
-            some = batch.rows(rows)
-            found = model(some.input_ids, some.attention_mask, some.response_mask, temperature)
-            found = torch.stack(found)  # (S, b, t)
-            padded = nn.functional.pad(found, (0, width - found.shape[2]))  # (S, b, T)
+            micro_batch = batch.rows(rows)
+            inputs = (micro_batch.input_ids, micro_batch.attention_mask, micro_batch.response_mask)
+            stacked = torch.stack(model(*inputs, temperature))  # (S, b, t)
+            padded = nn.functional.pad(stacked, (0, width - stacked.shape[2]))  # (S, b, T)
             scores += padded.unbind(1)
     if parallel.world() > 1:
         scores = parallel.gather([row.cpu() for row in scores])  # B of them
@@ -267,8 +267,8 @@ def merge(a: HybridModel, b: HybridModel, weight: float) -> HybridModel:
     for name in sorted(a_parameters.keys() | b_parameters.keys()):
         a_shape, b_shape = _shape(a_parameters.get(name)), _shape(b_parameters.get(name))
         if a_shape != b_shape:
-            found = f"{name} is {a_shape} in one, {b_shape} in the other"
-            raise UserError(f"the two models do not fit together: {found}")
+            shapes = f"{name} is {a_shape} in one, {b_shape} in the other"
+            raise UserError(f"the two models do not fit together: {shapes}")
     for name, parameter in a_parameters.items():
         parameter.lerp_(b_parameters[name], weight)  # exact at 0 and 1, and where both are equal
     return a
@@ -294,14 +294,14 @@ def main(argv: list[str] | None = None) -> None:
     if tokenizer.get_vocab() != b_tokenizer.get_vocab():
         problem = "have different vocabularies, so their weights do not mean the same"
         raise UserError(f"{args.a} and {args.b} {problem}")
-    # Weights of one shape mean different things under another number of heads, say.
+    # Weights of equal shape may still not fit: the number of heads, for example, may differ.
     a_config, b_config = a.lm.config.to_dict(), b.lm.config.to_dict()
     may_differ = {"_name_or_path", "transformers_version", "dtype"}
     for name in sorted((a_config.keys() | b_config.keys()) - may_differ):
         values = a_config.get(name), b_config.get(name)
         if values[0] != values[1]:
-            found = f"{name} is {values[0]} in one, {values[1]} in the other"
-            raise UserError(f"{args.a} and {args.b} do not fit together: {found}")
+            both = f"{name} is {values[0]} in one, {values[1]} in the other"
+            raise UserError(f"{args.a} and {args.b} do not fit together: {both}")
     merge(a, b, args.weight).save(args.out, tokenizer)
     print(f"{1 - args.weight:g} x {args.a} + {args.weight:g} x {args.b} is in {args.out}")
 

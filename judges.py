@@ -1,10 +1,10 @@
 """Rewards that ask a model: classifiers, embeddings, reward models, entailment, likelihood, judges.
 
-Text in, floats out: each model reads by its own tokenizer, so its vocabulary may be another one
-than the policy's. All are batched, in eval mode, without gradients, on the run's device. Each
-function here makes a reward function  f(prompts, completions, **columns) -> list[float]; the table
-JUDGES names them for rewards.py. Left out on purpose: training a judge (reward_model.py does that),
-pairwise tournaments.
+Text in, floats out: each model uses its own tokenizer, so its vocabulary may differ from the
+policy's. All are batched, in eval mode, without gradients, on the run's device. Each function here
+makes a reward function  f(prompts, completions, **columns) -> list[float]; the table JUDGES names
+them for rewards.py. Left out on purpose: training a judge (reward_model.py does that), pairwise
+tournaments.
 
     python train.py --reward 'classifier("path/or/hub-id", label="POSITIVE")'
     python train.py --reward 'judge("http://127.0.0.1:8000/v1", rubric="Is the answer polite?")'
@@ -52,7 +52,7 @@ def load_judge(auto_class, name: str, device) -> tuple[torch.nn.Module, object]:
             "it was not trained for this use"
         )
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # a filler under a mask of 0
+        tokenizer.pad_token = tokenizer.eos_token  # the mask hides it
     tokenizer.truncation_side, tokenizer.padding_side = "left", "right"
     return model.to(device or "cpu").eval().requires_grad_(False), tokenizer
 
@@ -80,8 +80,8 @@ def sequence_logits(
     """Class logits of a sequence classifier, (b, T) -> (b, C). Decoders are read at the LAST REAL
     TOKEN, by the mask.
 
-    Hugging Face finds that token by `ids != pad`, which is wrong as soon as pad doubles as EOS;
-    encoders read their first token.
+    Hugging Face finds that token by `ids != pad`, which is wrong where the pad token is also EOS.
+    Encoders are read at their first token.
     """
     if not hasattr(model, "score"):
         return model(input_ids=input_ids, attention_mask=attention_mask, **inputs).logits.float()
@@ -96,11 +96,11 @@ def sequence_logits(
 def batched_logits(
     model, tokenizer, texts: list[str], pairs: list[str] | None = None
 ) -> torch.Tensor:
-    """(N, C) logits on the CPU, BATCH_SIZE texts at a time."""
+    """(N, C) logits on the CPU, BATCH_SIZE texts at a time; `pairs` are second texts, if any."""
     logits = []
     for i in range(0, len(texts), BATCH_SIZE):
-        some_pairs = pairs[i : i + BATCH_SIZE] if pairs else None
-        batch = tokenize(tokenizer, model, texts[i : i + BATCH_SIZE], some_pairs)
+        second_texts = pairs[i : i + BATCH_SIZE] if pairs else None
+        batch = tokenize(tokenizer, model, texts[i : i + BATCH_SIZE], second_texts)
         logits.append(sequence_logits(model, **batch).cpu())
     return torch.cat(logits)
 
@@ -119,7 +119,7 @@ def _label_index(model, label: str | int | None, name: str) -> int:
 
 
 def classifier(context: dict, id: str, label: str | int | None = None) -> Callable:
-    """P(label | completion), 0..1; without a label, of the second of two classes."""
+    """P(label | completion), 0..1. Without a label: that of the second class, if there are two."""
     model, tokenizer = load_judge(AutoModelForSequenceClassification, id, context.get("device"))
     index, config = _label_index(model, label, id), model.config
     multi_label = config.problem_type == "multi_label_classification" or config.num_labels == 1
@@ -241,10 +241,9 @@ def perplexity(
 ) -> list[float]:
     """exp(mean negative log-likelihood per token) of each text, given its context if it has one.
 
-    `model` is a Hugging Face causal LM, used as it stands. Context and text are tokenised apart; an
-    empty context is BOS (EOS where there is none). What is beyond the model's context is cut,
-    contexts on the left. A text without tokens has no perplexity: it gets infinity, never a good
-    score.
+    `model` is a Hugging Face causal LM, unchanged. Context and text are tokenised apart; an
+    empty context is BOS (EOS where there is none). A context that does not fit loses its beginning,
+    a text its end. A text without tokens has no perplexity: it gets infinity, never a good score.
     """
     limit = context_of(model)
     rows = []  # (ids of the context, ids of the text)
@@ -259,7 +258,7 @@ def perplexity(
 
 
 def _perplexities(model, rows: list[tuple[list[int], list[int]]]) -> list[float]:
-    """Of the second ids of each row, given the first; inf where there are none."""
+    """The perplexity of each row (context ids, text ids); inf where there are no text ids."""
     device = next(model.parameters()).device
     lengths = torch.tensor(
         [[len(before), len(before) + len(ids)] for before, ids in rows]
@@ -298,16 +297,15 @@ def gptscore(context: dict, id: str | None = None, template: str = "{prompt}") -
     al. 2302.04166, eq. 1, equal weights).
 
     `{prompt}` and the data's fields may stand in the template. Without an id the starting model is
-    asked. An empty completion scores like a uniform guess, -log V, which is worse than any real
-    text.
+    asked. An empty completion gets the score of a uniform guess over the vocabulary, -log V.
     """
     lm, tokenizer = frozen_lm(context, "gptscore", id)
-    worst = -math.log(lm.config.get_text_config().vocab_size)
+    uniform = -math.log(lm.config.get_text_config().vocab_size)
 
     def reward(prompts, completions, **columns):
         contexts = _filled(template, prompts, columns)
         scores = [-math.log(value) for value in perplexity(lm, tokenizer, completions, contexts)]
-        return [worst if score == -math.inf else score for score in scores]
+        return [uniform if score == -math.inf else score for score in scores]
 
     return reward
 
@@ -340,9 +338,8 @@ def judge(
 
     A local model (folder or hub id) gives the expected grade over the digit tokens. An
     `http(s)://.../v1` endpoint that speaks OpenAI's chat API (vLLM, Ollama, llama.cpp) is asked for
-    a number, `retries` times more if it is late, broken or says something else; answers are cached.
-    A text that got no grade has NO score: it is left out of the update and counted, never scored as
-    0.
+    a number, again up to `retries` times until it gives one; grades are cached. A text that got no
+    grade has NO score: it is left out of the update and counted, never scored as 0.
     """
     timeout_is_good = type(timeout) in (int, float) and timeout > 0
     if not timeout_is_good or type(retries) is not int or retries < 0:
@@ -406,9 +403,9 @@ def _digit_tokens(tokenizer, digit: int, id: str) -> list[int]:
     return variants
 
 
-# Late, refused, status 4xx or 5xx, not JSON, or not the JSON of a chat.
+# Raised by a late or refused answer, by status 4xx or 5xx, by anything but the JSON of a chat.
 NO_ANSWER = (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError)
-# A number alone, or "Grade: 4", "4 / 5", "2.5 of 5"; in a sentence a number may be anything.
+# A number alone, or "Grade: 4", "4 / 5", "2.5 of 5". A number in a sentence may not be the grade.
 GRADE = re.compile(
     r"\W*(?:(?:grade|score|rating)\W*)?(?<!-)(\d+(?:\.\d+)?)(?:\s*(?:/|of|out of)\s*\d+)?\W*",
     re.IGNORECASE,
@@ -433,12 +430,12 @@ def _endpoint(
                 answer = json.load(response)["choices"][0]["message"]["content"]
         except NO_ANSWER:
             return None
-        found = GRADE.fullmatch(str(answer))
-        if found is None or not 1 <= float(found.group(1)) <= top:
+        match = GRADE.fullmatch(str(answer))
+        if match is None or not 1 <= float(match.group(1)) <= top:
             return None
-        return float(found.group(1))
+        return float(match.group(1))
 
-    def ask_patiently(question: str) -> float | None:
+    def ask_with_retries(question: str) -> float | None:
         for _ in range(retries + 1):
             if question in cache:
                 break
@@ -449,7 +446,7 @@ def _endpoint(
 
     def ask(questions: list[str]) -> list[float | None]:
         with ThreadPoolExecutor(max_workers=8) as pool:
-            return list(pool.map(ask_patiently, questions))
+            return list(pool.map(ask_with_retries, questions))
 
     return ask
 
@@ -505,8 +502,7 @@ def _filled(template: str, prompts: list[str], columns: dict) -> list[str]:
             texts.append(template.format(**{**fields, "prompt": prompt}))
     except (KeyError, IndexError) as problem:
         raise UserError(
-            f"gptscore: the template {template!r} asks for {problem}, "
-            "which is no column of the data"
+            f"gptscore: the template {template!r} asks for {problem}, which is no field of the data"
         ) from None
     return texts
 

@@ -1,8 +1,8 @@
 """A Hugging Face causal LM made ready for `HybridModel`: loaded or built, checked, packed.
 
 `check_architecture`, `find_logit_transform` and `can_pack` try on eight tokens what the rest of the
-code takes for granted; `states_before` does no work for padding. Nothing here is about SFT or PPO,
-so a first reading may skip this file.
+code assumes; `states_before` does no work for padding. Nothing here is about SFT or PPO, so a
+first reading may skip this file.
 Left out on purpose: encoder-decoder models, quantised weights, a list of known architectures.
 
     python -m pytest -q tests/test_model.py        # sixteen architectures against their own logits
@@ -43,7 +43,7 @@ def load_lm(name: str, what: str = "model") -> tuple[nn.Module, PreTrainedTokeni
     if is_local and not (folder / "config.json").is_file():
         expected = "expected a Hugging Face model folder with a config.json, found none there"
         raise UserError(f"{what} {name}: {expected}")
-    # The hub's retries are no news; whether it worked is.
+    # Only the result matters, not the hub's messages about its retries.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     load = AutoModelForCausalLM.from_pretrained
     try:
@@ -59,8 +59,8 @@ def load_lm(name: str, what: str = "model") -> tuple[nn.Module, PreTrainedTokeni
         raise UserError(f"{what} {name} {failure} ({reason}); {advice}") from None
     missing = sorted(report["missing_keys"])
     if missing:
-        some = f"{len(missing)} of its weights ({', '.join(missing[:3])} ...)"
-        raise UserError(f"{what} {name} lacks {some}; is it a causal LM, and complete?")
+        count = f"{len(missing)} of its weights ({', '.join(missing[:3])} ...)"
+        raise UserError(f"{what} {name} lacks {count}; is it a causal LM, and complete?")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (*UNREADABLE, AttributeError) as problem:
@@ -115,13 +115,13 @@ def build_tiny(texts: list[str], seed: int = 0) -> tuple[nn.Module, PreTrainedTo
 
 
 def context_of(lm: nn.Module) -> int:
-    """Tokens that a model can read at once; practically endless where its config names no limit."""
+    """Tokens that a model can read at once; 10**9 where its config names no limit."""
     return getattr(lm.config.get_text_config(), "max_position_embeddings", None) or 10**9
 
 
 def disable_dropout(lm: nn.Module) -> None:
     """Set every rate of dropout, layer-drop and router-jitter to 0, for training mode too."""
-    for holder in [lm.config, *lm.modules()]:  # as module, attribute or config entry
+    for holder in [lm.config, *lm.modules()]:  # a rate may be in the config or in any module
         is_dropout = isinstance(holder, nn.modules.dropout._DropoutNd)
         for name, value in vars(holder).items():
             is_rate = "drop" in name or "jitter" in name or (is_dropout and name == "p")
@@ -137,7 +137,7 @@ def fuse_activations(lm: nn.Module) -> None:
                 setattr(module, name, nn.GELU(approximate="tanh"))
 
 
-# ------------------------------------------------------------------------ what is taken for granted
+# ------------------------------------------------------------------------ what the code assumes
 
 
 def eight_tokens(lm: nn.Module) -> torch.Tensor:
@@ -153,7 +153,7 @@ def accepts(module: nn.Module) -> set[str]:
 
 @torch.no_grad()
 def check_architecture(lm: nn.Module) -> None:
-    """Three things that everything here takes for granted, tried on eight tokens.
+    """Try on eight tokens three things that all code here assumes.
 
     A later token must not change an earlier one's scores; training mode must score like evaluation
     mode; and a row must score the same with padding on its left, since that is how prompts of
@@ -194,7 +194,7 @@ def check_architecture(lm: nn.Module) -> None:
     lm.train(was_training)
     tolerance = 1e-4 * float(plain.abs().max()) + 1e-4
     for problem, difference in differences.items():
-        if not float(difference.abs().max()) <= tolerance:  # true of NaN as well
+        if not float(difference.abs().max()) <= tolerance:  # `not <=`: NaN fails too
             raise UserError(f"{name} {problem}; it cannot be trained here")
 
 
@@ -203,8 +203,8 @@ def find_logit_transform(lm: nn.Module) -> tuple[float, float | None]:
     """(scale, cap): the LM's logits are cap * tanh(scale * lm_head(hidden) / cap).
 
     Without a cap (None) they are scale * lm_head(hidden). Gemma caps its logits, Cohere and Granite
-    scale them. The cap is read from the config, the scale is measured on eight tokens against the
-    LM's own forward, and so is the whole claim. Raises UserError if it does not hold.
+    scale them. The cap is read from the config, the scale is measured on eight tokens; then the
+    formula is compared with the LM's own logits. Raises UserError where they differ.
     """
     was_training = lm.training
     lm.eval()
@@ -217,14 +217,14 @@ def find_logit_transform(lm: nn.Module) -> tuple[float, float | None]:
     config = lm.config.get_text_config()
     caps = [float(getattr(config, name)) for name in CAP_NAMES if getattr(config, name, None)]
     cap = caps[0] if caps else None
-    # Undo the cap; what remains is one factor, found by least squares.
+    # Undo the cap; the factor that remains is estimated by least squares.
     linear = logits if cap is None else cap * torch.atanh(logits / cap)
     scale = float((linear * plain).sum() / (plain * plain).sum().clamp(min=1e-30))
     scale = float(f"{scale:.5g}") if scale else 1.0  # 1.0000003 -> 1
-    again = scale * plain if cap is None else cap * torch.tanh(scale * plain / cap)
-    if not torch.allclose(again, logits, rtol=1e-3, atol=1e-3 * float(logits.abs().max())):
+    predicted = scale * plain if cap is None else cap * torch.tanh(scale * plain / cap)
+    if not torch.allclose(predicted, logits, rtol=1e-3, atol=1e-3 * float(logits.abs().max())):
         change = "its logits after lm_head in a way that is neither a factor nor a soft cap"
-        advice = "teach it to find_logit_transform (lm.py) and HybridModel.logits (hybrid.py)"
+        advice = "extend find_logit_transform (lm.py) and HybridModel.logits (hybrid.py)"
         raise UserError(f"{type(lm).__name__} changes {change}; {advice}")
     return scale, cap
 
@@ -233,8 +233,8 @@ def find_logit_transform(lm: nn.Module) -> tuple[float, float | None]:
 def can_pack(lm: nn.Module) -> bool:
     """Do two texts in one row, told apart by position ids alone, score as they do alone?
 
-    Tried on eight tokens. True of attention with position ids; recurrent models and ALiBi's
-    distances cannot tell the texts apart.
+    Tried on eight tokens. True for attention with position ids; recurrent models and ALiBi would
+    mix the texts.
     """
     if "position_ids" not in accepts(lm.base_model):
         return False
@@ -265,7 +265,7 @@ def states_before(
     token sees the padding on its right, so the LM needs no mask. Where that padding is a tenth of
     the batch or more, short rows share a row of the LM, and no text sees another.
     """
-    # (B, t) each, t = T - 1: nobody asks what follows the last token of a row.
+    # (B, t) each, t = T - 1: no token of a row follows its last one.
     input_ids, real = input_ids[:, :-1], attention_mask[:, 1:]
     rows, width = input_ids.shape
     # (B,) where each row begins in the flattened input of the LM
@@ -290,8 +290,8 @@ def states_before(
 def pack(lengths: list[int]) -> tuple[list[int], list[int], int]:
     """Put texts of these lengths side by side into few bins of one width.
 
-    -> bin and first column of each text, and the width: that of the longest text, or a quarter or a
-    half more where less of the bins then stays empty.
+    -> bin and first column of each text, and the width of the bins: at most 1, 1.25 or 1.5 times
+    the longest text, whichever needs the fewest columns in all.
 
     >>> pack([2, 5, 3])
     ([1, 0, 1], [3, 0, 0], 5)
@@ -306,7 +306,7 @@ def pack(lengths: list[int]) -> tuple[list[int], list[int], int]:
 
 
 def _first_fit(lengths: list[int], width: int) -> tuple[list[int], list[int], int]:
-    """The longest text first, each into the first bin with room; the width is what is used."""
+    """The longest text first, each into the first bin with room; as wide as the fullest bin."""
     bins, begins = [0] * len(lengths), [0] * len(lengths)
     used: list[int] = []  # columns that are taken in each bin
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

@@ -94,7 +94,7 @@ def words_of(text: str) -> list[str]:
 
 
 def coverage(text: str, keywords: str | list[str]) -> float:
-    """Share of the keywords that the text has, stop words aside; 0..1, 0 when there are none."""
+    """Share of the keywords, without stop words, that the text has; 0..1, 0 when there are none."""
     keywords = keywords if isinstance(keywords, str) else " ".join(keywords)
     wanted = set(words_of(keywords)) - set(STOP_WORDS)
     return len(wanted & set(words_of(text))) / len(wanted) if wanted else 0.0
@@ -174,9 +174,9 @@ def exact_match(hypothesis: str, reference: str) -> float:
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last number of a text, where the answers of GSM8K stand: sign, commas, decimals."""
-    found = r"(?<![\w.])-?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
-    numbers = re.findall(found, text.replace("\u2212", "-"))  # the typographic minus
+    """The last number of a text, as in the answers of GSM8K: sign, commas, decimals. Else None."""
+    pattern = r"(?<![\w.])-?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
+    numbers = re.findall(pattern, text.replace("\u2212", "-"))  # the typographic minus
     return Decimal(numbers[-1].replace(",", "")) if numbers else None
 
 
@@ -205,14 +205,14 @@ def read_lexicon(path: str, default: float | None = None) -> dict[str, float]:
     """
     lexicon = {}
     for number, line in enumerate(read_text(path, "lexicon").split("\n"), start=1):
-        word, _, rest = line.partition("\t")
+        word, _, values = line.partition("\t")
         if not word.strip() or (default is not None and word.startswith(";")):
             continue
         try:
-            valence = float(rest.split("\t")[0]) if rest or default is None else default
+            valence = float(values.split("\t")[0]) if values or default is None else default
         except ValueError:
-            found = f"expected 'word TAB valence', found {line[:40]!r}"
-            raise UserError(f"{path}:{number}: {found}") from None
+            message = f"expected 'word TAB valence', found {line[:40]!r}"
+            raise UserError(f"{path}:{number}: {message}") from None
         lexicon[word.strip().lower()] = valence
     if not lexicon:
         raise UserError(f"lexicon {path} is empty")
@@ -248,7 +248,7 @@ def style_reward(context: dict, aspect: str = "all", sentence_length: float = 15
 
 def coverage_reward(prompts, completions, **columns) -> list[float]:
     keywords = columns.get("keywords", [None] * len(completions))
-    if None in keywords:  # a record without keywords falls back on its references
+    if None in keywords:  # where a record has no keywords, its references are used
         references = references_of(columns, "coverage")
         keywords = [
             " ".join(texts) if words is None else words
@@ -301,7 +301,7 @@ def _answers(columns: dict[str, list], name: str) -> list[list[str]]:
     values = columns.get(name, columns.get(title))
     if values is None:
         raise UserError(
-            "reward 'truthful' needs the columns correct_answers and incorrect_answers; "
+            "reward 'truthful' needs the fields correct_answers and incorrect_answers; "
             f"{name} is missing"
         )
     answers = []

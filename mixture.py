@@ -1,6 +1,6 @@
 """Rewards of different scales on one scale: running statistics, and a mixture that learns weights.
 
-A weighted sum needs weights, and the right ones depend on scales that nobody knows beforehand.
+A weighted sum needs weights, and good ones depend on scales that are not known beforehand.
 `ema(x)` standardises a reward by running statistics; `mixture(a, b, c)` standardises several and
 learns how much each counts, in one of two ways:
 
@@ -25,11 +25,11 @@ from engine import UserError
 
 
 class RunningNorm:
-    """(x - mean) / std by exponentially weighted moments of all that was seen, this batch included.
+    """(x - mean) / std by exponentially weighted moments of all batches, this one included.
 
     Moments are taken over a batch, so the order of its samples does not matter. The weights are
-    divided by their sum (as in Adam), so the first batch is standardised by its own mean and std, a
-    constant one to 0. NaN marks a sample without a score: it does not count, and it stays NaN.
+    divided by their sum (as in Adam), so the first batch is standardised by its own mean and std (a
+    constant one becomes 0). NaN marks a sample without a score: it does not count and stays NaN.
     """
 
     def __init__(self, decay: float = 0.99):
@@ -39,8 +39,8 @@ class RunningNorm:
         self.weight = self.mean = self.square = 0.0  # running sums, not yet divided by weight
 
     def __call__(self, x: torch.Tensor, learn: bool = True) -> torch.Tensor:
-        """x (B,) -> (B,). `learn=False` leaves the statistics as they are (a batch that comes
-        before any other is standardised by its own)."""
+        """x (B,) -> (B,). `learn=False` does not update the statistics (if there are none yet, the
+        batch is standardised by its own)."""
         known = x[torch.isfinite(x)].double()  # (b,)
         weight, mean, square = self.weight, self.mean, self.square
         if len(known) and (learn or not weight):
@@ -116,13 +116,13 @@ class Mixture:
         n pairs. Returns the pair accuracy.
 
         Maximises  sum log sigmoid(s w . (z_chosen - z_rejected))  over the logits of w and a scale
-        s > 0 (Bradley & Terry 1952; s is how decided people are, and is not kept). The statistics
-        that standardise are those of all the texts, and stay fixed.
+        s > 0 (Bradley & Terry 1952; s says how consistent the choices are, and is not kept). The
+        statistics that standardise are those of all the texts, and stay fixed.
         """
         for k, norm in enumerate(self.norms):
             norm(torch.cat([chosen[:, k], rejected[:, k]]))
-        columns = zip(self.norms, chosen.T, rejected.T)
-        difference = torch.stack([n(c, False) - n(r, False) for n, c, r in columns], dim=1)
+        by_reward = zip(self.norms, chosen.T, rejected.T)
+        difference = torch.stack([n(c, False) - n(r, False) for n, c, r in by_reward], dim=1)
         difference = difference.double()  # (n, K)
         self.logits = torch.zeros(len(self.names), dtype=torch.float64, requires_grad=True)
         log_scale = torch.zeros((), dtype=torch.float64, requires_grad=True)
@@ -158,9 +158,9 @@ class Mixture:
 def fit_to_pairs(mixture: Mixture, pairs: list[Pair], scores: Callable) -> None:
     """Fit a mixture to preference pairs and print the pair accuracy.
 
-    `scores(prompts, completions, columns) -> (N, K)` gives the raw rewards. Both sides of all pairs
-    are asked in one call, so that what standardises by its batch treats them alike. A pair counts
-    if all K rewards are finite; raises UserError where no pair has them.
+    `scores(prompts, completions, columns) -> (N, K)` gives the raw rewards. One call scores all
+    texts, so that `whiten`, which standardises a batch, treats them all alike. A pair counts if all
+    K rewards of both texts are finite. Raises UserError if there is no such pair.
     """
     prompts = [pair.prompt for pair in pairs]
     completions = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]

@@ -10,7 +10,7 @@ means, metrics, early stopping and learned statistics see the whole batch on eve
 algorithm knows how many processes there are. All random draws are the same on every process, except
 the responses: each process samples those of its own prompts.
 
-In one process all of this costs nothing. Left out on purpose: splitting the model itself.
+In one process every function here returns at once. Left out on purpose: splitting the model itself.
 """
 
 import os
@@ -26,7 +26,7 @@ def start(device: torch.device) -> torch.device:
         return device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)  # where nccl puts the objects it carries
+        torch.cuda.set_device(device)  # nccl sends Python objects through it
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # Only process 0 prints. Every process may print errors.
@@ -55,7 +55,7 @@ def share(rows):
 
 
 def gather(rows: list) -> list:
-    """The inverse of `share`: all rows on every process, in order. Tensors must be on the CPU."""
+    """The inverse of `share`: all rows, in order, on every process. Tensors must be on the CPU."""
     if world() == 1:
         return rows
     shares = everybody(rows)
@@ -66,18 +66,18 @@ def gather(rows: list) -> list:
 
 
 def everybody(thing) -> list:
-    """-> a list of the `thing` of every process, by rank."""
+    """-> a list: the `thing` that each process has, in the order of ranks."""
     if world() == 1:
         return [thing]
-    things: list = [None] * world()
-    dist.all_gather_object(things, thing)
-    return things
+    objects: list = [None] * world()
+    dist.all_gather_object(objects, thing)
+    return objects
 
 
 def on_main(function, *args):
     """Call a function on process 0 alone, as for writing a file.
 
-    Every process gets its result, or raises what it raised.
+    Every process returns its result, or raises the exception that it raised.
     """
     if world() == 1:
         return function(*args)

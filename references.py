@@ -4,7 +4,7 @@
 
 With one reference this is that reference. It is the logarithmic opinion pool of statistics (Genest
 & Zidek 1986), a product of experts with exponents (Hinton 2002): what one of them finds impossible
-is impossible. A record with a field `reference` is held to the reference of that name alone.
+is impossible. A record with a field `reference` is compared with the model of that name alone.
 Left out on purpose: arithmetic mixtures, weights that are learned.
 
     python train.py --ref-model calm=out-sft/final:2 --ref-model bold=out/final:1
@@ -36,7 +36,7 @@ class ReferenceMixture(nn.Module):
         for example in examples:
             name = example.columns.get("reference")
             if name is not None and name not in self.names:
-                known = f"--ref-model knows {', '.join(self.names)}"
+                known = f"--ref-model names {', '.join(self.names)}"
                 raise UserError(f"a record names the reference {name!r}; {known}")
 
     @torch.no_grad()
@@ -58,7 +58,7 @@ class ReferenceMixture(nn.Module):
     def _score(self, hidden: list, targets: torch.Tensor, temperature: float) -> torch.Tensor:
         """hidden (n, H_i) for each model, targets (n,) -> log-probabilities (1 + K, n)."""
         logits = [model.logits(h, temperature) for model, h in zip(self.models, hidden)]
-        logps = [torch.log_softmax(each, dim=-1) for each in logits]  # (n, V) each
+        logps = [torch.log_softmax(model_logits, dim=-1) for model_logits in logits]  # (n, V) each
         mixture = torch.log_softmax(sum(w * logp for w, logp in zip(self.weights, logps)), dim=-1)
         scores = [logp.gather(1, targets[:, None]).squeeze(1) for logp in (mixture, *logps)]
         return torch.stack(scores)
@@ -73,18 +73,18 @@ def reference_logprobs(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Log-probabilities under the reference of each row, (B, T), and under each by {name: (B, T)}.
 
-    Raises UserError for a record that names a reference that is not there.
+    Raises UserError for a record that names a model that the mixture does not have.
     """
     if isinstance(reference, HybridModel):
         return forward_rows(reference, batch, micro_batch_size, temperature).logprobs, {}
     reference.check_names(examples)
-    held_to, *under_each = forward_rows(reference, batch, micro_batch_size, temperature)
-    by_name = dict(zip(reference.names, under_each))
+    logprobs, *by_model = forward_rows(reference, batch, micro_batch_size, temperature)
+    by_name = dict(zip(reference.names, by_model))
     for i, example in enumerate(examples):
         name = example.columns.get("reference")
         if name is not None:
-            held_to[i] = by_name[name][i]
-    return held_to, by_name
+            logprobs[i] = by_name[name][i]
+    return logprobs, by_name
 
 
 # ----------------------------------------------------------------------------------------- in a run
@@ -107,7 +107,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Raises UserError where several references are to move."""
+    """Raises UserError for flags that would move several references."""
     if (args.ref_ema or args.ref_refresh) and len(args.ref_model or []) > 1:
         raise UserError("--ref-ema and --ref-refresh move one reference, not a mixture of several")
 
@@ -129,7 +129,7 @@ def parse_reference(text: str) -> tuple[str, str, float]:
 def load_references(
     args: argparse.Namespace, model: HybridModel, tokenizer
 ) -> HybridModel | ReferenceMixture | None:
-    """What --ref-model names, frozen, on the model's device; None where this run needs none.
+    """What --ref-model names, frozen, on the model's device; None without it and in pure SFT.
 
     Raises UserError for a reference that cannot score what the policy writes.
     """
@@ -148,7 +148,7 @@ def load_references(
         if name in references:
             why = "expected a name of its own for each, NAME=PATH:WEIGHT"
             raise UserError(f"--ref-model {name}: {why}")
-        # The same arithmetic on both sides, or the KL is not 0 where they are equal.
+        # The policy's precision: else the KL of two equal models would not be 0.
         reference.amp_dtype = AMP_DTYPES[args.amp]
         references[name], weights[name] = reference.frozen_copy().to(device), weight
         if args.compile:
@@ -156,7 +156,7 @@ def load_references(
     if len(references) > 1:
         return ReferenceMixture(references, weights)
     pair = (model, references[name])
-    shapes = [{name: p.shape for name, p in each.named_parameters()} for each in pair]
+    shapes = [{name: p.shape for name, p in lm.named_parameters()} for lm in pair]
     if args.ref_ema and shapes[0] != shapes[1]:
         why = f"--ref-model {path} and --model {args.model} differ in theirs"
         raise UserError(f"--ref-ema averages weights, but {why}")
@@ -166,7 +166,7 @@ def load_references(
 def renew_reference(run, args: argparse.Namespace) -> None:
     """Before an RL step: the policy becomes the reference where there is none, or it is time.
 
-    The first time is when PPO first starts, so that the KL does not undo what SFT has taught.
+    The first time is when PPO first starts, so that the KL does not undo SFT.
     """
     is_due = args.ref_refresh and run.rl_steps and run.rl_steps % args.ref_refresh == 0
     if run.reference is None or is_due:

@@ -2,9 +2,9 @@
 
     review := clause (joint clause){1,3} "."       clause := "the" noun verb [adverb] adjective
 
-A model that imitates them learns the grammar; a reward that counts praise pulls it away from the
-mixed sentiment of the demonstrations. So the trade-off between SFT and PPO shows in a minute,
-without a download. Left out on purpose: meaning.
+A model that imitates them learns the grammar and mixed sentiment; a reward that counts praise wants
+more praise than the demonstrations have. So a run of a minute, without a download, shows the
+trade-off between SFT and PPO. Left out on purpose: meaning.
 
     python data.py reviews        # print some of them
 """
@@ -64,7 +64,7 @@ _REVIEW = re.compile(f"{_CLAUSE}( {_one_of(JOINTS)} {_CLAUSE}){{1,3}} [.]")
 
 
 def is_fluent_review(text: str) -> bool:
-    """Is the text a review of the grammar above? Exact, so fluency is measured and not guessed.
+    """Is the text a review of the grammar above? The check is exact, not an estimate.
 
     >>> is_fluent_review("the plot was dull but the music was really clever .")
     True
@@ -81,8 +81,8 @@ def praises(text: str) -> bool:
 def review_metrics(prompts: list[str], completions: list[str]) -> dict[str, float]:
     """Shares of the completions, 0..1.
 
-    `fluent` makes a review of the grammar with its prompt, `positive` praises more than it blames,
-    `fluent_and_positive` does both.
+    `fluent`: prompt and completion are a review of the grammar; `positive`: more words of praise
+    than of blame; `fluent_and_positive`: both.
     """
     texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
     fluent = [is_fluent_review(text) for text in texts]

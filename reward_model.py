@@ -49,7 +49,7 @@ def reward_model_loss(chosen_scores: torch.Tensor, rejected_scores: torch.Tensor
 def reward_model_step(
     model, batch: dict[str, torch.Tensor], optimizer, *, max_grad_norm: float = 1.0
 ) -> dict[str, float]:
-    """One update on a tokenised batch: first the chosen texts, then the rejected, in one order."""
+    """One update on a tokenised batch: all chosen texts, then all rejected ones in that order."""
     chosen, rejected = sequence_logits(model, **batch)[:, 0].chunk(2)  # (B,) each
     loss = reward_model_loss(chosen, rejected)
     loss.backward()
@@ -73,7 +73,7 @@ def load_backbone(name: str, pairs: list[Pair], seed: int):
                 "give a folder, a hub id, or tiny"
             ) from None
     if hasattr(model, "score"):
-        # The head of a decoder, as published (Stiennon et al. 2009.01325; N+ details 2403.17031).
+        # The initialisation of a decoder's head (Stiennon et al. 2009.01325; N+ 2403.17031).
         torch.nn.init.normal_(model.score.weight, std=(model.score.weight.shape[1] + 1) ** -0.5)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -84,7 +84,7 @@ def load_backbone(name: str, pairs: list[Pair], seed: int):
 
 
 def tiny_classifier(pairs: list[Pair], seed: int):
-    """The `tiny` model of train.py, its vocabulary from these pairs, with a score for a head."""
+    """The `tiny` model of train.py, its vocabulary from these pairs, with one score as output."""
     texts = [text for pair in pairs for text in (pair.prompt + pair.chosen, pair.rejected)]
     lm, tokenizer = build_tiny(texts, seed)
     config = copy.deepcopy(lm.config)
@@ -109,9 +109,9 @@ def scores_of(model, tokenizer, pairs: list[Pair]) -> tuple[torch.Tensor, torch.
 
 
 def split_pairs(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
-    """-> training and held-out pairs. The hash of a prompt decides: it is never on both sides."""
+    """-> training and held-out pairs, by a hash of the prompt, or (see below) of both responses."""
     train, held_out = _split_by([pair.prompt for pair in pairs], pairs)
-    if len(held_out) > len(pairs) / 2:  # few prompts, or none: split by a hash of the two texts
+    if len(held_out) > len(pairs) / 2:  # few prompts, or none: a prompt may be on both sides
         return _split_by([f"{pair.chosen}\0{pair.rejected}" for pair in pairs], pairs)
     return train, held_out
 
@@ -152,13 +152,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     add("--lr", type=positive, help="peak learning rate (default: 1e-3 for 'tiny', else 2e-5)")
     add("--limit", type=count, help="read at most N pairs")
     add("--encoding", default="utf-8", help="encoding of a local file")
-    add("--seed", type=number(int, 0, 2**32 - 2), default=0, help="of initialisation and order")
+    add("--seed", type=number(int, 0, 2**32 - 2), default=0, help="of initial weights and order")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args(argv)
     if args.lr is None:
         args.lr = 1e-3 if args.model == "tiny" else 2e-5
     transformers.utils.logging.disable_progress_bar()
-    # No warning "newly initialized: score": a new score is what we want.
+    # No warning "newly initialized: score": that is intended.
     transformers.utils.logging.set_verbosity_error()
     check_new_folder(args.out)
     device = pick_device(args.device)

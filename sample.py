@@ -1,10 +1,10 @@
-"""Talk to a checkpoint, or to any causal LM.
+"""Sample completions from a checkpoint, or from any causal LM.
 
     python sample.py out/final "the movie was"
     python sample.py out/final              # one prompt a line from the keyboard, until Ctrl-D
 
-Samples with the sampler of training: temperature and nothing else. Left out on purpose: chat
-history, top-p.
+The sampler is that of training: a temperature and nothing else. Left out on purpose: chat history,
+top-p.
 """
 
 import sys
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     longest_prompt = model.max_positions - max_new_tokens
     temperature = args.temperature
     if temperature > 0:
-        temperature = max(temperature, 1e-3)  # below that, rounding decides anyway
+        temperature = max(temperature, 1e-3)  # below that, rounding errors decide
     generator = torch.Generator(device).manual_seed(args.seed)
     sys.stdin.reconfigure(errors="replace")
     prompts = [args.prompt]

@@ -3,13 +3,13 @@
     ratio    a fixed share of the steps is RL, or a ramp (`is_ppo_step` below)
     gate     every step is a rollout; prompts whose responses all score below --threshold get an SFT
              update at once, the others an RL update (SuperRL 2506.01096; HPT 2509.04419)
-    buffer   like gate, but hard prompts wait, and an SFT step runs when they fill a batch (ReLIFT
-             2506.07527)
+    buffer   like gate, but hard prompts are collected, and an SFT step runs when they fill a batch
+             (ReLIFT 2506.07527)
     mix      every step is a rollout, and every update has both losses: ratio * RL + (1 - ratio) *
              SFT (PPO-ptx 2203.02155; CHORD 2508.11408)
 
 "RL" is whatever --algorithm names. The loop asks `phase(step)` before a step; after a rollout it
-tells `after_rollout` the scores. A schedule of your own is a subclass of Ratio and a line in
+gives `after_rollout` the scores. A schedule of your own is a subclass of Ratio and a line in
 SCHEDULES.
 
     python train.py --schedule gate --threshold 0.2 --out out-gate2
@@ -47,9 +47,9 @@ def is_ppo_step(
 
 
 class Ratio:
-    """SFT for `sft_warmup` steps, then RL in a share of them. Other schedules are subclasses."""
+    """SFT for `sft_warmup` steps, then RL in a share of the steps. Others are subclasses."""
 
-    flags: tuple[str, ...] = ()  # flags that matter to this schedule and not to every one
+    flags: tuple[str, ...] = ()  # flags that not every schedule uses, but this one does
 
     def __init__(
         self,
@@ -66,8 +66,8 @@ class Ratio:
 
     def phase(self, step: int) -> str:
         """What step `step` learns from: `sft` or `rl`."""
-        since = step - self.sft_warmup
-        if since >= 0 and is_ppo_step(since, self.ppo_ratio, self.steps - self.sft_warmup):
+        index, total = step - self.sft_warmup, self.steps - self.sft_warmup  # after the warm-up
+        if index >= 0 and is_ppo_step(index, self.ppo_ratio, total):
             return "rl"
         return "sft"
 
@@ -90,7 +90,7 @@ class Ratio:
         return {}
 
     def load_state_dict(self, state: dict) -> None:
-        """There is nothing to remember."""
+        """This schedule has no state."""
 
 
 class _AlwaysRollout(Ratio):
@@ -116,7 +116,7 @@ class Gate(_AlwaysRollout):
 
 
 class Buffer(Gate):
-    """Hard prompts wait until they fill a batch."""
+    """Hard prompts are collected until they fill a batch."""
 
     def __init__(self, examples: list[Example], **options):
         super().__init__(examples, **options)
@@ -165,7 +165,7 @@ SCHEDULES = {"ratio": Ratio, "gate": Gate, "buffer": Buffer, "mix": Mix}
 def hard_examples(examples: list[Example], scores: torch.Tensor, below: float) -> list[Example]:
     """The examples (each once) that have a target and whose responses all score below `below`.
 
-    A response without a score (NaN) counts as good: nobody knows that it is not.
+    A response without a score (NaN) counts as good, since it might be.
     """
     best: dict[int, float] = {}
     for example, score in zip(examples, scores.tolist()):
@@ -190,7 +190,7 @@ def leave_out(rollout, examples: list[Example], chosen: list[Example]) -> None:
 
 def ratio(text: str) -> float | tuple[float, float]:
     """`0.5`, or a ramp `0.1:0.9`."""
-    numbers = [number(float, 0, 1)(part) for part in text.split(":")]
+    numbers = [number(float, 0, 1)(end) for end in text.split(":")]
     if len(numbers) > 2:
         raise argparse.ArgumentTypeError(f"expected a number or start:end, found {text!r}")
     return numbers[0] if len(numbers) == 1 else tuple(numbers)

@@ -10,8 +10,8 @@ scores both responses, and the shaped reward is
     sigmoid    sigmoid(score - opponent_score), the Bradley-Terry probability of winning
     margin     score - opponent_score
 
-Nothing can be gained by standing still: against an equal opponent every shape is worth its value
-at a tie, on average (1/2, 1/2, 0). Left out on purpose: leagues of opponents, Elo.
+A policy that equals its opponent gains nothing: the mean of every shape is then its value at a tie
+(1/2, 1/2, 0). Left out on purpose: leagues of opponents, Elo.
 
     python train.py --reward "self_play(sentiment, every=20)"
 """
@@ -27,7 +27,7 @@ from hybrid import HybridModel
 class SelfPlay:
     """The opponent of a `self_play(...)`. `context` has policy (HybridModel), tokenizer, sampling
     (max_length, max_new_tokens, temperature), examples, and may have seed and `reference`, a
-    function that returns the KL reference of now (None before there is one)."""
+    function that returns the present KL reference (None before there is one)."""
 
     def __init__(
         self, context: dict, opponent: str = "snapshot", every: int = 50, shape: str = "win"
@@ -42,12 +42,12 @@ class SelfPlay:
             raise ValueError("there is no policy to play against; it works in train.py only")
         self.policy, self.tokenizer = context["policy"], context["tokenizer"]
         self.sampling, self.seed = context["sampling"], context.get("seed", 0)
-        # A dialogue is more than the text of its prompt.
+        # Of a dialogue, `encode_prompt` needs the messages, not only the text of the prompt.
         self.examples = {example.prompt: example for example in context["examples"]}
         self.ask_reference = context.get("reference", lambda: None)
         self.kind, self.every, self.shape = opponent, every, shape
         self.snapshot: HybridModel | None = None
-        self.rounds = 0  # of training
+        self.rounds = 0  # calls in training
         self.win_rate = float("nan")
 
     def answers(self, prompts: list[str], learn: bool) -> list[str]:
@@ -57,14 +57,14 @@ class SelfPlay:
                 self.snapshot = self.policy.frozen_copy()
             self.rounds += 1
         opponent = self.ask_reference() if self.kind == "reference" else self.snapshot
-        # Until there is an opponent, the policy plays itself.
+        # Until there is an opponent, the policy plays against itself.
         model = self.policy if opponent is None else opponent
         longest = self.sampling["max_length"] - self.sampling["max_new_tokens"]
         examples = [self.examples.get(prompt, Example(prompt, "")) for prompt in prompts]
         ids = [encode_prompt(self.tokenizer, example)[-longest:] for example in examples]
         number = self.rounds if learn else 2**20 - 1
         seed = (self.seed * 2**20 + number) * 2**10 + parallel.rank()
-        seed ^= 2**62  # a bit that the policy's own seeds lack
+        seed ^= 2**62  # so it differs from every seed of the policy's own sampling
         generation = sample(
             model,
             ids,
@@ -76,7 +76,7 @@ class SelfPlay:
         return [decode(self.tokenizer, response) for response in generation.responses]
 
     def __call__(self, scores: torch.Tensor, opponent_scores: torch.Tensor) -> torch.Tensor:
-        """Scores of both, (B,), NaN where there is none -> shaped reward (B,), NaN likewise."""
+        """Scores of both responses, (B,) -> shaped reward (B,). NaN, no score, stays NaN."""
         margin = scores - opponent_scores  # (B,)
         win = torch.where(margin.isnan(), margin, (margin.sign() + 1) / 2)  # (B,)
         self.win_rate = float(win.nanmean())

@@ -1,9 +1,9 @@
-"""Supervised fine-tuning: raise the log-probability of the target, token by token, of nothing else.
+"""Supervised fine-tuning: raise the log-probability of every target token, and of nothing else.
 
     loss = - mean over target tokens of log pi(token | everything before it)      (cross-entropy)
 
-The prompt is read but not trained on, the EOS of a complete target is trained like any other token
-(a model that never learns to stop is the most common SFT bug), the mean is over the whole update.
+The prompt is read but not trained on. The EOS of a complete target is trained like any other token
+(a model that never learns to stop is the most common SFT bug). The mean is over the whole update.
 Left out on purpose: label smoothing, anything that needs a Trainer.
 
     python train.py --ppo-ratio 0        # SFT alone
@@ -37,21 +37,21 @@ def sft_step(
     max_grad_norm: float = 1.0,
     backend: Backend | None = None,
 ) -> dict[str, float]:
-    """One update on one batch. Returns `sft/` loss, entropy (nats a token), tokens, grad_norm.
+    """One update on one batch. -> `sft/` loss, entropy, tokens, and what `apply_gradients` returns.
 
-    The value head is not part of the loss and comes out unchanged. `backend` is for float16 and
-    several processes; None is plain torch.
+    Loss and entropy: nats a token. The value head does not change. `backend` None is plain torch.
     """
 
-    def loss_fn(rows: Batch):
-        scores = model(rows.input_ids, rows.attention_mask, rows.response_mask)
-        loss = sft_loss(scores.logprobs, rows.response_mask)  # scalar
-        entropy = masked_mean(scores.entropy, rows.response_mask)  # scalar
+    def loss_fn(micro_batch: Batch):
+        mask = micro_batch.response_mask
+        scores = model(micro_batch.input_ids, micro_batch.attention_mask, mask)
+        loss = sft_loss(scores.logprobs, mask)  # scalar
+        entropy = masked_mean(scores.entropy, mask)  # scalar
         return loss, {"loss": loss.detach(), "entropy": entropy}
 
-    index = torch.arange(len(batch), device=batch.input_ids.device)  # (B,)
     backend = backend or Backend(model)
-    stats = accumulate(backend, batch, index, micro_batch_size, loss_fn)
+    rows = torch.arange(len(batch), device=batch.input_ids.device)  # (B,)
+    stats = accumulate(backend, batch, rows, micro_batch_size, loss_fn)
     stats["tokens"] = float(batch.response_mask.sum())
     stats |= apply_gradients(backend, optimizer, max_grad_norm)
     return {f"sft/{name}": value for name, value in stats.items()}
@@ -59,7 +59,7 @@ def sft_step(
 
 @torch.no_grad()
 def held_out_nll(model: HybridModel, batch: Batch, micro_batch_size: int) -> float:
-    """The SFT loss over the whole batch, without learning from it: nats per response token."""
+    """The SFT loss of a whole batch, without gradient: nats per response token."""
     batch = batch.to(next(model.parameters()).device)
     logprobs = forward_rows(model, batch, micro_batch_size).logprobs  # (B, T)
     return float(sft_loss(logprobs, batch.response_mask))

@@ -33,8 +33,8 @@ class Example:
     """One training example. `columns` are the record's other fields; rewards receive them by name.
 
     `messages` is set where the prompt is the history of a dialogue: a list of {role, content};
-    `user_turns` is what its user says next. An empty `target` means that there is none: then only
-    PPO can use the example.
+    `user_turns` are the later turns of its user. An empty `target` means that there is none: then
+    only PPO can use the example.
     """
 
     prompt: str
@@ -81,18 +81,18 @@ def load_examples(
     examples, too_short = [], 0
     for index, record in enumerate(read_records(source, limit, encoding, config, split)):
         try:
-            found = to_examples(record, prompt_field, target_field, prompt_words)
+            new_examples = to_examples(record, prompt_field, target_field, prompt_words)
         except UserError as problem:
             raise UserError(f"{_where(source, index)}: {problem}") from None
-        examples += found
-        if not found:
+        examples += new_examples
+        if not new_examples:
             too_short += 1
     if too_short:
-        why = "were left out, too short to be cut into prompt and target"
+        why = "were left out, too short to be split into prompt and target"
         print(f"note: {too_short} texts of {source} {why}", file=sys.stderr)
     if not examples:
         raise UserError(f"--data {source} holds no record that can be used")
-    # Every example gets every field, None where its record lacks it: a reward may count on them.
+    # Every example gets every field, None where its record lacks it: a reward can rely on them.
     names = dict.fromkeys(name for example in examples for name in example.columns)
     return [replace(e, columns={name: e.columns.get(name) for name in names}) for e in examples]
 
@@ -117,9 +117,8 @@ def load_pairs(
             pair = to_pair(record)
         except UserError as problem:
             raise UserError(f"{_where(source, index)}: {problem}") from None
-        if (
-            pair.chosen != pair.rejected
-        ):  # public data does hold pairs in which nothing is preferred
+        # Public data has pairs of equal responses, in which neither is preferred.
+        if pair.chosen != pair.rejected:
             pairs.append(pair)
     if not pairs:
         raise UserError(f"{source} holds no pair of different responses")
@@ -132,7 +131,7 @@ def make_reviews(n: int, seed: int = 0) -> list[Example]:
 
 
 def review_pairs(examples: list[Example], seed: int = 0) -> list[Pair]:
-    """For each review two endings that differ in their judgements alone; praise is preferred."""
+    """For each review two endings that differ only in their adjectives; praise is preferred."""
     rng = random.Random(seed)
     pairs = []
     for example in examples:
@@ -157,7 +156,7 @@ def add_data_flags(group) -> None:
 
 
 def data_options(args) -> dict:
-    """Those flags -> keyword arguments of `load_examples`."""
+    """The flags of `add_data_flags` -> keyword arguments of `load_examples`."""
     fields = dict(prompt_field=args.prompt_field, target_field=args.target_field)
     reading = dict(limit=args.limit, encoding=args.encoding)
     dataset = dict(config=args.data_config, split=args.data_split)
@@ -173,7 +172,7 @@ def to_examples(
     target_field: str | None = None,
     prompt_words: int = 12,
 ) -> list[Example]:
-    """One record to its examples: several for a dialogue, none for a text of one word.
+    """The examples of one record: several for a dialogue, none for a text of one word or none.
 
     Raises UserError that says which field is missing or of the wrong type.
     """
@@ -206,12 +205,12 @@ def render_dialogue(messages: list[dict]) -> str:
 
 
 def plain_reply(said: str) -> str:
-    """What the plain template puts after a response: its end, the user's turn, the next header."""
+    """What the plain template puts between two responses: the user's turn, the next header."""
     return "\n\n" + render_dialogue([{"role": "user", "content": said}])
 
 
 def _dialogue_examples(record: dict) -> list[Example]:
-    """`messages`: one example for every turn of the assistant that says something."""
+    """`messages`: one example for every turn of the assistant that has content."""
     messages = record["messages"]
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise UserError("field 'messages' must be a list of {role, content} objects")
@@ -250,7 +249,7 @@ def _question_examples(record: dict) -> list[Example]:
 
 
 def _text_examples(record: dict, prompt_words: int) -> list[Example]:
-    """Cut after `prompt_words` words; in the middle of a text shorter than two such prompts."""
+    """Split after `prompt_words` words, or in the middle if there are fewer than twice as many."""
     text = _string(record, "text")
     ends = [match.end() for match in re.finditer(r"\S+", text)]  # where each word ends
     if len(ends) < 2:
@@ -260,9 +259,9 @@ def _text_examples(record: dict, prompt_words: int) -> list[Example]:
 
 
 def to_pair(record: dict) -> Pair:
-    """One record to its pair. Where it has no `prompt`, that is what two transcripts share.
+    """The pair of one record. Without a field `prompt`, the prompt is what two transcripts share.
 
-    Raises UserError that says which field is missing or no string, or that they share nothing.
+    Raises UserError that says which field is missing or no string, or that nothing is shared.
     """
     chosen, rejected = _string(record, "chosen"), _string(record, "rejected")
     fields = _other_fields(record, "prompt", "chosen", "rejected")
@@ -291,9 +290,9 @@ def _pick_field(record: dict, wanted: str | None, known: tuple[str, ...], kind: 
     hint = f"see --{kind}-field"
     if kind == "target":
         hint += "; prompts without answers: 'turns', a list of one string, and --ppo-ratio 1"
-    found = ", ".join(record) or "nothing"
+    present = ", ".join(record) or "nothing"
     looked_for = f"no {kind} field: looked for {', '.join(names)}"
-    raise UserError(f"{looked_for}; the record has {found} ({hint})")
+    raise UserError(f"{looked_for}; the record has {present} ({hint})")
 
 
 def _string(record: dict, name: str) -> str:
@@ -302,7 +301,7 @@ def _string(record: dict, name: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"field '{name}' must be a string, found {type(value).__name__}")
     if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
-        what = "half of a surrogate pair, which is no character (a cut emoji?)"
+        what = "half of a surrogate pair, which is no character (a truncated emoji?)"
         raise UserError(f"field '{name}' has {what}")
     return value
 
@@ -321,7 +320,7 @@ def read_records(
     """Yield the records of a file or hub dataset as dicts.
 
     JSON is not read by `datasets`: Arrow's JSON reader turns strings that look like dates into
-    dates, long numbers into floats, and gives up on a field whose type changes late in the file.
+    dates, long numbers into floats, and fails where the type of a field changes late in the file.
     `what` is the flag that errors name. Raises UserError that names the file, and the line where
     there is one.
     """
@@ -371,9 +370,9 @@ def _checked_text(path: Path, encoding: str, what: str) -> str:
         raise UserError(f"{what} {path} cannot be read: {problem.strerror}") from None
     except UnicodeDecodeError as problem:
         line = raw[: problem.start].count(b"\n") + 1
-        found = f"byte 0x{raw[problem.start]:02x} at offset {problem.start}"
+        bad_byte = f"byte 0x{raw[problem.start]:02x} at offset {problem.start}"
         raise UserError(
-            f"{path}:{line}: {found} is not {encoding.removesuffix('-sig')}; "
+            f"{path}:{line}: {bad_byte} is not {encoding.removesuffix('-sig')}; "
             "name the file's encoding, for example --encoding latin-1"
         ) from None
     except LookupError:
@@ -388,14 +387,14 @@ def _json_records(path: Path, text: str):
         if not document.strip():
             continue
         try:
-            found = json.loads(document)
+            parsed = json.loads(document)
         except json.JSONDecodeError as problem:
             where = f"{path}:{line + problem.lineno - 1}"
             reason = f"{problem.msg}, column {problem.colno}"
             raise UserError(f"{where}: not valid JSON ({reason})") from None
         except RecursionError:
             raise UserError(f"{path}:{line}: not usable JSON (nested too deeply)") from None
-        for record in found if is_array else [found]:
+        for record in parsed if is_array else [parsed]:
             if not isinstance(record, dict):
                 kind = type(record).__name__
                 raise UserError(f"{path}:{line}: expected a JSON object, found {kind}")
@@ -403,7 +402,7 @@ def _json_records(path: Path, text: str):
 
 
 def _text_records(text: str):
-    """Cut at `<|endoftext|>` where the file has that, else at line breaks; blank ones go."""
+    """Split at `<|endoftext|>` if the file has it, else at line breaks; blank texts are dropped."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     separator = "<|endoftext|>" if "<|endoftext|>" in text else "\n"
     return ({"text": piece.strip()} for piece in text.split(separator) if piece.strip())
@@ -411,7 +410,7 @@ def _text_records(text: str):
 
 def _csv_records(path: Path, text: str, encoding: str, error: tuple[str, str]):
     """Every cell is text, "42", "None" and "007" too; a field whose cell is empty is absent."""
-    import datasets  # slow to import, and the built-in task does without it
+    import datasets  # slow to import, and the built-in task does not need it
 
     header = next(csv.reader(text.splitlines()))
     features = datasets.Features({name: datasets.Value("string") for name in header})
@@ -428,7 +427,7 @@ def _dataset_records(error: tuple[str, str], *args, **options):
     import datasets
 
     datasets.logging.set_verbosity(logging.CRITICAL)
-    # The hub's retries are no news; whether it worked is.
+    # Only the result matters, not the hub's messages about its retries.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         yield from datasets.load_dataset(*args, **options)

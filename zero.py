@@ -1,7 +1,7 @@
 """DeepSpeed's ZeRO-1 and ZeRO-2 with the methods of `engine.Backend` (Rajbhandari, 1910.02054).
 
 The optimiser state, and with stage 2 the gradients too, are split over the processes. DeepSpeed is
-an optional package. Its configuration is the user's, except for what flags of train.py say.
+an optional package. The user configures it, except for what flags of train.py set.
 
     torchrun --nproc_per_node=2 train.py --deepspeed examples/zero.json
 
@@ -45,7 +45,7 @@ def read_zero_config(path: str, max_grad_norm: float) -> dict:
     for name in SET_BY_FLAGS:
         if name in config:
             raise UserError(
-                f"--deepspeed {path}: {name} is said by train.py's flags (--optimizer, "
+                f"--deepspeed {path}: {name} is set by train.py's flags (--optimizer, "
                 "--scheduler, --max-grad-norm, --batch-size, --amp); leave it out"
             )
     return {
@@ -72,7 +72,7 @@ def check_combination(optimizer: torch.optim.Optimizer, amp: str) -> None:
         )
     if parallel.world() == 1:
         raise UserError(
-            "--deepspeed splits things over processes: start with "
+            "--deepspeed splits the optimiser over processes: start with "
             "torchrun --nproc_per_node=2 train.py ... (or more)"
         )
 
@@ -114,13 +114,13 @@ class ZeroBackend:
         self.groups = [list(g["params"]) for g in optimizer.param_groups]
         self.head_was_reached = False
         model.value_head.weight.register_hook(self._reached)
-        optimizer.register_step_pre_hook(self._spare_the_head)
+        optimizer.register_step_pre_hook(self._skip_the_head)
         self.model, self.optimizer = model, optimizer
         try:
             self.engine, self.zero, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=config, dist_init_required=False
             )
-        # DeepSpeed raises one of these for what it does not like in a configuration.
+        # DeepSpeed raises one of these for a configuration that it refuses.
         except (ValueError, TypeError, KeyError, AssertionError) as problem:
             message = " ".join(str(problem).split())[:300]
             raise UserError(f"--deepspeed {path} is refused by DeepSpeed: {message}") from None
@@ -128,10 +128,10 @@ class ZeroBackend:
     def _reached(self, gradient: torch.Tensor) -> None:
         self.head_was_reached = True
 
-    def _spare_the_head(self, optimizer: torch.optim.Optimizer, args, kwargs) -> None:
+    def _skip_the_head(self, optimizer: torch.optim.Optimizer, args, kwargs) -> None:
         if not self.head_was_reached:
             for flat in self.zero.single_partition_of_fp32_groups[1:]:
-                # DeepSpeed has put zeros there. With None, torch's optimiser leaves it as it is.
+                # DeepSpeed has set it to 0. With None, torch's optimiser skips these weights.
                 flat.grad = None
 
     def backward(

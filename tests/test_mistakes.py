@@ -165,7 +165,7 @@ MISTAKES = [
     ("--deepspeed {root}/none.json", "is no JSON file"),
     ("--deepspeed {root}/zero3.json", "ZeRO-3 splits the weights"),
     ("--deepspeed {root}/zero0.json", "or 2, found stage None"),
-    ("--deepspeed {root}/zero_fp16.json", "fp16 is said by train.py's flags"),
+    ("--deepspeed {root}/zero_fp16.json", "fp16 is set by train.py's flags"),
     ("--deepspeed {root}/zero.json", "start with torchrun --nproc_per_node=2"),
     (
         "--deepspeed {root}/zero.json --optimizer muon",
@@ -235,7 +235,7 @@ MISTAKES = [
     ("--reward {root}/r.py:nan", "reward 'nan' gave nan, not a finite number"),
     ("--reward {root}/r2.py:text", "reward 'text' gave 'x', not a finite number"),
     ("--reward {root}/r2.py:none", "it returned NoneType"),
-    ("--reward truthful", "needs the columns correct_answers and incorrect_answers"),
+    ("--reward truthful", "needs the fields correct_answers and incorrect_answers"),
     ("--reward classifier('no/such')", "reward model no/such cannot be loaded"),
     ("--reward sentiment(lexicon='no.txt')", "no.txt cannot be read"),
     ("--reward bleu --mixture-data {root}/prefs.jsonl", "and --reward 'bleu' has none"),

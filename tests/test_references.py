@@ -82,7 +82,7 @@ def test_a_record_may_name_its_reference(setting):
     both, _ = reference_logprobs(mixture, batch, [Example("", "")] * len(batch), None)
     for i in range(len(batch)):
         assert torch.equal(logprobs[i], [both, named["a"], named["b"]][i % 3][i])
-    with pytest.raises(UserError, match="names the reference 'c'; --ref-model knows a, b"):
+    with pytest.raises(UserError, match="names the reference 'c'; --ref-model names a, b"):
         reference_logprobs(mixture, batch, [Example("", "", {"reference": "c"})] * len(batch), None)
 
 

@@ -103,7 +103,7 @@ def test_the_reference_can_be_the_opponent(tiny, monkeypatch):
     [
         ("self_play(length, every=0)", "every a whole number above 0"),
         ('self_play(length, shape="loss")', 'shape "win"'),
-        ("self_play(length) + self_play(bleu)", "one self_play is enough"),
+        ("self_play(length) + self_play(bleu)", "expected at most one self_play, found two"),
     ],
 )
 def test_mistakes_are_one_line(tiny, expression, message):
