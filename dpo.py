@@ -124,9 +124,8 @@ def dpo_loss(
     chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
     rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
     margin = chosen_rewards - rejected_rewards  # (B,)
-    losses = -(1 - label_smoothing) * logsigmoid(margin) - label_smoothing * logsigmoid(
-        -margin
-    )  # (B,) eq. 7
+    losses = -(1 - label_smoothing) * logsigmoid(margin)  # (B,) eq. 7
+    losses = losses - label_smoothing * logsigmoid(-margin)  # (B,) 0 unless labels are smoothed
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 

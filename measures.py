@@ -16,7 +16,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from engine import UserError
-from expression import (
+from leaves import (
     as_list,
     best_reference_reward,
     check_above_0,

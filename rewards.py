@@ -30,19 +30,17 @@ from typing import NamedTuple
 
 from data import read_records
 from engine import Parser, UserError, one_line_errors
-from expression import (
-    DESCRIPTIONS,
-    Reward,
+from expression import DESCRIPTIONS, Reward, parse
+from judges import JUDGES
+from judges import perplexity as perplexity  # importable from here
+from leaves import (
     as_list,
     best_reference_reward,
     check_above_0,
     completion_reward,
-    parse,
     reference_reward,
     without_arguments,
 )
-from judges import JUDGES
-from judges import perplexity as perplexity  # importable from here
 from measures import MEASURES, read_lexicon, truthful_reward
 
 # ------------------------------------------------------------------ BLEU

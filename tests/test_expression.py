@@ -7,7 +7,8 @@ import torch
 from conftest import ROOT
 
 from engine import UserError
-from expression import completion_reward, parse, without_arguments
+from expression import parse
+from leaves import completion_reward, without_arguments
 
 
 def letter(context, which="a"):
