@@ -159,19 +159,19 @@ class RunFolder:
         states = {name: thing.state_dict() for name, thing in run.stateful().items()}
         parallel.on_main(save_checkpoint, self.out / name, run, states, self.keep)
 
-    def save_step(self, run: Run) -> Path:
-        """Save under the name of the step, unless that is there already. -> the folder."""
-        folder = self.out / f"checkpoint-{run.step:06d}"
-        if not folder.is_dir():
-            self.save(run, folder.name)
-        return folder
+    def step_folder(self, run: Run) -> Path:
+        return self.out / f"checkpoint-{run.step:06d}"
+
+    def save_step(self, run: Run) -> None:
+        self.save(run, self.step_folder(run).name)
 
     @contextmanager
     def nothing_lost(self, run: Run):
         """Around whatever asks the reward. A reward that is not finite skips this step. A reward
         that raises ends the run: a checkpoint is saved, and the prompts of this step will be drawn
         again."""
-        position = run.prompt_stream.state_dict()
+        streams = run.prompt_stream, run.pair_stream
+        positions = [stream.state_dict() for stream in streams]
         try:
             yield
         except NonFiniteReward as problem:
@@ -184,8 +184,10 @@ class RunFolder:
                 raise UserError(
                     f"{problem}; all steps are done, the model is in {self.out / 'final'}"
                 ) from None
-            run.prompt_stream.load_state_dict(position)
-            self.save_step(run)
+            for stream, position in zip(streams, positions):
+                stream.load_state_dict(position)
+            if not self.step_folder(run).is_dir():
+                self.save_step(run)
             raise UserError(
                 f"{problem}; saved as of step {run.step}: "
                 f"mend it and go on with --resume {self.out}"
@@ -208,7 +210,8 @@ class RunFolder:
             )
         if run.skipped == MAX_LOST:
             run.skipped = 0  # a resumed run has ten tries again
-            folder = self.save_step(run)
+            folder = self.step_folder(run)
+            self.save_step(run)
             raise UserError(
                 f"no finite reward and gradient in {MAX_LOST} steps in a row (now step "
                 f"{run.step}); the last good weights are in {folder}, the batches in "
