@@ -30,6 +30,7 @@ from data import (
 )
 from engine import NonFiniteReward, Parser, UserError, one_line_errors, pick_device
 from generate import sample
+from health import RULES as RULES  # importable from here
 from health import plot, verdict
 from hybrid import HybridModel, forward_rows
 from ppo import kl_estimate

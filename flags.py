@@ -59,6 +59,8 @@ def make_parser(algorithms: dict[str, Algorithm]) -> Parser:
     add("--missing-eos-penalty", type=number(float, 0), default=0.0,
         help="subtracted from the score of a response that hit the length limit")
     add = parser.add_argument_group("ppo and grpo").add_argument
+    add("--group-size", type=count, default=1,
+        help="responses to each prompt, part of --batch-size; grpo needs 2 or more (usual: 4 to 16)")
     add("--kl-coef", type=number(float, 0), default=0.05,
         help="what is subtracted from the reward for one nat of KL (usual: 0.01 to 0.2)")
     add("--kl-target", type=positive, help="adapt kl_coef until a response has this KL (k1), in nats (usual: 1 to 10)")

@@ -16,18 +16,8 @@ from dataclasses import replace
 
 import torch
 
-from engine import number
 from hybrid import HybridModel, masked_mean
 from ppo import Rollout, clipped_surrogate, kl_estimate, update_epochs
-
-
-def add_flags(parser) -> None:
-    parser.add_argument_group("grpo").add_argument(
-        "--group-size",
-        type=number(int, 1),
-        default=1,
-        help="responses to each prompt; --batch-size counts all; grpo needs 2 or more (4 to 16)",
-    )
 
 
 def group_advantages(scores: torch.Tensor, group_size: int) -> torch.Tensor:

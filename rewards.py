@@ -42,6 +42,7 @@ from leaves import (
     without_arguments,
 )
 from measures import MEASURES, read_lexicon, truthful_reward
+from measures import chrf as chrf  # importable from here
 
 # ------------------------------------------------------------------ BLEU
 

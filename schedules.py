@@ -155,8 +155,8 @@ class Mix(_AlwaysRollout):
         if not isinstance(self.ppo_ratio, tuple):
             return 1 - self.ppo_ratio
         start, end = self.ppo_ratio
-        progress = (step - self.sft_warmup) / max(1, self.steps - 1 - self.sft_warmup)
-        return 1 - (start + (end - start) * progress)
+        last = max(1, self.steps - 1 - self.sft_warmup)
+        return 1 - (start + (end - start) * (step - self.sft_warmup) / last)
 
 
 SCHEDULES = {"ratio": Ratio, "gate": Gate, "buffer": Buffer, "mix": Mix}

@@ -146,7 +146,6 @@ ALGORITHMS = {
         grpo.grpo_step,
         step_flags=(*UPDATES, "group_size"),
         flags=SAMPLING,
-        add_flags=grpo.add_flags,
         least_group=2,
         kl_in_loss=True,
     ),

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import FAST, ROOT
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -219,6 +219,38 @@ def test_old_checkpoints_are_removed_whole(tmp_path):
         "checkpoint-000012",
     ]
     assert not list((tmp_path / "run").glob(".*")), "no temporary folder is left"
+
+
+def test_a_due_checkpoint_is_written_whatever_stands_under_its_name(tmp_path):
+    main([*SHORT, "--out", str(tmp_path / "whole")])
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "final")
+    (tmp_path / "run" / "checkpoint-000012" / "trainer_state.pt").unlink()
+    main(["--resume", str(tmp_path / "run")])
+    assert (tmp_path / "run" / "checkpoint-000012" / "trainer_state.pt").is_file()
+    assert_equal_runs(tmp_path / "whole", tmp_path / "run")
+
+
+def test_pairs_of_a_step_that_failed_are_drawn_again(tmp_path, tiny_folder, capsys):
+    pairs = [{"prompt": f"the {i}", "chosen": " a b", "rejected": f" c {i}"} for i in range(9)]
+    flags = [*FAST, "--sft-warmup", "1", "--ppo-ratio", "0.9", "--max-length", "40"]
+    flags += ["--model", str(tiny_folder), "--algorithm", "dpo"]
+    flags += ["--ref-model", f"a={tiny_folder}", "--ref-model", f"b={tiny_folder}"]
+    flags += ["--preference-data", str(tmp_path / "prefs.jsonl")]
+
+    def write(name: str) -> None:
+        records = [*pairs[:4], {**pairs[4], "reference": name}, *pairs[5:]]
+        (tmp_path / "prefs.jsonl").write_text("\n".join(map(json.dumps, records)))
+
+    write("a")
+    main([*flags, "--out", str(tmp_path / "whole")])
+    write("nobody")
+    with pytest.raises(SystemExit):
+        main([*flags, "--out", str(tmp_path / "run")])
+    assert "names the reference 'nobody'" in capsys.readouterr().err
+    write("a")
+    main(["--resume", str(tmp_path / "run")])
+    assert_equal_runs(tmp_path / "whole", tmp_path / "run")
 
 
 def test_torn_lines_are_dropped_and_newer_rows_forgotten(tmp_path):
