@@ -225,13 +225,12 @@ def load_checkpoint(folder: Path, run) -> None:
     kind, keys, *position = state["rng"]["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *position))
     torch.set_rng_state(state["rng"]["torch"])
-    if state["reference"] is not None:
-        if run.reference is None or _shapes(run.reference.state_dict()) != _shapes(
-            state["reference"]
-        ):
+    saved = state["reference"]
+    if saved is not None:
+        if run.reference is None or _shapes(run.reference.state_dict()) != _shapes(saved):
             # It is a copy of the policy, which has replaced a --ref-model of another shape.
             run.reference = run.model.frozen_copy()
-        run.reference.load_state_dict(state["reference"])
+        run.reference.load_state_dict(saved)
     for name, value in state["counters"].items():
         setattr(run, name, value)
 

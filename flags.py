@@ -143,7 +143,7 @@ def spelled(name: str) -> str:
 
 
 def check_flags_matter(parser: Parser, args: argparse.Namespace, algorithms: dict[str, Algorithm]) -> None:
-    """Raises UserError for a flag that does nothing in this run."""
+    """Raises UserError for a flag of another algorithm or schedule, and for two flags that say one thing."""
     used_by = {name: (*entry.step_flags, *entry.flags) for name, entry in algorithms.items()}
     used_by |= {name: schedule.flags for name, schedule in schedules.SCHEDULES.items()}
     used_here = {*used_by[args.algorithm], *used_by[args.schedule]}

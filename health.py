@@ -133,9 +133,7 @@ def summary_of(rows: list[dict]) -> str:
         ends = ends_of(rows, name)
         if ends is not None:
             trends.append(f"{name} {ends[0]:.3g} -> {ends[1]:.3g}")
-    skipped = 0
-    for row in rows:
-        skipped += skipped_updates(row)
+    skipped = sum(skipped_updates(row) for row in rows)
     return f"({', '.join([*trends, f'skipped updates {skipped:.0f}'])})"
 
 

@@ -51,9 +51,7 @@ def prepare(args, algorithm: Algorithm) -> Run:
     resolve_defaults(args, algorithm, model.max_positions)
     check_data(args, tokenizer, examples, train_examples)
     run = make_run(args, algorithm, model, tokenizer, train_examples, held_out[: args.eval_size])
-    if (
-        args.reward is not None
-    ):  # pure SFT needs none; a reward that is named is measured all the same
+    if args.reward is not None:  # pure SFT needs none, but measures one that is named
         run.reward = load_reward(args, run, examples, train_examples)
     run.reference = load_references(args, model, tokenizer)
     if isinstance(run.reference, ReferenceMixture):

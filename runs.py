@@ -32,7 +32,7 @@ from checkpoints import (  # noqa: F401  (read_rows and checkpoints can be had f
     recover,
     save_checkpoint,
     write_config,
-)  # fmt: skip
+)
 from engine import NonFiniteReward, UserError
 from hybrid import HybridModel
 
