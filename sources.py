@@ -42,16 +42,38 @@ class Example:
     columns: dict = field(default_factory=dict)
     messages: list[dict] | None = None
     user_turns: tuple[str, ...] = ()
+    # The assistant's whole message, where it holds more than the target: tool calls, reasoning.
+    reply: dict | None = field(default=None, compare=False)
+    # Prompt and target are a question and its answer: a chat template, if there is one, writes them.
+    is_chat: bool = field(default=False, compare=False)
+    # Keyword arguments of the chat template: `tools`, and those of --template-args.
+    template_args: dict = field(default_factory=dict, compare=False)
+    place: str = field(default="", compare=False)  # file:line, or source and number of the record
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two responses to one prompt, of which people preferred `chosen`."""
+    """Two responses to one prompt, of which people preferred `chosen`. Fields as in Example."""
 
     prompt: str
     chosen: str
     rejected: str
     columns: dict = field(default_factory=dict)
+    messages: list[dict] | None = None
+    chosen_reply: dict | None = field(default=None, compare=False)
+    rejected_reply: dict | None = field(default=None, compare=False)
+    is_chat: bool = field(default=False, compare=False)
+    template_args: dict = field(default_factory=dict, compare=False)
+    place: str = field(default="", compare=False)
+
+    def sides(self) -> tuple[Example, Example]:
+        """The chosen and the rejected response, each as an example."""
+        options = dict(is_chat=self.is_chat, template_args=self.template_args, place=self.place)
+        shared = dict(columns=self.columns, messages=self.messages, **options)
+        return (
+            Example(self.prompt, self.chosen, reply=self.chosen_reply, **shared),
+            Example(self.prompt, self.rejected, reply=self.rejected_reply, **shared),
+        )
 
 
 # ------------------------------------------------------------------------------------ whole sources
