@@ -44,7 +44,7 @@ class Example:
     user_turns: tuple[str, ...] = ()
     # The assistant's whole message, where it holds more than the target: tool calls, reasoning.
     reply: dict | None = field(default=None, compare=False)
-    # Prompt and target are a question and its answer: a chat template, if there is one, writes them.
+    # Prompt and target are a question and its answer, which a chat template writes if there is one.
     is_chat: bool = field(default=False, compare=False)
     # Keyword arguments of the chat template: `tools`, and those of --template-args.
     template_args: dict = field(default_factory=dict, compare=False)
