@@ -30,8 +30,13 @@ from typing import NamedTuple
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import survey
 from engine import UserError, first_line
-from hybrid import TINY_LM
+from flags import resolve_defaults
+from hybrid import TINY_LM, build_tiny
+from lm import load_tokenizer
+from prepare import Data, limits_of, load_data
+from runs import Algorithm
 
 GIB = 2**30
 
@@ -44,10 +49,18 @@ class Sizes(NamedTuple):
     width: int
     kv_width: int
     vocab: int
+    context: int  # tokens that it can look at together
 
 
 TINY_WIDTH = TINY_LM["hidden_size"]
-TINY = Sizes(1e6, TINY_LM["num_hidden_layers"], TINY_WIDTH, TINY_WIDTH, TINY_LM["vocab_size"])
+TINY = Sizes(
+    1e6,
+    TINY_LM["num_hidden_layers"],
+    TINY_WIDTH,
+    TINY_WIDTH,
+    TINY_LM["vocab_size"],
+    TINY_LM["max_position_embeddings"],
+)
 
 
 def sizes_of(name: str) -> Sizes:
@@ -66,7 +79,8 @@ def sizes_of(name: str) -> Sizes:
         ) from None
     parameters = sum(p.numel() for p in lm.parameters())
     layers, width = text.num_hidden_layers, text.hidden_size
-    return Sizes(parameters, layers, width, kv * head_dim, text.vocab_size)
+    context = getattr(text, "max_position_embeddings", None) or 10**9
+    return Sizes(parameters, layers, width, kv * head_dim, text.vocab_size, context)
 
 
 def memory(
@@ -134,16 +148,20 @@ def table(sizes: Sizes, rows: Callable[[int], tuple[int, int]], **options) -> st
     return "\n".join(lines)
 
 
-def print_estimate(args, samples: bool) -> None:
-    """--dry-run: what a run would take, by the config of its model. `samples`: does it sample?"""
+def print_estimate(args, algorithm: Algorithm) -> None:
+    """--dry-run: what a run would take, by the config of its model and the rows of its data."""
     sizes = TINY if args.model == "tiny" else sizes_of(args.model)
     if args.optimizer != "adamw":
         print(f"--optimizer {args.optimizer} is counted like adamw")
-    length = args.max_length or 256
+    data = load_data(args, algorithm)
+    micro_batch_size = args.micro_batch_size  # as given: below it depends on the devices
+    resolve_defaults(args, algorithm, sizes.context)
+    prompt, answer = longest_row(args, data)
     has_rl = args.ppo_ratio != 0
-    samples = samples and has_rl
-    # a demonstration or a preference may fill its row
-    response = args.max_new_tokens if samples and args.ppo_ratio == 1 else length
+    samples = algorithm.samples and has_rl
+    trains_answers = not samples or args.ppo_ratio != 1  # demonstrations or preferences
+    response = max(args.max_new_tokens if samples else 1, answer if trains_answers else 1)
+    length = min(prompt + response, args.max_length)
     references = max(1, len(args.ref_model or [])) if has_rl else 0
     options = dict(
         length=length, response=response, amp=args.amp != "no",
@@ -152,10 +170,34 @@ def print_estimate(args, samples: bool) -> None:
 
     def rows(devices: int) -> tuple[int, int]:  # in the model together, and sampled together
         share = math.ceil(args.batch_size / devices)
-        together = args.micro_batch_size or math.ceil(share / (args.grad_accum or 1))
+        together = micro_batch_size or math.ceil(share / (args.grad_accum or 1))
         rows_each = 2 if has_rl and not samples else 1  # a preference is two rows
         return min(share, together) * rows_each, share if samples else 0
 
     sampled = f", {args.max_new_tokens} of them sampled" if samples else ""
-    print(f"rows of {length} tokens{sampled}; the formula is in cost.py")
+    print(f"rows of {length} tokens at most{sampled}; the formula is in cost.py")
     print(table(sizes, rows, **options))
+
+
+def longest_row(args, data: Data) -> tuple[int, int]:
+    """Print what is cut and how long rows are. -> tokens of the longest prompt, longest answer."""
+    if args.model == "tiny":
+        texts = [example.prompt + example.target for example in data.train]
+        tokenizer = build_tiny(texts, args.seed)[1]
+    else:
+        tokenizer = load_tokenizer(args.model, "--model")
+    limits = limits_of(args)
+    lengths = survey.lengths_of(tokenizer, survey.writable(tokenizer, data.train, False, print))
+    for pair in survey.spread(data.pairs):
+        lengths += survey.lengths_of(tokenizer, list(pair.sides()))
+    survey.say_cuts(lengths, **limits, say=print)
+    prompts = [min(prompt, limits["max_prompt_length"]) for prompt, _ in lengths]
+    answers = []
+    for prompt, (_, answer) in zip(prompts, lengths):
+        answers.append(min(answer, args.max_length - prompt))
+    totals = sorted(prompt + answer for prompt, answer in zip(prompts, answers))
+    print(
+        f"{len(totals)} rows of the data counted: half have at most {totals[len(totals) // 2]} "
+        f"tokens, the longest {totals[-1]}"
+    )
+    return max(prompts), max(answers)

@@ -19,10 +19,12 @@ import random
 import sys
 from dataclasses import dataclass, fields
 
-import jinja2  # comes with torch; chat templates are written in it
 import torch
 
-from engine import Parser, UserError, one_line_errors
+import survey
+from chat import decode, encode_demonstration, encode_prompt, encode_target, end_ids  # noqa: F401
+from engine import Parser, number, one_line_errors
+from lm import load_tokenizer
 from reviews import BLAME, PRAISE, is_fluent_review, review_metrics  # noqa: F401  (as below)
 from sources import (  # noqa: F401  (what `from data import ...` offers, wherever it is written)
     Example,
@@ -31,6 +33,7 @@ from sources import (  # noqa: F401  (what `from data import ...` offers, wherev
     data_options,
     load_examples,
     load_pairs,
+    load_prompts,
     make_reviews,
     plain_reply,
     read_records,
@@ -38,9 +41,6 @@ from sources import (  # noqa: F401  (what `from data import ...` offers, wherev
     review_pairs,
     to_examples,
 )
-
-SPACE = "\u2581"  # how SentencePiece-like tokenizers write the space that starts a word
-
 
 # --------------------------------------------------------------------------------------- the layout
 
@@ -121,69 +121,26 @@ def pad_id(tokenizer) -> int:
     return 0
 
 
-# -------------------------------------------------------------------------------------- text to ids
+# ------------------------------------------------------------------------------------- text to rows
 
 
-def encode_prompt(tokenizer, example: Example) -> list[int]:
-    """Token ids of the prompt, with the BOS that the tokenizer wants, exactly once. Never empty.
+def demonstration_batch(
+    tokenizer, examples: list[Example], max_length: int, max_prompt_length: int | None = None
+) -> Batch:
+    """Prompts and answers of the examples as one Batch, for an SFT step or the held-out NLL.
 
-    A dialogue goes through the tokenizer's own chat template if it has one; otherwise
-    `example.prompt` already holds the plain rendering of `render_dialogue`. Raises UserError where
-    the template refuses the dialogue.
+    A prompt is cut on its left to `max_prompt_length`, an answer on its right to what remains, and
+    then it has no EOS. None: the prompt gives way to the answer, but never more than half the row.
     """
-    if example.messages is not None and tokenizer.chat_template:
-        text = _chat_prompt(tokenizer, example)
-        ids = tokenizer(text, add_special_tokens=False).input_ids  # the template has written BOS
-    else:
-        text, bos = example.prompt, tokenizer.bos_token
-        has_bos = bos is not None and text.startswith(bos)
-        ids = tokenizer(text, add_special_tokens=not has_bos).input_ids
-        if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
-            if not text.endswith(tokenizer.eos_token):
-                ids = ids[:-1]  # some tokenizers add EOS to every text; here a response follows
-    if ids:
-        return ids
-    # Even an empty prompt needs a token from which the first response token is predicted.
-    has_bos_id = tokenizer.bos_token_id is not None
-    return [tokenizer.bos_token_id if has_bos_id else tokenizer.eos_token_id]
-
-
-def _chat_prompt(tokenizer, example: Example) -> str:
-    messages = example.messages
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except jinja2.TemplateError as problem:
-        dialogue = f"the dialogue {example.prompt[:80]!r}"
-        raise UserError(f"the model's chat template refuses {dialogue}: {problem}") from None
-
-
-def encode_target(tokenizer, text: str) -> list[int]:
-    """Token ids of a complete response, EOS at the end.
-
-    SentencePiece-like tokenizers put a space before every text; if the text begins with a space
-    too, one of the two is removed.
-    """
-    if text.startswith(" ") and tokenizer.tokenize("a")[0].startswith(SPACE):
-        text = text[1:]
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    return ids if ids[-1:] == [tokenizer.eos_token_id] else ids + [tokenizer.eos_token_id]
-
-
-def decode(tokenizer, response: list[int]) -> str:
-    """Text of a response, for rewards and for people. Training uses the ids."""
-    text = tokenizer.decode(response, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    if response and not text.startswith(" "):
-        # Decoders remove the space before the first word, as at the beginning of a text.
-        if tokenizer.convert_ids_to_tokens(response[0]).startswith(SPACE):
-            return " " + text
-    return text
-
-
-def demonstration_batch(tokenizer, examples: list[Example], max_length: int) -> Batch:
-    """Prompts and targets of the examples as one Batch, for an SFT step or the held-out NLL."""
-    prompts = [encode_prompt(tokenizer, example) for example in examples]
-    targets = [encode_target(tokenizer, example.target) for example in examples]
-    return make_batch(tokenizer, prompts, targets, max_length)
+    ends, prompts, answers = end_ids(tokenizer), [], []
+    for example in examples:
+        prompt, answer = encode_demonstration(tokenizer, example, max_prompt_length, ends)
+        if max_prompt_length is None:
+            room = max_length - min(len(answer), max_length // 2)
+            prompt = encode_prompt(tokenizer, example, room)
+        prompts.append(prompt)
+        answers.append(answer[: max_length - len(prompt)])
+    return make_batch(tokenizer, prompts, answers, max_length)
 
 
 def columns_of(examples: list[Example]) -> dict[str, list]:
@@ -196,7 +153,9 @@ def columns_of(examples: list[Example]) -> dict[str, list]:
     lists = {name: [example.columns.get(name) for example in examples] for name in names}
     lists.pop("prompts", None)
     lists.pop("completions", None)
-    return {**lists, "target": [example.target for example in examples]}
+    # Targets of --prompts are for rewards alone: they are in the field, not in the example.
+    targets = [example.target or example.columns.get("target") or "" for example in examples]
+    return {**lists, "target": targets}
 
 
 # --------------------------------------------------------------------------------- split and stream
@@ -205,28 +164,49 @@ def columns_of(examples: list[Example]) -> dict[str, list]:
 def split_examples(
     examples: list[Example], holdout: float = 0.1
 ) -> tuple[list[Example], list[Example]]:
-    """(train, held out) by a hash of the record: it depends neither on order nor on other records.
+    """(train, held out), by a hash of the prompt: the order does not matter. No prompt is on both.
 
-    All turns of a dialogue are on one side. If a side would be empty, the record with the smallest
-    hash is held out; a single record (or dialogue) serves on both sides.
+    All turns of a dialogue are on one side, and dialogues that only begin alike ("Hi") may be on
+    different ones; what they share is then in train alone. If a side would be empty, the prompt
+    with the smallest hash is held out. If there is only one prompt, records are split by their
+    target too; a single record serves on both sides.
     """
-    hashes = [_hash(example) for example in examples]
+    keys = [_key(example) for example in examples]
+    if len(set(keys)) == 1:  # nothing else tells the records apart
+        keys = [f"{key} {example.target}" for key, example in zip(keys, examples)]
+    hashes = [_hash(key) for key in keys]
     limit = holdout
     if not min(hashes) < holdout <= max(hashes):  # one side would be empty
         limit = min(hashes) + 1e-12
     train = [example for example, h in zip(examples, hashes) if h >= limit]
     held_out = [example for example, h in zip(examples, hashes) if h < limit]
-    return train or held_out, held_out
+    seen = {example.prompt for example in train}
+    new = [example for example in held_out if example.prompt not in seen]
+    return train or held_out, new or held_out
 
 
-def _hash(example: Example) -> float:
-    """A number in [0, 1). A dialogue is hashed by its first user turn: many share a system turn."""
-    key = [example.prompt, example.target]
-    if example.messages is not None:
-        key = [m for m in example.messages if m["role"] == "user"][:1] or key
-    text = json.dumps(key, ensure_ascii=False, default=str)
-    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+def _key(example: Example) -> str:
+    """What the user says, and the system turn: the same for every turn of a dialogue."""
+    if example.messages is None:
+        return json.dumps([example.prompt])
+    said = [m["content"] for m in example.messages if m["role"] in ("system", "user")]
+    return json.dumps(said + list(example.user_turns))
+
+
+def _hash(key: str) -> float:
+    """A number in [0, 1)."""
+    digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def split_pairs(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
+    """(train, held out) preference pairs, by the prompt, as `split_examples` does it."""
+    chosen = [pair.sides()[0] for pair in pairs]
+    sides = []
+    for part in split_examples(chosen):
+        of_part = {id(example) for example in part}
+        sides.append([pair for pair, e in zip(pairs, chosen) if id(e) in of_part])
+    return sides[0], sides[1]
 
 
 class BatchStream:
@@ -268,36 +248,44 @@ class BatchStream:
 # -------------------------------------------------------------------------------------- the command
 
 
-def touches(example: Example) -> bool:
-    """Does the target begin with a letter or digit directly after the last word of the prompt?"""
-    if example.messages is not None:
-        return False
-    last, first = example.prompt[-1:], example.target[:1]
-    return bool(last.strip()) and first.isascii() and first.isalnum()
-
-
 @one_line_errors
 def main(argv: list[str]) -> None:
-    """What a source becomes: its first examples, and how many there are."""
+    """What a source becomes: three examples, as text or as a model reads them, and counts."""
     parser = Parser(main.__doc__)
+    add, count = parser.add_argument, number(int, 2)
     source_help = "what --data of train.py may be; the flags are those of train.py too"
-    parser.add_argument("source", nargs="?", default="reviews", help=source_help)
+    add("source", nargs="*", default=["reviews"], help=source_help)
+    add("--model", help="show the text as this model reads it (a folder or hub id)")
+    add("--max-length", type=count, default=1024, help="tokens of prompt and response together")
+    add("--max-new-tokens", type=count, default=32, help="of them, room for the response at least")
     add_data_flags(parser)
     args = parser.parse_args(argv)
-    examples = load_examples(args.source, **data_options(args))
-    for example in examples[:3]:
-        record = {"prompt": example.prompt, "target": example.target, **example.columns}
-        print(json.dumps(record, ensure_ascii=False, default=str))
+    source = args.source[0] if len(args.source) == 1 else args.source
+    examples = load_examples(source, **data_options(args))
+    if args.model is None:
+        for example in examples[:3]:
+            record = {"prompt": example.prompt, "target": example.target}
+            record = {**example.columns, **record}
+            print(json.dumps(record, ensure_ascii=False, default=str))
+    else:
+        examples = show_as_read(args, examples)
     _, held_out = split_examples(examples)
     n_empty = len([example for example in examples if not example.target])
     print(f"{len(examples)} examples, {len(held_out)} of them held out, {n_empty} without a target")
-    touching = [example for example in examples if touches(example)]
-    if touching:
-        text = (touching[0].prompt + touching[0].target)[:60]
-        print(
-            f"note: in {len(touching)} of them prompt and target touch, as in {text!r}: "
-            "end one or begin the other with a space or line break"
-        )
+
+
+def show_as_read(args, examples: list[Example]) -> list[Example]:
+    """Print three rows as the model of --model reads them. -> the examples that it can read."""
+    tokenizer = load_tokenizer(args.model, "--model")
+    limits = dict(
+        max_length=args.max_length, max_prompt_length=args.max_length - args.max_new_tokens
+    )
+    examples = survey.writable(tokenizer, examples, args.strict, print)
+    for example in examples[:3]:
+        print(survey.show(tokenizer, example, **limits))
+    survey.say_cuts(survey.lengths_of(tokenizer, examples), **limits, say=print)
+    survey.say_unwritten(tokenizer, examples, print)
+    return examples
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from chat import MARK, dialogue_of, end_ids, is_special, render, turn_end
 from data import Example, decode, encode_prompt, plain_reply, render_dialogue
 from engine import UserError, number
 from generate import sample
@@ -66,10 +67,11 @@ def sample_episodes(
     """
     episodes = []
     for example in examples:
-        ids = encode_prompt(tokenizer, example)[-(max_length - turns * max_new_tokens) :]
+        ids = encode_prompt(tokenizer, example, max_length - turns * max_new_tokens)
         messages = example.messages or [{"role": "user", "content": example.prompt}]
         episodes.append(Episode(example, list(messages), ids, [False] * len(ids)))
-    options |= dict(max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id)
+    ends = end_ids(tokenizer, model.lm)
+    options |= dict(max_new_tokens=max_new_tokens, eos_token_id=ends)
     speaking = episodes
     for turn in range(turns):
         if turn > 0:
@@ -79,11 +81,13 @@ def sample_episodes(
             break
         generation = sample(model, [episode.ids for episode in speaking], **options)
         for episode, response, logprobs in zip(speaking, generation.responses, generation.logprobs):
-            _add_response(tokenizer, episode, response, logprobs)
+            _add_response(tokenizer, episode, response, logprobs, ends)
     return episodes
 
 
-def _add_response(tokenizer, episode: Episode, ids: list[int], logprobs: list[float]) -> None:
+def _add_response(
+    tokenizer, episode: Episode, ids: list[int], logprobs: list[float], ends: list[int]
+) -> None:
     is_first = not episode.responses
     history = episode.example.prompt if is_first else render_dialogue(episode.messages)
     episode.histories.append(history)
@@ -93,7 +97,7 @@ def _add_response(tokenizer, episode: Episode, ids: list[int], logprobs: list[fl
     episode.response_mask += [True] * len(ids)
     episode.logprobs += logprobs
     episode.ends.append(len(episode.ids) - 1)
-    episode.truncated.append(ids[-1] != tokenizer.eos_token_id)
+    episode.truncated.append(ids[-1] not in ends)
 
 
 def _add_replies(
@@ -118,20 +122,28 @@ def _add_replies(
 def text_between(tokenizer, episode: Episode, reply: str) -> str:
     """The text between the policy's last token and its next one.
 
-    That is the end of its turn, the user's turn, and the header of its next turn.
+    That is the end of its turn, the user's turn, and the header of its next turn. The end of the
+    turn is left out where the policy has written one: it must not be there twice.
     """
-    if episode.example.messages is None or not tokenizer.chat_template:
+    example = episode.example
+    if dialogue_of(tokenizer, example) is None:
         return plain_reply(reply)
     # The mark replaces the response, whose own tokens are in the row already.
-    mark = "\N{SECTION SIGN}response\N{SECTION SIGN}"
-    response = {"role": "assistant", "content": mark}
-    messages = [*episode.messages[:-1], response, {"role": "user", "content": reply}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    text = text.rsplit(mark, 1)[1]
-    before_eos, _, after_eos = text.partition(tokenizer.eos_token)
-    if not episode.truncated[-1] and not before_eos.strip():
-        return after_eos  # EOS was sampled: it must not be there twice
-    return text
+    marked = {"role": "assistant", "content": MARK}
+    messages = [*episode.messages[:-1], marked, {"role": "user", "content": reply}]
+    text = render(tokenizer, messages, example.template_args, add_generation_prompt=True)
+    text = text.rpartition(MARK)[2]
+    if episode.truncated[-1]:
+        return text
+    end_of_turn = tokenizer(text.partition(reply)[0], add_special_tokens=False).input_ids
+    written = turn_end(tokenizer)
+    ends = [token for token in (episode.ids[-1], written) if token in end_of_turn]
+    if not ends and written is not None:
+        # The template ends a turn inside a dialogue with another token than the last turn.
+        ends = [token for token in end_of_turn if is_special(tokenizer, token)]
+    if not ends:
+        return text
+    return text.partition(tokenizer.convert_ids_to_tokens(ends[0]))[2]
 
 
 # ------------------------------------------------------------------------------- who plays the user
@@ -162,9 +174,9 @@ class ModelUser:
         prompts = []
         for episode in episodes:
             text = render_dialogue(episode.messages).removesuffix("Assistant:\n") + "User:\n"
-            prompts.append(encode_prompt(self.tokenizer, Example(text, ""))[-room:])
+            prompts.append(encode_prompt(self.tokenizer, Example(text, ""), room))
         options = dict(max_new_tokens=self.max_new_tokens, generator=generator)
-        options["eos_token_id"] = self.tokenizer.eos_token_id
+        options["eos_token_id"] = end_ids(self.tokenizer, self.model.lm)
         responses = sample(self.model, prompts, **options).responses
         texts = [decode(self.tokenizer, response) for response in responses]
         return [text.split("\n\n")[0].strip() or None for text in texts]

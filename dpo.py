@@ -16,18 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import logsigmoid
 
-from data import (
-    Batch,
-    Example,
-    Pair,
-    encode_prompt,
-    encode_target,
-    load_pairs,
-    make_batch,
-    review_pairs,
-)
+from data import Batch, Pair, encode_demonstration, encode_prompt, end_ids, load_pairs, make_batch
 from engine import Backend, UserError, accumulate, apply_gradients, number
-from hybrid import HybridModel
+from hybrid import HybridModel, forward_rows
 from references import ReferenceMixture, reference_logprobs
 
 
@@ -55,7 +46,8 @@ def add_flags(parser) -> None:
     group = parser.add_argument_group("dpo")
     group.add_argument(
         "--preference-data",
-        help="file with prompt, chosen and rejected (default: pairs made from the built-in task)",
+        help="prompt, chosen and rejected (default: pairs made from the built-in task); without "
+        "--data, SFT learns from the chosen side",
     )
     group.add_argument(
         "--beta",
@@ -65,19 +57,26 @@ def add_flags(parser) -> None:
     )
 
 
-def preference_pairs(args, examples: list[Example]) -> list[Pair]:
-    """Preferences from --preference-data, or made from the examples of the built-in task.
+def preference_pairs(args) -> list[Pair]:
+    """The pairs of --preference-data; none if they are to be made from the built-in task.
 
-    Raises UserError where there are neither.
+    Raises UserError where --data needs them and they are not given.
     """
     if args.preference_data is not None:
-        return load_pairs(args.preference_data, encoding=args.encoding, what="--preference-data")
-    if args.data != "reviews":
+        return load_pairs(
+            args.preference_data,
+            encoding=args.encoding,
+            what="--preference-data",
+            strict=args.strict,
+            raw=args.raw,
+            template_args=args.template_args,
+        )
+    if args.data not in (None, "reviews"):
         raise UserError(
             f"--algorithm {args.algorithm} learns from preferences: give --preference-data "
             "(prompt, chosen, rejected)"
         )
-    return review_pairs(examples)
+    return []
 
 
 def preference_batch(
@@ -86,17 +85,21 @@ def preference_batch(
     pairs: list[Pair],
     max_length: int,
     micro_batch_size: int | None = None,
+    max_prompt_length: int | None = None,
 ) -> PairBatch:
-    """Token ids of both responses to each prompt, EOS at their ends, and their log-probabilities
-    under the reference. Rows as in PairBatch."""
-    n = len(pairs)
-    prompts = [encode_prompt(tokenizer, Example(pair.prompt, "")) for pair in pairs]
-    texts = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    responses = [encode_target(tokenizer, text) for text in texts]
-    # Eq. 7 compares two responses to one x: the longer one decides how much of the prompt fits.
-    longest = [max(len(responses[i]), len(responses[i + n])) for i in range(n)]
-    prompts = [ids[-max(1, max_length - most) :] for ids, most in zip(prompts, longest)]
-    batch = make_batch(tokenizer, prompts * 2, responses, max_length)
+    """Token ids of both responses to each prompt, with their ends, and their log-probabilities
+    under the reference. Rows as in PairBatch, cut as by `demonstration_batch`."""
+    ends, prompts, responses = end_ids(tokenizer), [], ([], [])
+    for pair in pairs:
+        sides = [encode_demonstration(tokenizer, e, max_prompt_length, ends) for e in pair.sides()]
+        prompt, longest = sides[0][0], max(len(answer) for _, answer in sides)
+        if max_prompt_length is None:  # Eq. 7 compares two responses to one x: one cut for both
+            room = max_length - min(longest, max_length // 2)
+            prompt = encode_prompt(tokenizer, pair.sides()[0], room)
+        prompts.append(prompt)
+        for answers, (_, answer) in zip(responses, sides):
+            answers.append(answer[: max_length - len(prompt)])
+    batch = make_batch(tokenizer, prompts * 2, [*responses[0], *responses[1]], max_length)
     batch = batch.to(next(reference.parameters()).device)
     ref_logprobs, _ = reference_logprobs(reference, batch, pairs * 2, micro_batch_size)  # (2n, T)
     return PairBatch(**vars(batch), ref_logprobs=ref_logprobs)
@@ -190,7 +193,38 @@ def train_on_pairs(run, args) -> dict[str, float]:
     """A step of the loop in train.py: one update on the next preference pairs."""
     run.drawn = run.pair_stream.next()
     batch = preference_batch(
-        run.tokenizer, run.reference, run.drawn, args.max_length, args.micro_batch_size
+        run.tokenizer,
+        run.reference,
+        run.drawn,
+        micro_batch_size=args.micro_batch_size,
+        **run.limits,
     )
     options = {flag: getattr(args, flag) for flag in run.algorithm.step_flags}
     return run.algorithm.step(run.model, batch, run.optimizer, **run.update, **options)
+
+
+@torch.no_grad()
+def measure_pairs(run, args) -> dict[str, float]:
+    """Held-out pairs: the share whose chosen response has the larger implicit reward, and the
+    margin between the two rewards. Named `eval/...`; nothing without a reference or a pair."""
+    if run.reference is None or not run.held_out_pairs:
+        return {}
+    margins = []  # one for each pair
+    for begin in range(0, len(run.held_out_pairs), args.batch_size):
+        pairs = run.held_out_pairs[begin : begin + args.batch_size]
+        batch = preference_batch(
+            run.tokenizer,
+            run.reference,
+            pairs,
+            micro_batch_size=args.micro_batch_size,
+            **run.limits,
+        )
+        rows = Batch(batch.input_ids, batch.attention_mask, batch.response_mask)  # 2n rows
+        logprobs = forward_rows(run.model, rows, args.micro_batch_size).logprobs  # (2n, T)
+        chosen, rejected = (logprobs - batch.ref_logprobs).sum(1).chunk(2)  # (n,) each
+        margins += (args.beta * (chosen - rejected)).tolist()
+    wins = [margin for margin in margins if margin > 0]
+    return {
+        "eval/preference_accuracy": len(wins) / len(margins),
+        "eval/preference_margin": sum(margins) / len(margins),
+    }

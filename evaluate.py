@@ -24,6 +24,7 @@ from data import (
     demonstration_batch,
     encode_prompt,
     encode_target,
+    end_ids,
     load_examples,
     make_batch,
     review_metrics,
@@ -37,6 +38,7 @@ from ppo import kl_estimate
 from references import ReferenceMixture, reference_logprobs
 from runs import read_rows
 from sft import held_out_nll
+from survey import as_read, visible
 
 
 @torch.no_grad()
@@ -54,39 +56,46 @@ def evaluate(
     micro_batch_size: int,
     seed: int,
     is_reviews: bool,
+    prompts: list[Example] | None = None,
+    max_prompt_length: int | None = None,
 ) -> tuple[dict[str, float], list[dict]]:
-    """-> metrics named `eval/...` and samples (prompt, response, score, kl).
+    """-> metrics named `eval/...` and samples (prompt as the model reads it, response, score, kl).
 
-    `nll` is the mean negative log-likelihood of the target tokens, in nats a token. Responses are
-    sampled as in training, with the same seed at every evaluation. Without `reward` or `reference`
-    (None) their metrics are absent.
+    `nll` is the mean negative log-likelihood of the target tokens of `examples`, in nats a token.
+    Responses are sampled as in training, to `prompts` (None: to the examples), with the same seed
+    at every evaluation. Without `reward` or `reference` (None) their metrics are absent.
     """
     metrics = {}
+    if max_prompt_length is None:
+        max_prompt_length = max_length - max_new_tokens
     with_target = [example for example in examples if example.target]
     if with_target:
-        batch = demonstration_batch(tokenizer, with_target, max_length)
+        batch = demonstration_batch(tokenizer, with_target, max_length, max_prompt_length)
         metrics["nll"] = held_out_nll(model, batch, micro_batch_size)
 
     # ---- sample
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed + parallel.rank())
-    longest = max_length - max_new_tokens
-    prompts = [encode_prompt(tokenizer, example)[-longest:] for example in examples]
+    asked = examples if prompts is None else prompts
+    prompts = [encode_prompt(tokenizer, example, max_prompt_length) for example in asked]
+    ends = end_ids(tokenizer, model.lm)
     options = dict(max_new_tokens=max_new_tokens, temperature=temperature, generator=generator)
     responses = []
     for begin in range(0, len(prompts), batch_size):
         chunk = prompts[begin : begin + batch_size]
-        responses += sample(model, chunk, eos_token_id=tokenizer.eos_token_id, **options).responses
+        responses += sample(model, chunk, eos_token_id=ends, **options).responses
     completions = [decode(tokenizer, response) for response in responses]
     metrics |= diversity(completions)
     metrics["response_length"] = sum(len(response) for response in responses) / len(responses)
-    prompt_texts = [example.prompt for example in examples]
-    samples = [{"prompt": p, "response": c} for p, c in zip(prompt_texts, completions)]
+    prompt_texts = [example.prompt for example in asked]
+    samples = []
+    for ids, completion in zip(prompts, completions):
+        samples.append({"prompt": as_read(tokenizer, ids), "response": completion})
 
     # ---- ask the reward
     if reward is not None:
         with reward.frozen():
-            scores = reward(prompt_texts, completions, **columns_of(examples))  # (B,)
+            scores = reward(prompt_texts, completions, **columns_of(asked))  # (B,)
         metrics["reward"] = scores.nanmean()
         metrics |= {n: value for n, value in reward.metrics().items() if n.startswith("reward/")}
         for row, score in zip(samples, scores.tolist()):
@@ -98,7 +107,7 @@ def evaluate(
         batch = make_batch(tokenizer, prompts, responses, max_length).to(device)
         logprobs = forward_rows(model, batch, micro_batch_size, temperature).logprobs  # (B, T)
         ref_logprobs, _ = reference_logprobs(
-            reference, batch, examples, micro_batch_size, temperature
+            reference, batch, asked, micro_batch_size, temperature
         )  # (B, T)
         kl = kl_estimate(logprobs, ref_logprobs, "k3").sum(1)  # (B,) nats a response
         metrics["kl"] = kl.mean()
@@ -126,7 +135,8 @@ def measure(run, args, folder) -> None:
     If a score is not finite, the reward is left out; before the first step raises NonFiniteReward.
     """
     options = dict(
-        **run.sampling, reference=run.reference, batch_size=args.batch_size,
+        **run.sampling, max_prompt_length=run.limits["max_prompt_length"],
+        prompts=run.held_out_prompts, reference=run.reference, batch_size=args.batch_size,
         micro_batch_size=args.micro_batch_size, seed=args.seed, is_reviews=args.data == "reviews",
     )  # fmt: skip
     what = run.model, run.tokenizer, run.held_out
@@ -137,6 +147,8 @@ def measure(run, args, folder) -> None:
             raise  # nothing is lost yet
         tqdm.write(f"step {run.step}: {problem}; this evaluation leaves out the reward")
         run.after, samples = evaluate(*what, reward=None, **options)
+    if run.algorithm.measure is not None:
+        run.after |= run.algorithm.measure(run, args)
     run.samples_after = samples[:3]
     folder.write(run, "eval", run.after)
     folder.write_samples(run, run.samples_after)
@@ -172,7 +184,7 @@ def print_summary(run, out: Path) -> None:
 
 
 def one_line(text: str, width: int = 160) -> str:
-    text = " ".join(text.split())
+    text = visible(text.strip())
     return text if len(text) <= width else text[: width - 3] + "..."
 
 

@@ -23,6 +23,13 @@ EXTENSIONS = (schedules, references, dialogue)
 NOT_REMEMBERED = ("resume", "overwrite", "deepspeed", "dry_run")  # --resume does not take them from config.json
 
 
+class Sources(argparse.Action):
+    """One source as a string, as config.json has always had it; several as a list."""
+
+    def __call__(self, parser, args, values, option=None):
+        setattr(args, self.dest, values[0] if len(values) == 1 else values)
+
+
 def make_parser(algorithms: dict[str, Algorithm]) -> Parser:
     """All flags. `algorithms` is the table of train.py."""
     parser = Parser("Train any Hugging Face causal LM by alternating supervised fine-tuning and PPO.")
@@ -30,8 +37,11 @@ def make_parser(algorithms: dict[str, Algorithm]) -> Parser:
     # fmt: off
     add = parser.add_argument_group("model and data").add_argument
     add("--model", default="tiny", help="'tiny' (built here, 1 M parameters), a local folder, or a hub id such as gpt2")
-    add("--data", default="reviews",
-        help="'reviews' (built in), a .jsonl .json .csv .parquet .txt file, or a hub dataset id")
+    add("--data", nargs="+", action=Sources, metavar="SOURCE",
+        help="files (.jsonl .json .csv .tsv .parquet .txt, also .gz .bz2 .xz .zst), a save_to_disk folder, or a hub "
+        "dataset id (default: reviews, built in)")
+    add("--prompts", nargs="+", action=Sources, metavar="SOURCE",
+        help="prompts for the steps with a reward, read like --data; their targets are not trained (default: --data)")
     add_data_flags(parser.add_argument_group("how --data is read"))
     add = parser.add_argument_group("training").add_argument
     add("--algorithm", choices=tuple(algorithms), default="ppo", help="the algorithm that alternates with SFT")
@@ -42,7 +52,7 @@ def make_parser(algorithms: dict[str, Algorithm]) -> Parser:
         help="rows per forward and backward on each process; changes memory, not results (default: its whole share)")
     add("--grad-accum", type=count, help="the same, said as the number of parts into which each process cuts its share")
     add("--max-length", type=number(int, 2),
-        help="tokens of prompt and response together (default: 256, or the model's context)")
+        help="tokens of prompt and response together (default: 1024, or the model's context)")
     add("--lr", type=positive, help="peak learning rate (usual: 1e-6 to 1e-3; default: 3e-3 for 'tiny', else 1e-5)")
     add("--optimizer", choices=tuple(OPTIMIZERS), default="adamw",
         help="torch's own; muon takes the matrices, AdamW the rest")
@@ -164,7 +174,7 @@ def resolve_defaults(args: argparse.Namespace, algorithm: Algorithm, context: in
     """
     is_tiny = args.model == "tiny"
     if args.max_length is None:
-        args.max_length = min(256, context)
+        args.max_length = min(1024, context)
     if args.lr is None:
         args.lr = 3e-3 if is_tiny else 1e-5
     if args.sft_warmup is None:  # a model that has not learnt to write yet has nothing for PPO to improve
@@ -194,6 +204,8 @@ def resolve_defaults(args: argparse.Namespace, algorithm: Algorithm, context: in
         )
     if args.batch_size % args.group_size:
         raise UserError(f"--group-size {args.group_size}: expected a divisor of --batch-size {args.batch_size}")
+    if args.prompts is not None and (args.ppo_ratio == 0 or not algorithm.samples):
+        raise UserError("--prompts are for steps that sample responses, and this run has none; leave it out")
     if not algorithm.samples and (args.schedule != "ratio" or args.turns > 1):
         raise UserError(f"--algorithm {args.algorithm} samples nothing, so it goes with --schedule ratio and one turn")
     for extension in EXTENSIONS:

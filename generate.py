@@ -36,12 +36,13 @@ def generate(
     prompts: list[list[int]],
     *,
     max_new_tokens: int,
-    eos_token_id: int,
+    eos_token_id: int | list[int],
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Generation:
     """Sample a response to each prompt (token ids, none empty): `max_new_tokens` at most with EOS.
 
+    A response ends at `eos_token_id`, or at the first of several; no other file is asked.
     `temperature` 0 takes the most likely token. `generator` makes the draw repeatable; it must live
     on the model's device.
     """
@@ -50,8 +51,9 @@ def generate(
     model.eval()  # gradient checkpointing would switch the cache off; dropout is 0 either way
     n, width = len(prompts), max(len(ids) for ids in prompts)
     padding = [width - len(ids) for ids in prompts]
+    ends = torch.tensor(eos_token_id, device=device).flatten()  # (E,)
     # The model never sees what the mask hides; EOS is an id that every model has.
-    rows = [[eos_token_id] * pad + ids for pad, ids in zip(padding, prompts)]
+    rows = [[int(ends[0])] * pad + ids for pad, ids in zip(padding, prompts)]
     masks = [[0] * pad + [1] * len(ids) for pad, ids in zip(padding, prompts)]
     input_ids = torch.tensor(rows, device=device)  # (B, P)
     attention_mask = torch.tensor(masks, device=device)  # (B, P)
@@ -75,7 +77,7 @@ def generate(
             logprobs[row, i] = logp.gather(1, token[:, None]).squeeze(1)
             lengths[row] += alive
             # (b,) A row stops at its first EOS; later tokens are not counted in `lengths`.
-            alive = alive & (token != eos_token_id)
+            alive = alive & ~torch.isin(token, ends)
             n_alive = int(alive.sum())
             if n_alive == 0 or i + 1 == max_new_tokens:
                 break

@@ -61,13 +61,18 @@ def load_lm(name: str, what: str = "model") -> tuple[nn.Module, PreTrainedTokeni
     if missing:
         count = f"{len(missing)} of its weights ({', '.join(missing[:3])} ...)"
         raise UserError(f"{what} {name} lacks {count}; is it a causal LM, and complete?")
+    tokenizer = load_tokenizer(name, what)
+    check_tokenizer(f"{what} {name}", lm, tokenizer)
+    return lm, tokenizer
+
+
+def load_tokenizer(name: str, what: str = "model") -> PreTrainedTokenizerFast:
+    """The tokenizer of a local folder or a hub id. Raises UserError that says what to do."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name)
     except (*UNREADABLE, AttributeError) as problem:
         failure = f"has no tokenizer that can be read ({first_line(problem)})"
         raise UserError(f"{what} {name} {failure}; {SAVE_TOKENIZER}") from None
-    check_tokenizer(f"{what} {name}", lm, tokenizer)
-    return lm, tokenizer
 
 
 def check_tokenizer(name: str, lm: nn.Module, tokenizer) -> None:

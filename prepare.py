@@ -7,18 +7,24 @@ written. Left out on purpose: the folder of the run (runs.py) and what --resume 
     python train.py --help
 """
 
+from dataclasses import dataclass, field
+
 import torch
 
 import parallel
+import survey
 from data import (
     BatchStream,
     Example,
+    Pair,
     columns_of,
     data_options,
-    encode_prompt,
     load_examples,
     load_pairs,
+    load_prompts,
+    review_pairs,
     split_examples,
+    split_pairs,
 )
 from dialogue import load_user
 from engine import (
@@ -45,20 +51,73 @@ def prepare(args, algorithm: Algorithm) -> Run:
     device = parallel.start(pick_device(args.device))
     check_amp(args.amp, device)
     torch.manual_seed(args.seed)
-    examples = load_examples(args.data, **data_options(args), seed=args.seed)
-    train_examples, held_out = split_examples(examples)
-    model, tokenizer = load_policy(args, train_examples, device)
+    data = load_data(args, algorithm)
+    model, tokenizer = load_policy(args, data.train, device)
     resolve_defaults(args, algorithm, model.max_positions)
-    check_data(args, tokenizer, examples, train_examples)
-    run = make_run(args, algorithm, model, tokenizer, train_examples, held_out[: args.eval_size])
+    check_data(args, tokenizer, data)
+    run = make_run(args, algorithm, model, tokenizer, data)
     if args.reward is not None:  # pure SFT needs none, but measures one that is named
-        run.reward = load_reward(args, run, examples, train_examples)
+        run.reward = load_reward(args, run, data)
     run.reference = load_references(args, model, tokenizer)
     if isinstance(run.reference, ReferenceMixture):
-        run.reference.check_names(examples)
+        run.reference.check_names(data.train + data.held_out)
     run.user = load_user(args, device)
     check_opponent(args, run)
     return run
+
+
+@dataclass
+class Data:
+    """What a run learns from, and what it is only measured on. No prompt is in both."""
+
+    train: list[Example]
+    held_out: list[Example]
+    pairs: list[Pair] = field(default_factory=list)  # of an algorithm that learns from preferences
+    held_out_pairs: list[Pair] = field(default_factory=list)
+
+    def prompts(self, of_their_own: bool) -> tuple[list[Example], list[Example]]:
+        """(train, held out) prompts of the steps with a reward: all, or those without a target,
+        which are those of --prompts and what has none in --data."""
+        if not of_their_own:
+            return self.train, self.held_out
+        return [e for e in self.train if not e.target], [e for e in self.held_out if not e.target]
+
+
+def load_data(args, algorithm: Algorithm) -> Data:
+    """Demonstrations, prompts and preference pairs, split. Without --data they are the built-in
+    reviews; with preference pairs of the user's own, the chosen responses."""
+    pairs = []
+    if algorithm.preference_pairs is not None:
+        pairs = algorithm.preference_pairs(args)
+    if args.data is None and pairs:
+        say(
+            "no --data was given: SFT learns from the chosen responses of --preference-data, and "
+            "the evaluation is on its held-out pairs"
+        )
+        train_pairs, held_out_pairs = split_pairs(pairs)
+        train, held_out = [[p.sides()[0] for p in part] for part in (train_pairs, held_out_pairs)]
+        return Data(train, held_out, train_pairs, held_out_pairs)
+    args.data = args.data or "reviews"
+    examples = load_examples(args.data, **data_options(args), seed=args.seed)
+    if args.prompts is not None:
+        examples += load_prompts(args.prompts, **data_options(args), what="--prompts")
+    data = Data(*split_examples(examples))
+    if algorithm.preference_pairs is None:
+        return data
+    if not pairs:
+        data.pairs, data.held_out_pairs = review_pairs(data.train), review_pairs(data.held_out)
+        return data
+    measured = {example.prompt for example in data.held_out}
+    data.pairs, data.held_out_pairs = split_pairs(pairs)
+    data.held_out_pairs += [pair for pair in data.pairs if pair.prompt in measured]
+    data.pairs = [pair for pair in data.pairs if pair.prompt not in measured]
+    return data
+
+
+def say(line: str) -> None:
+    """Print on process 0: what a person should know before training."""
+    if parallel.rank() == 0:
+        print(line)
 
 
 def load_policy(args, train_examples: list[Example], device) -> tuple[HybridModel, object]:
@@ -79,25 +138,47 @@ def load_policy(args, train_examples: list[Example], device) -> tuple[HybridMode
     return model, tokenizer
 
 
-def check_data(args, tokenizer, examples: list[Example], train_examples: list[Example]) -> None:
-    """Raises UserError where the data lack what the flags ask of them."""
+def check_data(args, tokenizer, data: Data) -> None:
+    """Leave out what the model cannot read and say what it will not read of the rest.
+
+    Raises UserError where the data lack what the flags ask of them.
+    """
+    source = args.data if isinstance(args.data, str) else " ".join(args.data or ["given"])
     has_sft = args.ppo_ratio != 1 or args.sft_warmup or args.schedule != "ratio"
-    if has_sft and not any(example.target for example in train_examples):
+    if has_sft and not any(example.target for example in data.train):
         raise UserError(
-            f"--data {args.data} has no target to learn from: only --ppo-ratio 1 can use it"
+            f"--data {source} has no target to learn from: only --ppo-ratio 1 can use it"
         )
-    has_user = args.user_model is not None or any(e.user_turns for e in train_examples)
+    prompts, held_out_prompts = data.prompts(args.prompts is not None)
+    if args.ppo_ratio != 0 and not (prompts and held_out_prompts):
+        raise UserError("--prompts needs two different prompts at least: one of them is held out")
+    has_user = args.user_model is not None or any(e.user_turns for e in prompts)
     if args.turns > 1 and not has_user:
         raise UserError(
-            f"--turns {args.turns}: nothing in --data {args.data} says what the user replies; "
+            f"--turns {args.turns}: nothing in --data {source} says what the user replies; "
             "give 'messages' or 'turns', or a --user-model"
         )
-    for example in examples:
-        if example.messages is not None:
-            encode_prompt(tokenizer, example)  # a template that refuses a dialogue does so now
+    limits = limits_of(args)
+    data.train = survey.writable(tokenizer, data.train, args.strict, say)
+    data.held_out = survey.writable(tokenizer, data.held_out, args.strict, say)
+    if data.pairs:
+        data.pairs = survey.comparable(tokenizer, data.pairs, limits, args.strict, say)
+        held_out_pairs = data.held_out_pairs
+        if held_out_pairs:
+            data.held_out_pairs = survey.comparable(
+                tokenizer, held_out_pairs, limits, args.strict, say
+            )
+    survey.say_cuts(survey.lengths_of(tokenizer, data.train), **limits, say=say)
+    survey.say_unwritten(tokenizer, data.train, say)
 
 
-def make_run(args, algorithm, model, tokenizer, train_examples, held_out) -> Run:
+def limits_of(args) -> dict[str, int]:
+    """How every row of a run is cut: the same prompt in every phase."""
+    room = args.turns * args.max_new_tokens
+    return dict(max_length=args.max_length, max_prompt_length=args.max_length - room)
+
+
+def make_run(args, algorithm, model, tokenizer, data: Data) -> Run:
     """Optimiser, streams of examples, schedule and generators around the model."""
     optimizer = OPTIMIZERS[args.optimizer](model, args.lr)
     scaler = make_scaler(args.amp, model.value_head.weight.device)
@@ -107,22 +188,22 @@ def make_run(args, algorithm, model, tokenizer, train_examples, held_out) -> Run
         backend = ZeroBackend(model, optimizer, args.deepspeed, args.max_grad_norm, args.amp)
     else:
         backend = Backend(model, scaler)
-    with_target = [example for example in train_examples if example.target]
-    pairs = []
-    if algorithm.preference_pairs is not None:
-        pairs = algorithm.preference_pairs(args, train_examples)
+    with_target = [example for example in data.train if example.target]
+    prompts, held_out_prompts = data.prompts(args.prompts is not None)
     prompts_at_once = args.batch_size // args.group_size
     return Run(
         algorithm=algorithm,
         model=model,
         tokenizer=tokenizer,
-        held_out=held_out,
+        held_out=data.held_out[: args.eval_size],
+        held_out_prompts=held_out_prompts[: args.eval_size],
+        held_out_pairs=data.held_out_pairs[: args.eval_size],
         optimizer=optimizer,
         backend=backend,
         scaler=scaler,
         kl_controller=AdaptiveKLController(args.kl_coef, args.kl_target, args.kl_horizon),
         schedule=SCHEDULES[args.schedule](
-            train_examples,
+            prompts,
             ppo_ratio=args.ppo_ratio,
             steps=args.steps,
             sft_warmup=args.sft_warmup,
@@ -130,10 +211,11 @@ def make_run(args, algorithm, model, tokenizer, train_examples, held_out) -> Run
             batch_size=args.batch_size,
         ),
         sft_stream=BatchStream(with_target, args.batch_size, seed=args.seed),
-        prompt_stream=BatchStream(train_examples, prompts_at_once, seed=args.seed + 1),
-        pair_stream=BatchStream(pairs, args.batch_size, args.seed),
+        prompt_stream=BatchStream(prompts, prompts_at_once, seed=args.seed + 1),
+        pair_stream=BatchStream(data.pairs, args.batch_size, args.seed),
         order_generator=torch.Generator().manual_seed(args.seed),
         sampling_generator=torch.Generator(model.value_head.weight.device),
+        limits=limits_of(args),
         update=dict(
             micro_batch_size=args.micro_batch_size,
             max_grad_norm=args.max_grad_norm,
@@ -147,26 +229,31 @@ def make_run(args, algorithm, model, tokenizer, train_examples, held_out) -> Run
     )
 
 
-def load_reward(args, run: Run, examples: list[Example], train_examples: list[Example]):
+def load_reward(args, run: Run, data: Data):
     """The reward of --reward, tried on two held-out examples. Raises UserError if it fails."""
     context = dict(
         model=run.model.lm,
         tokenizer=run.tokenizer,
         device=run.device,
-        documents=[example.prompt for example in train_examples],
+        documents=[example.prompt for example in data.train],
         # for self_play
         reference=lambda: run.reference,
         policy=run.model,
         sampling=run.sampling,
-        examples=examples,
+        examples=data.train + data.held_out,
         seed=args.seed,
     )
     if args.mixture_data is not None:
         context["mixture_pairs"] = load_pairs(
-            args.mixture_data, encoding=args.encoding, what="--mixture-data"
+            args.mixture_data,
+            encoding=args.encoding,
+            what="--mixture-data",
+            strict=args.strict,
+            raw=args.raw,
+            template_args=args.template_args,
         )
     reward = build_reward(args.reward, **context)
-    probe = run.held_out[:2]
+    probe = run.held_out_prompts[:2]
     with reward.frozen():
         prompts, targets = [e.prompt for e in probe], [e.target for e in probe]
         reward(prompts, targets, **columns_of(probe))

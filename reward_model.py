@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from data import BatchStream, Example, Pair, load_pairs, split_examples
+from data import BatchStream, Pair, load_pairs, split_pairs
 from engine import (
     Backend,
     Parser,
@@ -106,20 +106,6 @@ def scores_of(model, tokenizer, pairs: list[Pair]) -> tuple[torch.Tensor, torch.
     chosen, rejected = [batched_logits(model, tokenizer, texts)[:, 0] for texts in texts_of(pairs)]
     model.train()
     return chosen, rejected
-
-
-def split_pairs(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
-    """-> training and held-out pairs, by a hash of the prompt, or (see below) of both responses."""
-    train, held_out = _split_by([pair.prompt for pair in pairs], pairs)
-    if len(held_out) > len(pairs) / 2:  # few prompts, or none: a prompt may be on both sides
-        return _split_by([f"{pair.chosen}\0{pair.rejected}" for pair in pairs], pairs)
-    return train, held_out
-
-
-def _split_by(keys: list[str], pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
-    examples = [Example(key, "", {"pair": pair}) for key, pair in zip(keys, pairs)]
-    train, held_out = split_examples(examples)
-    return [e.columns["pair"] for e in train], [e.columns["pair"] for e in held_out]
 
 
 def fit(model, tokenizer, pairs: list[Pair], args) -> None:

@@ -50,7 +50,8 @@ class Algorithm:
     flags: tuple[str, ...] = ()  # other flags that matter to it, and not to every algorithm
     add_flags: Callable | None = None  # adds flags of its own to the command line
     samples: bool = True  # it learns from responses that are sampled and scored by --reward
-    preference_pairs: Callable | None = None  # (args, examples) -> the pairs that it learns from
+    preference_pairs: Callable | None = None  # (args) -> the pairs that it learns from
+    measure: Callable | None = None  # (run, args) -> more metrics of an evaluation, `eval/...`
     least_group: int = 1  # --group-size must be at least this
     kl_in_loss: bool = False  # its loss contains the KL (`step` takes kl_coef), not the reward
 
@@ -62,7 +63,9 @@ class Run:
     algorithm: Algorithm
     model: HybridModel
     tokenizer: object
-    held_out: list  # examples that are only measured on
+    held_out: list  # examples that are only measured on: the NLL
+    held_out_prompts: list  # those that responses are sampled for: the reward
+    held_out_pairs: list  # of preferences
     optimizer: torch.optim.Optimizer
     backend: object  # computes and applies gradients (engine.py)
     scaler: object  # of fp16, else None
@@ -73,6 +76,7 @@ class Run:
     pair_stream: object
     order_generator: torch.Generator  # orders the rows of PPO's minibatches
     sampling_generator: torch.Generator  # draws the responses; seeded at every step
+    limits: dict  # max_length and max_prompt_length: how every row is cut
     update: dict  # keyword arguments of every xxx_step
     sampling: dict  # keyword arguments of sampling and of evaluation
     reward: object = None  # None: pure SFT that measures no reward

@@ -19,6 +19,7 @@ A policy that equals its opponent gains nothing: the mean of every shape is then
 import torch
 
 import parallel
+from chat import end_ids
 from data import Example, decode, encode_prompt
 from generate import sample
 from hybrid import HybridModel
@@ -61,7 +62,7 @@ class SelfPlay:
         model = self.policy if opponent is None else opponent
         longest = self.sampling["max_length"] - self.sampling["max_new_tokens"]
         examples = [self.examples.get(prompt, Example(prompt, "")) for prompt in prompts]
-        ids = [encode_prompt(self.tokenizer, example)[-longest:] for example in examples]
+        ids = [encode_prompt(self.tokenizer, example, longest) for example in examples]
         number = self.rounds if learn else 2**20 - 1
         seed = (self.seed * 2**20 + number) * 2**10 + parallel.rank()
         seed ^= 2**62  # so it differs from every seed of the policy's own sampling
@@ -70,7 +71,7 @@ class SelfPlay:
             ids,
             max_new_tokens=self.sampling["max_new_tokens"],
             temperature=self.sampling["temperature"],
-            eos_token_id=self.tokenizer.eos_token_id,
+            eos_token_id=end_ids(self.tokenizer, model.lm),
             generator=torch.Generator(next(model.parameters()).device).manual_seed(seed),
         )
         return [decode(self.tokenizer, response) for response in generation.responses]

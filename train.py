@@ -89,7 +89,7 @@ def is_due(step: int, every: int) -> bool:
 def train_on_demonstrations(run: Run, args: argparse.Namespace) -> dict[str, float]:
     """SFT: one update on the next examples."""
     run.drawn = run.schedule.demonstrations() or run.sft_stream.next()
-    batch = demonstration_batch(run.tokenizer, run.drawn, args.max_length).to(run.device)
+    batch = demonstration_batch(run.tokenizer, run.drawn, **run.limits).to(run.device)
     return sft_step(run.model, batch, run.optimizer, **run.update)
 
 
@@ -117,11 +117,11 @@ def train_on_reward(run: Run, args: argparse.Namespace) -> dict[str, float]:
     leave_out(rollout, run.drawn, hard)
     sft_weight = run.schedule.sft_weight(run.step)  # --schedule mix
     if sft_weight:
-        batch = demonstration_batch(run.tokenizer, run.sft_stream.next(), args.max_length)
+        batch = demonstration_batch(run.tokenizer, run.sft_stream.next(), **run.limits)
         options |= dict(demonstrations=batch.to(run.device), sft_weight=sft_weight)
     metrics |= algorithm.step(run.model, rollout, run.optimizer, **options)
     if hard:
-        batch = demonstration_batch(run.tokenizer, hard, args.max_length).to(run.device)
+        batch = demonstration_batch(run.tokenizer, hard, **run.limits).to(run.device)
         metrics |= sft_step(run.model, batch, run.optimizer, **run.update)
 
     metrics |= {**run.schedule.metrics(), "ppo/kl_coef": kl_coef}
@@ -156,6 +156,7 @@ ALGORITHMS = {
         flags=("preference_data",),
         add_flags=dpo.add_flags,
         preference_pairs=dpo.preference_pairs,
+        measure=dpo.measure_pairs,
         samples=False,
     ),
 }
@@ -171,7 +172,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     transformers.utils.logging.set_verbosity_error()
     args = parse_args(argv, ALGORITHMS)
     if args.dry_run:
-        return cost.print_estimate(args, ALGORITHMS[args.algorithm].samples)
+        return cost.print_estimate(args, ALGORITHMS[args.algorithm])
     with Stop() as stop:
         metrics = train(args, stop)
     parallel.finish()

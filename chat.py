@@ -1,0 +1,345 @@
+"""From text to token ids: the prompt, the answer, and what a chat template writes for them.
+
+A chat template writes a whole dialogue, the answer with it. That text is split where the answer
+begins, so that SFT, PPO, DPO and evaluation read the same prompt, and SFT trains what the template
+writes: a header such as `<think></think>`, the answer, the mark that ends the turn.
+
+    <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n  Hello!<|im_end|>
+    |---------------------- prompt --------------------|  |---- answer ---|
+
+Without a template, or for a text that is no dialogue, the prompt is the text and the answer is the
+target + EOS. Left out on purpose: templates of our own for models that bring none.
+
+    python data.py examples/questions.jsonl --model path/to/chat-model   # see both parts
+"""
+
+import json
+import os
+from dataclasses import replace
+
+import jinja2  # comes with torch; chat templates are written in it
+
+from engine import UserError, first_line
+from sources import Example
+
+SPACE = "\u2581"  # how SentencePiece-like tokenizers write the space that starts a word
+MARK = "\N{SECTION SIGN}answer\N{SECTION SIGN}"  # stands for an answer in a probe of the template
+# A template is a small program that runs on the data: it may fail like any other.
+TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+)
+
+
+# ---------------------------------------------------------------------------------------- token ids
+
+
+def encode_prompt(tokenizer, example: Example, max_tokens: int | None = None) -> list[int]:
+    """Token ids of the prompt, with the BOS that the tokenizer wants, exactly once. Never empty.
+
+    A prompt above `max_tokens` is cut on its left; BOS and the system turn stay. Raises UserError
+    where the chat template refuses the dialogue.
+    """
+    if dialogue_of(tokenizer, example) is None:
+        return _prompt_ids(tokenizer, example, None, max_tokens)
+    text, _ = split_dialogue(tokenizer, replace(example, target=""))
+    return _prompt_ids(tokenizer, example, text, max_tokens)
+
+
+def encode_demonstration(
+    tokenizer, example: Example, max_tokens: int | None = None, ends: list[int] | None = None
+) -> tuple[list[int], list[int]]:
+    """Token ids of the prompt, as by `encode_prompt`, and of the complete answer with its end.
+
+    With a chat template, the answer is what it writes after the prompt, up to the end of the turn.
+    `ends` is `end_ids(tokenizer)`, for callers with many examples.
+    """
+    if dialogue_of(tokenizer, example) is None:
+        prompt = _prompt_ids(tokenizer, example, None, max_tokens)
+        return prompt, encode_target(tokenizer, example.target)
+    text, answer = split_dialogue(tokenizer, example)
+    if ends is None:
+        ends = end_ids(tokenizer)
+    return (
+        _prompt_ids(tokenizer, example, text, max_tokens),
+        _up_to_the_end(tokenizer, _ids_inside(tokenizer, answer), ends),
+    )
+
+
+def _prompt_ids(tokenizer, example: Example, text: str | None, max_tokens: int | None) -> list[int]:
+    """`text` is what the chat template writes; None where it does not write this prompt."""
+    if text is not None:
+        ids = tokenizer(text, add_special_tokens=False).input_ids  # the template has written BOS
+    else:
+        text, ids = example.prompt, _plain_ids(tokenizer, example.prompt)
+    if not ids:  # even an empty prompt needs a token from which the first one is predicted
+        has_bos = tokenizer.bos_token_id is not None
+        ids = [tokenizer.bos_token_id if has_bos else tokenizer.eos_token_id]
+    if max_tokens is None or len(ids) <= max_tokens:
+        return ids
+    messages = example.messages or [{"role": "user", "content": example.prompt}]
+    kept = _head_length(tokenizer, text, ids, messages)
+    if kept >= max_tokens:  # the system turn would leave no room for anything else
+        kept = 0
+    return ids[:kept] + ids[len(ids) - max_tokens + kept :]
+
+
+def _plain_ids(tokenizer, text: str) -> list[int]:
+    bos = tokenizer.bos_token
+    has_bos = bos is not None and text.startswith(bos)
+    ids = tokenizer(text, add_special_tokens=not has_bos).input_ids
+    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+        if not text.endswith(tokenizer.eos_token):
+            ids = ids[:-1]  # some tokenizers add EOS to every text; here a response follows
+    return ids
+
+
+def _head_length(tokenizer, text: str, ids: list[int], messages: list[dict]) -> int:
+    """How many tokens at the left of a prompt stay when it is cut: BOS, and the system turn."""
+    end = 0
+    for message in messages:
+        content = message["content"].strip()
+        position = text.find(content, end)
+        if message["role"] != "system" or position < 0:
+            end = max(position, end)
+            break
+        end = position + len(content)
+    head = tokenizer(text[:end], add_special_tokens=False).input_ids
+    if ids[0] == tokenizer.bos_token_id and head[:1] != ids[:1]:
+        head = [ids[0], *head]
+    return len(os.path.commonprefix([ids, head]))
+
+
+def encode_target(tokenizer, text: str) -> list[int]:
+    """Token ids of a complete response to a plain prompt, EOS at the end.
+
+    SentencePiece-like tokenizers put a space before every text; if the text begins with a space
+    too, one of the two is removed.
+    """
+    if text.startswith(" ") and _adds_space(tokenizer):
+        text = text[1:]
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    return ids if ids[-1:] == [tokenizer.eos_token_id] else ids + [tokenizer.eos_token_id]
+
+
+def _up_to_the_end(tokenizer, ids: list[int], ends: list[int]) -> list[int]:
+    """The answer up to the token that ends it: sampling stops there, so nothing after it counts."""
+    for i, token in enumerate(ids):
+        if token in ends:
+            return ids[: i + 1]
+    if ids and is_special(tokenizer, ids[-1]):
+        return ids  # a turn with another end, such as that of a tool call
+    return ids + [tokenizer.eos_token_id]
+
+
+def _ids_inside(tokenizer, text: str) -> list[int]:
+    """Ids of a text that goes on after other text: no space is put before its first word."""
+    if not _adds_space(tokenizer):
+        return tokenizer(text, add_special_tokens=False).input_ids
+    if text.startswith(" "):
+        return tokenizer(text[1:], add_special_tokens=False).input_ids
+    before = tokenizer("\n", add_special_tokens=False).input_ids
+    ids = tokenizer("\n" + text, add_special_tokens=False).input_ids
+    return ids[len(before) :]
+
+
+def _adds_space(tokenizer) -> bool:
+    return tokenizer.tokenize("a")[0].startswith(SPACE)
+
+
+def decode(tokenizer, response: list[int]) -> str:
+    """Text of a response, for rewards and for people. Training uses the ids."""
+    text = tokenizer.decode(response, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    if response and not text.startswith(" "):
+        # Decoders remove the space before the first word, as at the beginning of a text. A model
+        # may have more ids than its tokenizer knows: such an id has no text.
+        if (tokenizer.convert_ids_to_tokens(response[0]) or "").startswith(SPACE):
+            return " " + text
+    return text
+
+
+# ---------------------------------------------------------------------------- the end of a response
+
+
+def end_ids(tokenizer, lm=None) -> list[int]:
+    """The ids that end a response, the tokenizer's EOS first.
+
+    EOS, what `lm.generation_config` says (an id or several), and what the chat template writes at
+    the end of a turn. Only ids that the tokenizer marks as special count.
+    """
+    ids = [tokenizer.eos_token_id]
+    configured = getattr(getattr(lm, "generation_config", None), "eos_token_id", None)
+    candidates = configured if isinstance(configured, list) else [configured]
+    for token in (*candidates, turn_end(tokenizer)):
+        if token is not None and token not in ids and is_special(tokenizer, token):
+            ids.append(token)
+    return ids
+
+
+def turn_end(tokenizer) -> int | None:
+    """The special token that the chat template writes at the end of an assistant's turn, if any.
+
+    It is the last one that stands after the answer both in the middle of a dialogue and at its end;
+    if the two differ, the last one at the end.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    asked = [{"role": "user", "content": "question"}, {"role": "assistant", "content": MARK}]
+    try:
+        last = render(tokenizer, asked).rpartition(MARK)[2]
+    except UserError:
+        return None  # a template that refuses the plainest dialogue; training will say so
+    try:
+        middle = render(tokenizer, [*asked, asked[0]]).partition(MARK)[2]
+    except UserError:
+        middle = last  # a template for one question and one answer
+    for text in (os.path.commonprefix([last, middle]), last):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        special = [token for token in ids if is_special(tokenizer, token)]
+        if special:
+            return special[-1]
+    return None
+
+
+def is_special(tokenizer, token: int) -> bool:
+    """Does the tokenizer mark this id as special: a control token, no text?"""
+    if token in tokenizer.all_special_ids:
+        return True
+    added = getattr(tokenizer, "added_tokens_decoder", {}).get(token)
+    return added is not None and added.special
+
+
+# -------------------------------------------------------------------------------- the chat template
+
+
+def dialogue_of(tokenizer, example: Example) -> list[dict] | None:
+    """The messages that the chat template is to write before the answer; None: plain text."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    if example.messages is not None:
+        return example.messages
+    return [{"role": "user", "content": example.prompt}] if example.is_chat else None
+
+
+def split_dialogue(tokenizer, example: Example) -> tuple[str, str]:
+    """What the template writes for the dialogue up to the answer, and for the answer ("": none).
+
+    Raises UserError where the template refuses the dialogue, drops a part of it, or writes the
+    turns before an answer differently once an answer follows.
+    """
+    messages, arguments = dialogue_of(tokenizer, example), example.template_args
+    try:
+        opening = _opening(tokenizer, messages, arguments)
+        if not example.target:
+            return opening, ""
+        reply = example.reply
+        if reply is None:
+            content = example.target.strip() if example.is_chat else example.target
+            reply = {"role": "assistant", "content": content}
+        whole = render(tokenizer, [*messages, reply], arguments)
+        if not whole.startswith(opening):
+            raise UserError("it begins this answer with another header than that of its prompt")
+        answer = whole[len(opening) :]
+        if reply["content"].rpartition("</think>")[2].strip() not in answer:
+            raise UserError("it does not write the answer as it is")
+    except UserError as problem:
+        dialogue = f"the model's chat template refuses the dialogue {example.prompt[:80]!r}"
+        where = f"{example.place}: " if example.place else ""
+        raise UserError(f"{where}{dialogue}: {problem}") from None
+    return opening, answer
+
+
+def _opening(tokenizer, messages: list[dict], arguments: dict) -> str:
+    """The text up to the place where any answer begins."""
+    opening = render(tokenizer, messages, arguments, add_generation_prompt=True)
+    marked = render(tokenizer, [*messages, {"role": "assistant", "content": MARK}], arguments)
+    if not marked.startswith(opening):
+        # Some templates ask for an answer with words that they do not write before one that is
+        # there (`<think>`): the answer begins where the two texts part.
+        opening = os.path.commonprefix([opening, marked])
+        if not opening.startswith(render(tokenizer, messages, arguments)):
+            raise UserError("it writes the turns before an answer differently once it follows")
+    if MARK not in marked[len(opening) :]:
+        raise UserError("it does not write the answer")
+    return opening
+
+
+def render(tokenizer, messages: list[dict], arguments: dict | None = None, **options) -> str:
+    """What the template writes. `arguments`: its own keyword arguments, such as `tools`.
+
+    Contents are strings and the arguments of tool calls are objects; a template that needs parts
+    or strings instead gets them. Raises UserError where it fails, or where its text lacks the
+    user's words or a tool call.
+    """
+    options = dict(tokenize=False, **options, **(arguments or {}))
+    forms = [messages, [_content_as_parts(message) for message in messages]]
+    if any(message.get("tool_calls") for message in messages):
+        forms.insert(1, [_arguments_as_text(message) for message in messages])
+    reasons = []
+    for form in forms:
+        try:
+            text = tokenizer.apply_chat_template(form, **options)
+        except TEMPLATE_ERRORS as problem:
+            reasons.append(first_line(problem))
+            continue
+        missing = _missing(text, messages)
+        # A template that does not read parts may write them as they are in Python.
+        if missing is None and not any(f"{m['content']!r}" in text for m in forms[-1]):
+            return text
+        reasons.append(f"it does not write {missing}")
+    raise UserError(reasons[0])
+
+
+def _missing(text: str, messages: list[dict]) -> str | None:
+    """What the text lacks: the user's last words, or a function call of the assistant."""
+    said = [message["content"].strip() for message in messages if message["role"] == "user"]
+    if said and said[-1] not in text:
+        return "what the user said"
+    for call in [call for message in messages for call in message.get("tool_calls") or []]:
+        function = call.get("function", call)
+        arguments = json.dumps(function.get("arguments"), ensure_ascii=False)
+        if str(function.get("name")) not in text and arguments not in text:
+            return "tool calls"
+    return None
+
+
+def _content_as_parts(message: dict) -> dict:
+    return {**message, "content": [{"type": "text", "text": message["content"]}]}
+
+
+def _arguments_as_text(message: dict) -> dict:
+    calls = []
+    for call in message.get("tool_calls") or []:
+        function = dict(call.get("function", call))
+        function["arguments"] = json.dumps(function.get("arguments"), ensure_ascii=False)
+        calls.append({**call, "function": function})
+    return {**message, "tool_calls": calls} if calls else message
+
+
+def unwritten(tokenizer, example: Example) -> list[str]:
+    """What the data say and the template does not write: of `tools` and `reasoning_content`."""
+    if dialogue_of(tokenizer, example) is None:
+        return []
+    prompt, answer = split_dialogue(tokenizer, example)
+    missing = []
+    tools = example.template_args.get("tools") or []
+    if any(str(tool.get("function", tool).get("name")) not in prompt for tool in tools):
+        missing.append("tools")
+    for name, thought in reasoning_of(example):
+        if thought.strip() not in answer:
+            missing.append(name)
+    return missing
+
+
+def reasoning_of(example: Example) -> list[tuple[str, str]]:
+    """What was thought before the answer: (name of the field, text)."""
+    reply = example.reply or {"content": example.target}
+    found = [(name, reply.get(name)) for name in ("reasoning_content", "reasoning", "thinking")]
+    thought, closed, _ = reply["content"].rpartition("</think>")
+    if closed:
+        found.append(("<think>", thought.partition("<think>")[2]))
+    return [(name, text) for name, text in found if isinstance(text, str) and text.strip()]

@@ -1,0 +1,198 @@
+"""What a model reads of the data, before it is trained on them: refused, cut, unwritten, shown.
+
+Nothing here changes a text. `train.py` says in counts what a run will not learn from; `data.py`
+shows records as the model reads them. Left out on purpose: statistics that no decision needs.
+
+    python data.py examples/questions.jsonl --model path/to/chat-model
+"""
+
+from collections import Counter
+from collections.abc import Callable
+
+from tqdm import tqdm
+
+from chat import dialogue_of, encode_demonstration, encode_prompt, end_ids, split_dialogue
+from chat import unwritten as unwritten_of
+from engine import UserError
+from sources import Example, Pair
+
+MOST = 2000  # examples whose tokens are counted; more would only make the start slow
+WORTH_SAYING = 0.01  # a share of cut rows above this is said
+
+
+# --------------------------------------------------------------------------------- what is left out
+
+
+def writable(tokenizer, examples: list[Example], strict: bool, say: Callable) -> list[Example]:
+    """The examples whose dialogue the chat template writes; `say` hears about the others.
+
+    `strict` raises UserError at the first of them. It is raised too if no example is left.
+    """
+
+    def check(example: Example) -> None:
+        if dialogue_of(tokenizer, example) is not None:
+            split_dialogue(tokenizer, example)
+
+    return _kept(examples, check, strict, say)
+
+
+def comparable(
+    tokenizer, pairs: list[Pair], limits: dict[str, int], strict: bool, say: Callable
+) -> list[Pair]:
+    """The pairs whose sides the template writes, and which still differ once they are cut.
+
+    `limits`: max_length and max_prompt_length. `strict` as in `writable`.
+    """
+    ends = end_ids(tokenizer)
+
+    def check(pair: Pair) -> None:
+        for side in pair.sides():
+            if dialogue_of(tokenizer, side) is not None:
+                split_dialogue(tokenizer, side)
+        chosen, rejected = [
+            rows_of(tokenizer, side, **limits, ends=ends)[1] for side in pair.sides()
+        ]
+        if chosen == rejected:
+            length = f"--max-length {limits['max_length']}"
+            raise UserError(f"{pair.place}: both responses are the same once cut to {length}")
+
+    return _kept(pairs, check, strict, say)
+
+
+def _kept(records: list, check: Callable, strict: bool, say: Callable) -> list:
+    kept, reasons = [], {}  # reasons: text -> places
+    for record in tqdm(records, desc="checking the data", leave=False, delay=2):
+        try:
+            check(record)
+            kept.append(record)
+        except UserError as problem:
+            if strict:
+                raise
+            reason = str(problem).removeprefix(f"{record.place}: ")
+            first = f"{record.place}: {reason}" if record.place else reason
+            reasons.setdefault(reason.rpartition(": ")[2], []).append(first)
+    if not kept and reasons:
+        raise UserError(next(iter(reasons.values()))[0])
+    for reason, found in reasons.items():
+        say(f"note: {len(found)} of {len(records)} examples are left out: {reason} ({found[0]})")
+    return kept
+
+
+# -------------------------------------------------------------------------------------- what is cut
+
+
+def rows_of(
+    tokenizer, example: Example, max_length: int, max_prompt_length: int, ends: list[int]
+) -> tuple[list[int], list[int]]:
+    """Prompt and answer ids of an example as they are trained; an answer that is absent is []."""
+    if not example.target:
+        return encode_prompt(tokenizer, example, max_prompt_length), []
+    prompt, answer = encode_demonstration(tokenizer, example, max_prompt_length, ends)
+    return prompt, answer[: max_length - len(prompt)]
+
+
+def lengths_of(tokenizer, examples: list[Example]) -> list[tuple[int, int]]:
+    """Tokens of prompt and answer, before any cut, of at most MOST examples evenly spread."""
+    ends, lengths = end_ids(tokenizer), []
+    for example in spread(examples):
+        whole = rows_of(tokenizer, example, 10**9, 10**9, ends)
+        lengths.append((len(whole[0]), len(whole[1])))
+    return lengths
+
+
+def spread(records: list) -> list:
+    """At most MOST of the records, at even distances."""
+    if len(records) <= MOST:
+        return records
+    return [records[i * len(records) // MOST] for i in range(MOST)]
+
+
+def say_cuts(
+    lengths: list[tuple[int, int]], max_length: int, max_prompt_length: int, say: Callable
+) -> None:
+    """Say how many rows are cut, if it is more than one in a hundred."""
+    long_prompts = [prompt for prompt, _ in lengths if prompt > max_prompt_length]
+    long_answers = []
+    for prompt, answer in lengths:
+        if min(prompt, max_prompt_length) + answer > max_length:
+            long_answers.append(prompt + answer)
+    n = len(lengths)
+    if len(long_prompts) > WORTH_SAYING * n:
+        say(
+            f"note: {len(long_prompts)} of {n} prompts are cut on their left to "
+            f"{max_prompt_length} tokens (--max-length less --max-new-tokens); the longest has "
+            f"{max(long_prompts)}"
+        )
+    if len(long_answers) > WORTH_SAYING * n:
+        say(
+            f"note: {len(long_answers)} of {n} answers are cut on their right and get no EOS; "
+            f"--max-length {max(long_answers)} would keep the longest, {max_length} is set"
+        )
+
+
+def say_unwritten(tokenizer, examples: list[Example], say: Callable) -> None:
+    """Say what the data hold and the template does not write, and what it writes unasked."""
+    looked_at = spread(examples)
+    counts = Counter(name for example in looked_at for name in unwritten_of(tokenizer, example))
+    for name, count in counts.items():
+        say(
+            f"note: in {count} of {len(looked_at)} examples the chat template does not write "
+            f"'{name}', so the model does not read it"
+        )
+    asked = [e for e in examples if e.messages is None and dialogue_of(tokenizer, e) is not None]
+    if asked:
+        say(
+            f"note: {len(asked)} of {len(examples)} examples are prompt and target: the model's "
+            "chat template writes them as a question and its answer (--raw: as plain text)"
+        )
+    touching = [e for e in examples if dialogue_of(tokenizer, e) is None and touches(e)]
+    if touching:
+        text = (touching[0].prompt + touching[0].target)[:60]
+        say(
+            f"note: in {len(touching)} of {len(examples)} examples prompt and target touch, as in "
+            f"{text!r}: end one or begin the other with a space or line break"
+        )
+
+
+def touches(example: Example) -> bool:
+    """Does the target begin with a letter or digit directly after the last word of the prompt?"""
+    if example.messages is not None:
+        return False
+    last, first = example.prompt[-1:], example.target[:1]
+    return bool(last.strip()) and first.isascii() and first.isalnum()
+
+
+# ------------------------------------------------------------------------------------ what it reads
+
+
+def show(tokenizer, example: Example, max_length: int, max_prompt_length: int) -> str:
+    """The row of an example as the model reads it, in lines; those after `>` are trained."""
+    ends = end_ids(tokenizer)
+    whole = rows_of(tokenizer, example, 10**9, 10**9, ends)
+    row = rows_of(tokenizer, example, max_length, max_prompt_length, ends)
+    counts = []
+    for name, ids, kept in zip(("prompt", "answer"), whole, row):
+        cut = f", {len(ids) - len(kept)} cut" if len(kept) < len(ids) else ""
+        counts.append(f"{name} {len(kept)} tokens{cut}")
+    lines = [f"{example.place or 'an example'}: {', '.join(counts)}"]
+    lines += [f"    {visible(line)}" for line in as_read(tokenizer, row[0]).split("\n")]
+    if example.target:
+        lines += [f"  > {visible(line)}" for line in as_read(tokenizer, row[1]).split("\n")]
+    return "\n".join(lines)
+
+
+def as_read(tokenizer, ids: list[int]) -> str:
+    """The text of token ids, control tokens included."""
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def visible(text: str) -> str:
+    """The text with every character that does not print (line breaks too) as its escape.
+
+    >>> visible("a\\tb\\x1b[2J")
+    'a\\\\tb\\\\x1b[2J'
+    """
+    printable = []
+    for char in text:
+        printable.append(char if char.isprintable() else char.encode("unicode_escape").decode())
+    return "".join(printable)
