@@ -77,15 +77,21 @@ def flush(path: Path) -> None:
 def append_rows(path: Path, rows: list[dict]) -> None:
     """Add JSON lines. Raises UserError where they cannot be written, ValueError for NaN and
     infinity, which JSON lacks."""
-    lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
+    lines = [_printable(json.dumps(row, ensure_ascii=False, allow_nan=False)) for row in rows]
     try:
         with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write("".join(lines))
+            file.write("".join(line + "\n" for line in lines))
     except OSError as problem:
         raise UserError(
             f"{path} cannot be written: {problem.strerror}; "
             f"make room and go on with --resume {path.parent}"
         ) from None
+
+
+def _printable(line: str) -> str:
+    """The JSON line with every character that does not print as its JSON escape: a sampled control
+    character must not act on the terminal of whoever looks at the file."""
+    return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in line)
 
 
 def read_rows(path: Path) -> list[dict]:

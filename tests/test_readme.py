@@ -295,6 +295,14 @@ def readme_folder(tmp_path_factory, tiny_folder):
         shutil.copy(path, folder)
     shutil.copytree(ROOT / "examples", folder / "examples")
     shutil.copytree(tiny_folder, folder / "gpt2")
+    chat_model = folder / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
+    shutil.copytree(tiny_folder, chat_model)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}<|endoftext|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    tokenizer.save_pretrained(chat_model)
     return folder
 
 
