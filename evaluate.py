@@ -160,8 +160,7 @@ def print_evaluation(run) -> None:
     tqdm.write(f"step {run.step}  {'  '.join(numbers)}")
     for row in run.samples_after:
         marks = [f"{name} {row[name]:+.2f}" for name in ("score", "kl") if name in row]
-        text = f"{one_line(row['prompt'])} >>> {one_line(row['response'])}"
-        tqdm.write(f"    {text}    {'  '.join(marks)}")
+        tqdm.write(f"    {one_line(row)}    {'  '.join(marks)}")
 
 
 def print_summary(run, out: Path) -> None:
@@ -178,14 +177,19 @@ def print_summary(run, out: Path) -> None:
         changes.append(f"KL to the reference {after['eval/kl']:.2f} nats a response")
     print(f"{', '.join(changes)}; model in {out / 'final'}")
     for label, samples in (("before", run.samples_before), ("after ", run.samples_after)):
-        texts = [one_line(s["prompt"] + " >>> " + s["response"]) for s in samples[:2]]
+        texts = [one_line(row) for row in samples[:2]]
         print(f"{label}: {' | '.join(texts)}")
     print(verdict(read_rows(out / "metrics.jsonl")))
 
 
-def one_line(text: str, width: int = 160) -> str:
-    text = visible(text.strip())
-    return text if len(text) <= width else text[: width - 3] + "..."
+def one_line(row: dict, width: int = 160) -> str:
+    """A sample in one line: the end of a long prompt, the beginning of a long response."""
+    prompt, response = visible(row["prompt"]), visible(row["response"])
+    if len(prompt) > width // 2:
+        prompt = "..." + prompt[3 - width // 2 :]
+    if len(response) > width:
+        response = response[: width - 3] + "..."
+    return f"{prompt} >>> {response}"
 
 
 def whole_texts(source: list[str]) -> list[Example]:
