@@ -13,6 +13,7 @@ target + EOS. Left out on purpose: templates of our own for models that bring no
     python data.py examples/questions.jsonl --model path/to/chat-model   # see both parts
 """
 
+import functools
 import json
 import os
 from dataclasses import replace
@@ -242,7 +243,10 @@ def split_dialogue(tokenizer, example: Example) -> tuple[str, str]:
             reply = {"role": "assistant", "content": content}
         whole = render(tokenizer, [*messages, reply], arguments)
         if not whole.startswith(opening):
-            raise UserError("it begins this answer with another header than that of its prompt")
+            raise UserError(
+                "it begins this answer with another header than its prompt has; --template-args "
+                "may ask for the same"
+            )
         answer = whole[len(opening) :]
         if reply["content"].rpartition("</think>")[2].strip() not in answer:
             raise UserError("it does not write the answer as it is")
@@ -272,38 +276,38 @@ def render(tokenizer, messages: list[dict], arguments: dict | None = None, **opt
     """What the template writes. `arguments`: its own keyword arguments, such as `tools`.
 
     Contents are strings and the arguments of tool calls are objects; a template that needs parts
-    or strings instead gets them. Raises UserError where it fails, or where its text lacks the
-    user's words or a tool call.
+    or strings instead gets them. Raises UserError where it fails, or where its text lacks what the
+    system or the user said, or the tool calls.
     """
     options = dict(tokenize=False, **options, **(arguments or {}))
-    forms = [messages, [_content_as_parts(message) for message in messages]]
+    write = functools.partial(tokenizer.apply_chat_template, **options)
+    in_parts = [_content_as_parts(message) for message in messages]
+    forms = [messages, in_parts]
     if any(message.get("tool_calls") for message in messages):
         forms.insert(1, [_arguments_as_text(message) for message in messages])
     reasons = []
     for form in forms:
         try:
-            text = tokenizer.apply_chat_template(form, **options)
+            text = write(form)
+            missing = _missing(text, messages)
+            if missing is None and len(forms) == 3:
+                without_calls = [{**message, "tool_calls": None} for message in form]
+                missing = "tool calls" if write(without_calls) == text else None
         except TEMPLATE_ERRORS as problem:
             reasons.append(first_line(problem))
             continue
-        missing = _missing(text, messages)
         # A template that does not read parts may write them as they are in Python.
-        if missing is None and not any(f"{m['content']!r}" in text for m in forms[-1]):
+        if missing is None and not any(f"{m['content']!r}" in text for m in in_parts):
             return text
         reasons.append(f"it does not write {missing}")
     raise UserError(reasons[0])
 
 
 def _missing(text: str, messages: list[dict]) -> str | None:
-    """What the text lacks: the user's last words, or a function call of the assistant."""
-    said = [message["content"].strip() for message in messages if message["role"] == "user"]
-    if said and said[-1] not in text:
-        return "what the user said"
-    for call in [call for message in messages for call in message.get("tool_calls") or []]:
-        function = call.get("function", call)
-        arguments = json.dumps(function.get("arguments"), ensure_ascii=False)
-        if str(function.get("name")) not in text and arguments not in text:
-            return "tool calls"
+    """Whose words the text lacks."""
+    for message in messages:
+        if message["role"] in ("system", "user") and message["content"].strip() not in text:
+            return f"what the {message['role']} said"
     return None
 
 

@@ -286,7 +286,7 @@ def test_reasoning_goes_where_the_template_puts_it_or_is_named(with_template):
     )
     # A header that is already closed cannot be followed by a thought.
     closed = Example("", "x", messages=ASKED, reply=reply, template_args={"enable_thinking": False})
-    with pytest.raises(UserError, match="another header than that of its prompt"):
+    with pytest.raises(UserError, match="another header than its prompt has"):
         encode_demonstration(tokenizer, closed)
 
 
