@@ -149,32 +149,39 @@ def _checked_text(path: Path, encoding: str, what: str) -> str:
 
 
 def _unpacked(path: Path, what: str) -> bytes:
-    """The bytes of a file, decompressed if its name says so."""
+    """The bytes of a file, decompressed if its name says so. A file that is cut is an error."""
+    unpackers = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}
     packing = path.suffix.lower()
+    if packing == ".zst":
+        unpackers[packing] = _zstd_unpacker(path, what)
     try:
         raw = path.read_bytes()
-        if packing == ".gz":
-            return gzip.decompress(raw)
-        if packing == ".bz2":
-            return bz2.decompress(raw)
-        if packing == ".xz":
-            return lzma.decompress(raw)
-        return _unpacked_zstd(path, raw, what) if packing == ".zst" else raw
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as problem:
+        return unpackers[packing](raw) if packing in unpackers else raw
+    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as problem:
         reason = getattr(problem, "strerror", None) or first_line(problem)
         raise UserError(f"{what} {path} cannot be read: {reason}") from None
 
 
-def _unpacked_zstd(path: Path, raw: bytes, what: str) -> bytes:
+def _zstd_unpacker(path: Path, what: str):
     try:
         import zstandard
     except ImportError:
         raise UserError(f"{what} {path} needs a package: pip install zstandard") from None
-    try:
-        reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-        return reader.read()
-    except zstandard.ZstdError as problem:
-        raise UserError(f"{what} {path} cannot be read: {first_line(problem)}") from None
+
+    def unpack(raw: bytes) -> bytes:
+        parts = []
+        while raw:  # a file may have several frames
+            frame = zstandard.ZstdDecompressor().decompressobj()
+            try:
+                parts.append(frame.decompress(raw))
+            except zstandard.ZstdError as problem:
+                raise ValueError(first_line(problem)) from None
+            if not frame.eof:
+                raise EOFError("the file ends before its last frame does")
+            raw = frame.unused_data
+        return b"".join(parts)
+
+    return unpack
 
 
 def _probable_encoding(raw: bytes) -> str:
@@ -211,19 +218,21 @@ def _zero_half(raw: bytes) -> str | None:
 def _is_lines(text: str, ending: str) -> bool:
     """Is each line of the text an object? Else the text is one document, or some, over many lines.
 
-    One of the first two lines is a complete object then: the other may be broken.
+    The first line is a complete object then, or the second one if the first is broken.
     """
     if text.lstrip().startswith("["):
         return False
     lines = [match.group() for match in itertools.islice(re.finditer(r".*\S.*", text), 2)]
     if ending == ".json" and len(lines) == 1:
         return False
-    return any(_is_object(line) for line in lines)
+    if any(_is_object(line) for line in lines[:1]):
+        return True
+    return any(_is_object(line) for line in lines[1:]) and not _is_object(text)
 
 
-def _is_object(line: str) -> bool:
+def _is_object(text: str) -> bool:
     try:
-        return line.lstrip().startswith("{") and isinstance(json.loads(line), dict)
+        return text.lstrip().startswith("{") and isinstance(json.loads(text), dict)
     except (json.JSONDecodeError, RecursionError):
         return False
 

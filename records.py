@@ -212,7 +212,8 @@ def _prompt_of(record: dict, field: str, target_field: str | None, raw: bool) ->
                 if not isinstance(more, str):
                     kind = type(more).__name__
                     needed = "belongs to the prompt and must be a string"
-                    raise UserError(f"field '{name}' {needed}, found {kind}")
+                    advice = "rename it if only rewards read it"
+                    raise UserError(f"field '{name}' {needed}, found {kind} ({advice})")
                 prompt += f"\n\n{checked_text(more, name)}" if more.strip() else ""
     history, system, tools = _history(record), _system(record), _tools(record)
     if messages is None and not (history or system or tools):
@@ -353,7 +354,9 @@ def _question_examples(record: dict) -> list[Example]:
     if not is_list or not all(isinstance(turn, str) and turn.strip() for turn in turns):
         expected = "a list of what the user says, strings that are not empty"
         raise UserError(f"field 'turns' must be {expected}")
-    answers = from_json(record.get("reference"), "reference")
+    answers = record.get("reference")
+    if isinstance(record["turns"], str):  # a table: both are JSON
+        answers = from_json(answers, "reference")
     answer = answers[0] if isinstance(answers, list) and answers else answers
     said = [{"role": "user", "content": turn} for turn in turns]
     messages = with_system(said, _system(record))
@@ -402,9 +405,12 @@ def _message_pair(record: dict) -> Pair:
     if prompt_field is not None:
         start = _prompt_of(record, prompt_field, None, raw=False)
         history = start.messages or [{"role": "user", "content": start.prompt}]
-    if any(side[0]["role"] != "assistant" for side in sides):
-        history = []  # they hold the whole dialogue
-    whole = [with_system([*history, *side], _system(record)) for side in sides]
+    is_whole = any(m["role"] in ("system", "user") for side in sides for m in side)
+    before = [] if is_whole else history
+    whole = [with_system([*before, *side], _system(record)) for side in sides]
+    has_messages = is_dialogue(record.get(prompt_field))
+    if has_messages and any(side[: len(history)] != history for side in whole):
+        raise UserError(f"'chosen' and 'rejected' do not begin with the messages of {prompt_field}")
     n = min(len(side) for side in whole) - 1
     if len({len(side) for side in whole}) != 1 or whole[0][:n] != whole[1][:n]:
         raise UserError("'chosen' and 'rejected' differ in more than their last turn")

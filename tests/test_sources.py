@@ -300,6 +300,7 @@ def lines_of(records):
         ("j.json", json.dumps({n: {str(i): TWO[i][n] for i in range(2)} for n in TWO[0]})),
         ("k.json", json.dumps({"x1": TWO[0], "x2": TWO[1]})),
         ("l.json", json.dumps({"columns": [*TWO[0]], "data": [[*r.values()] for r in TWO]})),
+        ("x.json", '{"data": [\n' + json.dumps(TWO[0]) + "\n,\n" + json.dumps(TWO[1]) + "\n]}"),
         ("m.csv", 'prompt,target\np 1," a, b"\n\np 2, c\n'),
         ("n.csv", ',prompt,target\n0,p 1," a, b"\n1,p 2, c\n'),
         ("o.csv", 'Unnamed: 0,prompt , target,\r\n0,p 1," a, b",\r\n1,p 2, c,\r\n,,,\r\n'),
@@ -371,6 +372,21 @@ def test_packed_files(tmp_path, ending, pack):
     path = tmp_path / f"a.csv.{ending}"
     path.write_bytes(pack.compress(b'prompt,target\np 1," a, b"\np 2, c\n'))
     assert list(placed_records(str(path))) == [(f"{path}:2", TWO[0]), (f"{path}:3", TWO[1])]
+    path.write_bytes(path.read_bytes()[:-5])  # cut, as by a download that broke off
+    with pytest.raises(UserError, match="cannot be read: "):
+        list(placed_records(str(path)))
+
+
+def test_zstandard_reads_all_frames(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    path = tmp_path / "a.jsonl.zst"
+    frames = [zstandard.compress(lines_of([record]).encode()) for record in TWO]
+    path.write_bytes(b"".join(frames))
+    assert list(read_records(str(path))) == TWO
+    for cut in (path.read_bytes()[:-4], b"no zstd"):
+        path.write_bytes(cut)
+        with pytest.raises(UserError, match="a.jsonl.zst cannot be read: "):
+            list(read_records(str(path)))
 
 
 def test_zstandard_is_optional(tmp_path, monkeypatch):
@@ -429,6 +445,28 @@ def test_folders_of_save_to_disk(tmp_path):
     assert list(read_records(both)) == TWO and list(read_records(both, split="test")) == TWO[1:]
     with pytest.raises(UserError, match="no split 'dev'; give --data-split one of test, train"):
         list(read_records(both, split="dev"))
+
+
+class Arrows:
+    """What `datasets` gives for a dataset of the hub, without a hub."""
+
+    def __init__(self, dataset):
+        self.dataset, self.asked = dataset, []
+
+    def load(self, *args, **options):
+        self.asked.append((*args, options))
+        return self.dataset.to_iterable_dataset() if options["streaming"] else self.dataset
+
+
+def test_a_hub_dataset_is_streamed_if_few_records_are_asked_for(monkeypatch):
+    hub = Arrows(datasets.Dataset.from_list([*TWO, {"prompt": None, "target": "t"}]))
+    monkeypatch.setattr(datasets, "load_dataset", hub.load)
+    assert list(placed_records("a/b", limit=1)) == [("a/b, record 1", TWO[0])]
+    assert list(read_records("a/b", config="c", split="dev"))[:2] == TWO
+    asked = [{"split": "train", "streaming": True}, {"split": "dev", "streaming": False}]
+    assert hub.asked == [("a/b", None, asked[0]), ("a/b", "c", asked[1])]
+    with pytest.raises(UserError, match="a/b, record 3: no prompt field"):
+        load_examples("a/b", strict=True)
 
 
 def test_pictures_need_no_package_and_nulls_of_messages_go(tmp_path, monkeypatch):
@@ -638,6 +676,14 @@ def test_a_dialogue_without_answers_is_a_prompt():
     assert example == Example(render_dialogue(said[:2]), "", {}, said[:2], ("b",))
 
 
+def test_a_reference_of_turns_is_text_as_it_is():
+    (example,) = to_examples({"turns": ["q"], "reference": "[see note"})
+    assert example.target == "[see note" and example.user_turns == ()
+    (example,) = to_examples({"turns": '["q", "r"]', "reference": '["a", "b"]', "system": "S"})
+    said = [says("system", "S"), says("user", "q")]
+    assert example == Example(render_dialogue(said), "a", {"system": "S"}, said, ("r",))
+
+
 def test_an_assistant_turn_that_opens_a_dialogue_is_history():
     opened = [says("assistant", "Welcome."), *CHAT[1:3]]
     (example,) = to_examples({"messages": opened})
@@ -745,6 +791,7 @@ ASKED = [says("user", "A fruit?")]
         {"chosen": [*ASKED, GOOD], "rejected": [*ASKED, BAD]},
         {"prompt": ASKED, "chosen": [GOOD], "rejected": [BAD]},
         {"prompt": ASKED, "chosen": GOOD, "rejected": BAD},
+        {"prompt": ASKED, "chosen": [*ASKED, GOOD], "rejected": [*ASKED, BAD]},
         {"prompt": ASKED, "chosen": "A pear.", "rejected": "No."},
         {"question": "A fruit?", "chosen": json.dumps([GOOD]), "rejected": json.dumps([BAD])},
     ],
@@ -783,6 +830,8 @@ def test_pairs_that_cannot_be_used_are_left_out_and_counted(tmp_path, capsys):
     record = {"prompt": "p", "chosen": "a", "rejected": "b"}
     records = [record, {**record, "rejected": None}, {**record, "rejected": "a"}]
     records += [{"chosen": [*ASKED, GOOD], "rejected": [says("user", "Other?"), BAD]}]
+    system = [says("system", "S"), *ASKED]
+    records += [{"prompt": system, "chosen": [*ASKED, GOOD], "rejected": [*ASKED, BAD]}]
     records += [{**record, "chosen": [GOOD]}, {"chosen": [GOOD], "rejected": [BAD]}]
     source = write(tmp_path / "a.jsonl", records)
     (pair,) = load_pairs(source, template_args={"x": 1})
@@ -790,14 +839,17 @@ def test_pairs_that_cannot_be_used_are_left_out_and_counted(tmp_path, capsys):
     assert pair.place == f"{source}:1" and pair.template_args == {"x": 1}
     note = capsys.readouterr().err
     for words in (
-        "5 of 6 records",
+        "6 of 7 records",
+        "do not begin with the messages of prompt",
         "field 'rejected' must be a string, found NoneType",
         "'chosen' and 'rejected' are the same",
         "differ in more than their last turn",
         "field 'chosen' must be a string, found list",
-        "hold replies alone",
+        "; and 1 other reasons",
     ):
         assert words in note
+    with pytest.raises(UserError, match="hold replies alone"):
+        to_pair(records[-1])
     assert not load_pairs(source, raw=True)[0].is_chat
     with pytest.raises(UserError, match="a.jsonl:2: field 'rejected'"):
         load_pairs(source, strict=True)
