@@ -168,11 +168,10 @@ def _prompt_examples(
     target_field = _pick_target(record, target_field, prompt_field)
     start = _prompt_of(record, prompt_field, target_field, raw)
     fields = _other_fields(record, prompt_field, target_field)
-    example = replace(start, columns=fields)
     value = record.get(target_field)
     if is_dialogue(value):
-        said = [{"role": "user", "content": example.prompt}]
-        history = said if example.messages is None else example.messages
+        said = [{"role": "user", "content": start.prompt}]
+        history = said if start.messages is None else start.messages
         replies, weight_0 = to_messages(value, target_field)
         if replies[0]["role"] != "assistant":
             raise UserError(f"field '{target_field}' does not begin with an assistant turn")
@@ -184,9 +183,9 @@ def _prompt_examples(
         if not checked_text(value, target_field).strip():
             why = "is empty, so there is nothing to learn from it"
             raise UserError(f"field '{target_field}' {why}")
-        examples = [replace(example, target=value)]
+        examples = [replace(start, target=value, columns=fields)]
     else:
-        examples = [example]
+        examples = [replace(start, columns=fields)]
     label = record.get("label")
     if target_field == "completion" and (label is False or label in ("False", "false")):
         # KTO: people did not want this completion, so it is no demonstration.
@@ -311,21 +310,25 @@ def _turn_examples(
         why = "has no assistant turn with content" if not weight_0 else "has only turns of weight 0"
         raise UserError(f"'{name}' {why}, so there is nothing to learn from it")
     counts[WEIGHT_0] += len(weight_0 & set(replies))
-    examples = []
-    for i in trained:
-        example = _dialogue_example(messages, i, record, name)
-        target, reply = said_in(messages[i]), whole_reply(messages[i])
-        examples.append(replace(example, target=target, reply=reply))
-    return examples
+    return [_dialogue_example(messages, i, record, name, answer=messages[i]) for i in trained]
 
 
-def _dialogue_example(messages: list[dict], end: int, record: dict, name: str) -> Example:
-    """The messages before `end` as a prompt."""
+def _dialogue_example(
+    messages: list[dict], end: int, record: dict, name: str, answer: dict | None = None
+) -> Example:
+    """The messages before `end` as a prompt, and the message that answers it, if there is one."""
     tools, history = _tools(record), messages[:end]
     later = tuple(m["content"] for m in messages[end:] if m["role"] == "user")
-    args = {"tools": tools} if tools else {}
-    example = Example(render_dialogue(history, tools), "", _other_fields(record, name), history)
-    return replace(example, user_turns=later, is_chat=True, template_args=args)
+    return Example(
+        render_dialogue(history, tools),
+        said_in(answer) if answer else "",
+        columns=_other_fields(record, name),
+        messages=history,
+        user_turns=later,
+        reply=whole_reply(answer) if answer else None,
+        is_chat=True,
+        template_args={"tools": tools} if tools else {},
+    )
 
 
 def _first_user(messages: list[dict], name: str) -> int:
