@@ -436,7 +436,9 @@ def test_pairs_in_both_formats(tmp_path):
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
     pairs = load_pairs(str(tmp_path / "pairs.jsonl"))
     assert pairs[0] == Pair("p", " good", " bad", {"source": "x"}) and len(pairs) == 3
-    assert pairs[1] == Pair("\n\nHuman: hi\n\nAssistant:", " hello there", " go away")
+    said = [{"role": "user", "content": "hi"}]
+    prompt = "\n\nHuman: hi\n\nAssistant:"
+    assert pairs[1] == Pair(prompt, " hello there", " go away", messages=said)
     assert pairs[2].prompt.endswith("Human: c\n\nAssistant:") and (
         pairs[2].chosen,
         pairs[2].rejected,

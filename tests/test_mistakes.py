@@ -73,10 +73,11 @@ def place(tmp_path_factory, tiny_folder):
     data("binary.txt", bytes(range(256)))
     data("no_target.jsonl", '{"prompt": "p"}\n')
     data("no_prompt.jsonl", '{"target": "p"}\n')
+    data("typo.jsonl", '{"prompt": "p", "compeltion": "t"}\n')
     data("number.jsonl", '{"prompt": "p", "target": 5}\n')
     data("empty_target.jsonl", '{"prompt": "p", "target": "t"}\n{"prompt": "p", "target": "  "}\n')
     data("role.jsonl", '{"messages": [{"role": "alien", "content": "x"}]}\n')
-    data("no_assistant.jsonl", '{"messages": [{"role": "user", "content": "x"}]}\n')
+    data("no_assistant.jsonl", '{"messages": [{"role": "system", "content": "x"}]}\n')
     data("messages_text.jsonl", '{"messages": "x"}\n')
     data("content.jsonl", '{"messages": [{"role": "assistant", "content": 3}]}\n')
     data("one_word.txt", "word\nother\n")
@@ -140,18 +141,21 @@ MISTAKES = [
     ("--data {root}/latin.txt", "latin.txt:2: byte 0xe9"),
     ("--data {root}/latin.txt --encoding klingon", "not an encoding that Python knows"),
     ("--data {root}/binary.txt", "is not utf-8"),
-    ("--data {root}/no_target.jsonl", "no_target.jsonl:1: no target field"),
+    ("--data {root}/no_target.jsonl", "has no target to learn from"),
     ("--data {root}/no_prompt.jsonl", "no_prompt.jsonl:1: no prompt field"),
     ("--data {root}/good.jsonl --prompt-field title", "no prompt field: looked for title"),
     ("--data {root}/good.jsonl --target-field body", "no target field: looked for body"),
     ("--data {root}/number.jsonl", "number.jsonl:1: field 'target' must be a string, found int"),
-    ("--data {root}/empty_target.jsonl", "empty_target.jsonl:2: field 'target' is empty"),
+    ("--data {root}/empty_target.jsonl --strict", "empty_target.jsonl:2: field 'target' is empty"),
     ("--data {root}/role.jsonl", "role.jsonl:1: unknown role 'alien'"),
-    ("--data {root}/no_assistant.jsonl", "no_assistant.jsonl:1: 'messages' has no assistant turn"),
+    ("--data {root}/no_assistant.jsonl", "no_assistant.jsonl:1: 'messages' has no user turn"),
     ("--data {root}/messages_text.jsonl", "must be a list of {{role, content}}"),
     ("--data {root}/content.jsonl", "field 'content' must be a string"),
-    ("--data {root}/one_word.txt", "holds no record that can be used"),
-    ("--data {root}/ragged.csv", "ragged.csv cannot be read"),
+    ("--data {root}/one_word.txt", "one_word.txt:1: the text has fewer than two words"),
+    ("--data {root}/ragged.csv", "ragged.csv:3: 4 cells, but the header names 2 columns"),
+    ("--data {root}/nothing*.jsonl", "matches no file"),
+    ("--data {root}/typo.jsonl", "did you mean --target-field compeltion?"),
+    ("--template-args [1]", "--template-args: expected a JSON object"),
     ("--data {root}/header.csv", "holds no record that can be used"),
     ("--data {root}/table.xlsx", "unknown ending"),
     ("--data {root}/not.parquet", "not.parquet cannot be read"),
@@ -253,7 +257,7 @@ MISTAKES = [
     ),
     (
         "--reward mixture(bleu,length) --mixture-data {root}/same.jsonl",
-        "holds no pair of different responses",
+        "same.jsonl:1: 'chosen' and 'rejected' are the same",
     ),
     # run folders, devices, choices
     ("--out {root}/file", "cannot be written"),
