@@ -49,7 +49,7 @@ class Sizes(NamedTuple):
     width: int
     kv_width: int
     vocab: int
-    context: int  # tokens that it can look at together
+    context: int = 10**9  # tokens that it can look at together
 
 
 TINY_WIDTH = TINY_LM["hidden_size"]

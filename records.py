@@ -326,7 +326,6 @@ def _dialogue_example(
         messages=history,
         user_turns=later,
         reply=whole_reply(answer) if answer else None,
-        is_chat=True,
         template_args={"tools": tools} if tools else {},
     )
 
@@ -430,7 +429,6 @@ def _message_pair(record: dict) -> Pair:
         messages=shared,
         chosen_reply=whole_reply(replies[0]),
         rejected_reply=whole_reply(replies[1]),
-        is_chat=True,
         template_args={"tools": tools} if tools else {},
     )
 
