@@ -201,12 +201,12 @@ def _hash(key: str) -> float:
 
 def split_pairs(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
     """(train, held out) preference pairs, by the prompt, as `split_examples` does it."""
-    chosen = [pair.sides()[0] for pair in pairs]
-    sides = []
-    for part in split_examples(chosen):
-        of_part = {id(example) for example in part}
-        sides.append([pair for pair, e in zip(pairs, chosen) if id(e) in of_part])
-    return sides[0], sides[1]
+    examples = []
+    for pair in pairs:
+        both = f"{pair.chosen}\0{pair.rejected}"
+        examples.append(Example(pair.prompt, both, {"pair": pair}, pair.messages))
+    train, held_out = split_examples(examples)
+    return [e.columns["pair"] for e in train], [e.columns["pair"] for e in held_out]
 
 
 class BatchStream:
@@ -272,6 +272,8 @@ def main(argv: list[str]) -> None:
     _, held_out = split_examples(examples)
     n_empty = len([example for example in examples if not example.target])
     print(f"{len(examples)} examples, {len(held_out)} of them held out, {n_empty} without a target")
+    if args.model is None:
+        survey.say_touching(examples, print)
 
 
 def show_as_read(args, examples: list[Example]) -> list[Example]:

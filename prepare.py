@@ -60,7 +60,7 @@ def prepare(args, algorithm: Algorithm) -> Run:
         run.reward = load_reward(args, run, data)
     run.reference = load_references(args, model, tokenizer)
     if isinstance(run.reference, ReferenceMixture):
-        run.reference.check_names(data.train + data.held_out)
+        run.reference.check_names(data.train + data.held_out + data.pairs + data.held_out_pairs)
     run.user = load_user(args, device)
     check_opponent(args, run)
     return run

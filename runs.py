@@ -49,11 +49,15 @@ class Algorithm:
     step_flags: tuple[str, ...] = ()  # flags that `step` takes as keyword arguments
     flags: tuple[str, ...] = ()  # other flags that matter to it, and not to every algorithm
     add_flags: Callable | None = None  # adds flags of its own to the command line
-    samples: bool = True  # it learns from responses that are sampled and scored by --reward
     preference_pairs: Callable | None = None  # (args) -> the pairs that it learns from
     measure: Callable | None = None  # (run, args) -> more metrics of an evaluation, `eval/...`
     least_group: int = 1  # --group-size must be at least this
     kl_in_loss: bool = False  # its loss contains the KL (`step` takes kl_coef), not the reward
+
+    @property
+    def samples(self) -> bool:
+        """Does it learn from responses that are sampled and scored by --reward?"""
+        return self.preference_pairs is None
 
 
 @dataclass

@@ -145,7 +145,12 @@ def say_unwritten(tokenizer, examples: list[Example], say: Callable) -> None:
             f"note: {len(asked)} of {len(examples)} examples are prompt and target: the model's "
             "chat template writes them as a question and its answer (--raw: as plain text)"
         )
-    touching = [e for e in examples if dialogue_of(tokenizer, e) is None and touches(e)]
+    say_touching([e for e in examples if dialogue_of(tokenizer, e) is None], say)
+
+
+def say_touching(examples: list[Example], say: Callable) -> None:
+    """Say where a plain prompt and its target are joined without a space or line break."""
+    touching = [example for example in examples if touches(example)]
     if touching:
         text = (touching[0].prompt + touching[0].target)[:60]
         say(

@@ -157,7 +157,6 @@ ALGORITHMS = {
         add_flags=dpo.add_flags,
         preference_pairs=dpo.preference_pairs,
         measure=dpo.measure_pairs,
-        samples=False,
     ),
 }
 

@@ -20,6 +20,7 @@ from conftest import FAST, ROOT
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import dpo
 import engine
 import hybrid
 import runs
@@ -231,26 +232,43 @@ def test_a_due_checkpoint_is_written_whatever_stands_under_its_name(tmp_path):
     assert_equal_runs(tmp_path / "whole", tmp_path / "run")
 
 
-def test_pairs_of_a_step_that_failed_are_drawn_again(tmp_path, tiny_folder, capsys):
+def test_pairs_of_a_step_that_failed_are_drawn_again(tmp_path, tiny_folder, monkeypatch, capsys):
     pairs = [{"prompt": f"the {i}", "chosen": " a b", "rejected": f" c {i}"} for i in range(9)]
+    (tmp_path / "prefs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     flags = [*FAST, "--sft-warmup", "1", "--ppo-ratio", "0.9", "--max-length", "40"]
     flags += ["--model", str(tiny_folder), "--algorithm", "dpo"]
-    flags += ["--ref-model", f"a={tiny_folder}", "--ref-model", f"b={tiny_folder}"]
     flags += ["--preference-data", str(tmp_path / "prefs.jsonl")]
-
-    def write(name: str) -> None:
-        records = [*pairs[:4], {**pairs[4], "reference": name}, *pairs[5:]]
-        (tmp_path / "prefs.jsonl").write_text("\n".join(map(json.dumps, records)))
-
-    write("a")
     main([*flags, "--out", str(tmp_path / "whole")])
-    write("nobody")
+
+    batches, preference_batch = [], dpo.preference_batch
+
+    def fails_at_the_third(tokenizer, reference, drawn, **options):
+        batches.append(drawn)
+        if len(batches) == 3:
+            raise UserError("the reference is gone")
+        return preference_batch(tokenizer, reference, drawn, **options)
+
+    monkeypatch.setattr(dpo, "preference_batch", fails_at_the_third)
     with pytest.raises(SystemExit):
         main([*flags, "--out", str(tmp_path / "run")])
-    assert "names the reference 'nobody'" in capsys.readouterr().err
-    write("a")
+    assert "the reference is gone" in capsys.readouterr().err
     main(["--resume", str(tmp_path / "run")])
     assert_equal_runs(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_pair_that_names_no_reference_is_found_before_the_first_step(
+    tmp_path, tiny_folder, capsys
+):
+    pairs = [{"prompt": f"the {i}", "chosen": " a b", "rejected": f" c {i}"} for i in range(9)]
+    pairs[4]["reference"] = "nobody"
+    (tmp_path / "prefs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    flags = [*FAST, "--model", str(tiny_folder), "--algorithm", "dpo", "--max-length", "40"]
+    flags += ["--ref-model", f"a={tiny_folder}", "--ref-model", f"b={tiny_folder}"]
+    flags += ["--preference-data", str(tmp_path / "prefs.jsonl"), "--out", str(tmp_path / "run")]
+    with pytest.raises(SystemExit):
+        main(flags)
+    assert "names the reference 'nobody'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_torn_lines_are_dropped_and_newer_rows_forgotten(tmp_path):
