@@ -244,12 +244,12 @@ def split_dialogue(tokenizer, example: Example) -> tuple[str, str]:
         whole = render(tokenizer, [*messages, reply], arguments)
         if not whole.startswith(opening):
             raise UserError(
-                "it begins this answer with another header than its prompt has; --template-args "
-                "may ask for the same"
+                "the template begins this answer with another header than its prompt has; "
+                "--template-args may ask for the same"
             )
         answer = whole[len(opening) :]
         if reply["content"].rpartition("</think>")[2].strip() not in answer:
-            raise UserError("it does not write the answer as it is")
+            raise UserError("the template does not write the answer as it is")
     except UserError as problem:
         dialogue = f"the model's chat template refuses the dialogue {example.prompt[:80]!r}"
         where = f"{example.place}: " if example.place else ""
@@ -266,9 +266,9 @@ def _opening(tokenizer, messages: list[dict], arguments: dict) -> str:
         # there (`<think>`): the answer begins where the two texts part.
         opening = os.path.commonprefix([opening, marked])
         if not opening.startswith(render(tokenizer, messages, arguments)):
-            raise UserError("it writes the turns before an answer differently once it follows")
+            raise UserError("the template writes the turns before an answer differently with it")
     if MARK not in marked[len(opening) :]:
-        raise UserError("it does not write the answer")
+        raise UserError("the template does not write the answer")
     return opening
 
 
@@ -299,7 +299,7 @@ def render(tokenizer, messages: list[dict], arguments: dict | None = None, **opt
         # A template that does not read parts may write them as they are in Python.
         if missing is None and not any(f"{m['content']!r}" in text for m in in_parts):
             return text
-        reasons.append(f"it does not write {missing}")
+        reasons.append(f"the template does not write {missing}")
     raise UserError(reasons[0])
 
 

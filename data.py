@@ -269,9 +269,10 @@ def main(argv: list[str]) -> None:
             print(json.dumps(record, ensure_ascii=False, default=str))
     else:
         examples = show_as_read(args, examples)
-    _, held_out = split_examples(examples)
+    train, held_out = split_examples(examples)
     n_empty = len([example for example in examples if not example.target])
     print(f"{len(examples)} examples, {len(held_out)} of them held out, {n_empty} without a target")
+    survey.say_shared(train, held_out, print)
     if args.model is None:
         survey.say_touching(examples, print)
 

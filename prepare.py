@@ -159,6 +159,7 @@ def check_data(args, tokenizer, data: Data) -> None:
             "give 'messages' or 'turns', or a --user-model"
         )
     limits = limits_of(args)
+    survey.say_shared(data.train, data.held_out, say)
     data.train = survey.writable(tokenizer, data.train, args.strict, say)
     data.held_out = survey.writable(tokenizer, data.held_out, args.strict, say)
     if data.pairs:

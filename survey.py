@@ -60,7 +60,7 @@ def comparable(
 
 
 def _kept(records: list, check: Callable, strict: bool, say: Callable) -> list:
-    kept, reasons = [], {}  # reasons: text -> places
+    kept, reasons, first = [], {}, None  # reasons: text -> places
     for record in tqdm(records, desc="checking the data", leave=False, delay=2):
         try:
             check(record)
@@ -68,13 +68,13 @@ def _kept(records: list, check: Callable, strict: bool, say: Callable) -> list:
         except UserError as problem:
             if strict:
                 raise
-            reason = str(problem).removeprefix(f"{record.place}: ")
-            first = f"{record.place}: {reason}" if record.place else reason
-            reasons.setdefault(reason.rpartition(": ")[2], []).append(first)
-    if not kept and reasons:
-        raise UserError(next(iter(reasons.values()))[0])
-    for reason, found in reasons.items():
-        say(f"note: {len(found)} of {len(records)} examples are left out: {reason} ({found[0]})")
+            first = first or problem
+            reasons.setdefault(str(problem).rpartition(": ")[2], []).append(record.place)
+    if first is not None and not kept:
+        raise first
+    for reason, places in reasons.items():
+        where = f" (first: {places[0]})" if places[0] else ""
+        say(f"note: {len(places)} of {len(records)} examples are left out: {reason}{where}")
     return kept
 
 
@@ -142,8 +142,8 @@ def say_unwritten(tokenizer, examples: list[Example], say: Callable) -> None:
     asked = [e for e in examples if e.messages is None and dialogue_of(tokenizer, e) is not None]
     if asked:
         say(
-            f"note: {len(asked)} of {len(examples)} examples are prompt and target: the model's "
-            "chat template writes them as a question and its answer (--raw: as plain text)"
+            f"note: {len(asked)} of {len(examples)} examples are plain prompts: the model's chat "
+            "template writes each as a question, and its target as the answer (--raw: plain text)"
         )
     say_touching([e for e in examples if dialogue_of(tokenizer, e) is None], say)
 
@@ -156,6 +156,17 @@ def say_touching(examples: list[Example], say: Callable) -> None:
         say(
             f"note: in {len(touching)} of {len(examples)} examples prompt and target touch, as in "
             f"{text!r}: end one or begin the other with a space or line break"
+        )
+
+
+def say_shared(train: list[Example], held_out: list[Example], say: Callable) -> None:
+    """Say how many held-out examples are trained on too, where there are not enough prompts."""
+    trained = {(example.prompt, example.target) for example in train}
+    shared = [example for example in held_out if (example.prompt, example.target) in trained]
+    if shared:
+        say(
+            f"note: {len(shared)} of {len(held_out)} held-out examples are trained on too: there "
+            "are too few different ones to hold any out"
         )
 
 
@@ -180,7 +191,8 @@ def show(tokenizer, example: Example, max_length: int, max_prompt_length: int) -
         cut = f", {len(ids) - len(kept)} cut" if len(kept) < len(ids) else ""
         counts.append(f"{name} {len(kept)} tokens{cut}")
     lines = [f"{example.place or 'an example'}: {', '.join(counts)}"]
-    lines += [f"    {visible(line)}" for line in as_read(tokenizer, row[0]).split("\n")]
+    prompt = as_read(tokenizer, row[0]).removesuffix("\n")  # the answer begins a line anyway
+    lines += [f"    {visible(line)}" for line in prompt.split("\n")]
     if example.target:
         lines += [f"  > {visible(line)}" for line in as_read(tokenizer, row[1]).split("\n")]
     return "\n".join(lines)

@@ -63,7 +63,7 @@ def test_a_dialogue_that_the_template_refuses_is_left_out_and_counted(chat_token
     said = []
     assert survey.writable(chat_tokenizer, examples, False, said.append) == examples[::2]
     (line,) = said
-    assert "2 of 4 examples are left out: roles must alternate" in line and "f.jsonl:2:" in line
+    assert line == ("note: 2 of 4 examples are left out: roles must alternate (first: f.jsonl:2)")
     with pytest.raises(UserError, match="f.jsonl:2: .*roles must alternate"):
         survey.writable(chat_tokenizer, examples, True, said.append)
     with pytest.raises(UserError, match="f.jsonl:9: .*roles must alternate"):
@@ -135,12 +135,12 @@ def test_data_py_shows_three_records_as_the_model_reads_them(chat_folder, tmp_pa
     out = capsys.readouterr().out
     assert out.count("  > ") == 3 and "    <|user|>Say 0.<|endoftext|><|assistant|>" in out
     assert "  > 0.<|endoftext|>" in out and "1 of 5 examples are left out" in out
-    assert f"{path}:2: " in out and "4 examples" in out
+    assert f"(first: {path}:2)" in out and "4 examples" in out
     path.write_text('{"prompt": "Name a tree.", "target": " An oak."}\n' * 3)
     data_main([str(path), "--model", chat_folder])
     out = capsys.readouterr().out
     assert "    <|user|>Name a tree.<|endoftext|><|assistant|>\n  > An oak.<|endoftext|>" in out
-    assert "3 of 3 examples are prompt and target: the model's chat template writes them" in out
+    assert "3 of 3 examples are plain prompts: the model's chat template writes each" in out
     data_main([str(path), "--model", chat_folder, "--raw"])
     assert "    Name a tree.\n  >  An oak.<|endoftext|>" in capsys.readouterr().out
 
