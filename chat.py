@@ -85,7 +85,7 @@ def _prompt_ids(tokenizer, example: Example, text: str | None, max_tokens: int |
     messages = example.messages or [{"role": "user", "content": example.prompt}]
     kept = _head_length(tokenizer, text, ids, messages)
     if kept >= max_tokens:  # the system turn would leave no room for anything else
-        kept = 0
+        kept = 1 if ids[0] == tokenizer.bos_token_id else 0
     return ids[:kept] + ids[len(ids) - max_tokens + kept :]
 
 
