@@ -473,14 +473,20 @@ def max_rss() -> int:
 
 
 def matmul_flops(load) -> float:
-    """FLOP/s of a large matrix product: the ceiling for the utilisation."""
-    n = 8192 if load.device == "cuda" else 2048
-    x, best = torch.ones(n, n, dtype=DTYPES[load.amp], device=load.device), math.inf
-    for _ in range(20):
-        started = time.perf_counter()
-        (x @ x)[0, 0].item()
-        best = min(best, time.perf_counter() - started)
-    return 2 * n**3 / best
+    """FLOP/s of a large matrix product: the ceiling for the utilisation.
+
+    The matrices grow until they are large or slow: a CPU without bf16 takes 20 s for 2,048 rows.
+    """
+    n, largest = 256, 8192 if load.device == "cuda" else 2048
+    while True:
+        x, best = torch.ones(n, n, dtype=DTYPES[load.amp], device=load.device), math.inf
+        for _ in range(20):
+            started = time.perf_counter()
+            (x @ x)[0, 0].item()
+            best = min(best, time.perf_counter() - started)
+        if n == largest or best > 0.05:
+            return 2 * n**3 / best
+        n *= 2
 
 
 def worker(side: str, load) -> None:
