@@ -298,7 +298,7 @@ def hybrid(load) -> Callable:
     max_length = load.prompt_len + load.response_len
     update = dict(micro_batch_size=load.micro_batch_size)
     # Prompts and responses are ids from end to end: what turns them into text is not measured.
-    dialogue.encode_prompt = lambda tokenizer, example, max_tokens: example.prompt
+    dialogue.encode_prompt = lambda tokenizer, example: example.prompt
     dialogue.decode = lambda tokenizer, ids: ""
 
     def no_reward(prompts, completions, **columns):

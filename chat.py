@@ -21,7 +21,7 @@ from dataclasses import replace
 import jinja2  # comes with torch; chat templates are written in it
 
 from engine import UserError, first_line
-from sources import Example
+from sources import Example, render_dialogue
 
 SPACE = "\u2581"  # how SentencePiece-like tokenizers write the space that starts a word
 MARK = "\N{SECTION SIGN}answer\N{SECTION SIGN}"  # stands for an answer in a probe of the template
@@ -39,54 +39,81 @@ TEMPLATE_ERRORS = (
 # ---------------------------------------------------------------------------------------- token ids
 
 
-def encode_prompt(tokenizer, example: Example, max_tokens: int | None = None) -> list[int]:
+def encode_prompt(tokenizer, example: Example) -> list[int]:
     """Token ids of the prompt, with the BOS that the tokenizer wants, exactly once. Never empty.
 
-    A prompt above `max_tokens` is cut on its left; BOS and the system turn stay. Raises UserError
-    where the chat template refuses the dialogue.
+    Raises UserError where the chat template refuses the dialogue.
     """
     if dialogue_of(tokenizer, example) is None:
-        return _prompt_ids(tokenizer, example, None, max_tokens)
-    text, _ = split_dialogue(tokenizer, replace(example, target=""))
-    return _prompt_ids(tokenizer, example, text, max_tokens)
+        ids = _plain_ids(tokenizer, example.prompt)
+    else:
+        text, _ = split_dialogue(tokenizer, replace(example, target=""))
+        ids = tokenizer(text, add_special_tokens=False).input_ids  # the template has written BOS
+    if ids:
+        return ids
+    # Even an empty prompt needs a token from which the first response token is predicted.
+    has_bos = tokenizer.bos_token_id is not None
+    return [tokenizer.bos_token_id if has_bos else tokenizer.eos_token_id]
+
+
+def cut_prompt(tokenizer, example: Example, ids: list[int], max_tokens: int) -> list[int]:
+    """The ids of `encode_prompt`, at most `max_tokens` of them, cut on their left.
+
+    BOS stays, and the system turn too, unless it leaves no room for the question.
+    """
+    if len(ids) <= max_tokens:
+        return ids
+    kept = _head_length(tokenizer, example, ids)
+    closing = len(ids) - _head_length(tokenizer, example, ids, last=True)  # a mark, a header
+    if kept + closing + 1 > max_tokens:
+        kept = 0
+    if kept == 0 and ids[0] == tokenizer.bos_token_id:
+        kept = 1
+    return ids[:kept] + ids[len(ids) - max_tokens + kept :]
+
+
+def _head_length(tokenizer, example: Example, ids: list[int], last: bool = False) -> int:
+    """How many tokens of a prompt stand before what the user first says: BOS, the system turn.
+
+    With `last`: up to the end of the last message. A mark in its place finds the message.
+    """
+    messages = dialogue_of(tokenizer, example) or example.messages
+    if not messages:
+        return len(ids) if last else 0
+    turns = [i for i, message in enumerate(messages) if message["role"] != "system"] or [0]
+    turn = len(messages) - 1 if last else turns[0]
+    marked = {**messages[turn], "content": MARK}
+    messages = [*messages[:turn], marked, *messages[turn + 1 :]]
+    if dialogue_of(tokenizer, example) is None:
+        text = render_dialogue(messages, example.template_args.get("tools"))
+    else:
+        arguments = example.template_args
+        text = render(tokenizer, messages, arguments, add_generation_prompt=True)
+    before, _, after = text.partition(MARK)
+    if last:
+        return len(ids) - len(tokenizer(after, add_special_tokens=False).input_ids)
+    return len(os.path.commonprefix([ids, tokenizer(before, add_special_tokens=False).input_ids]))
 
 
 def encode_demonstration(
     tokenizer, example: Example, max_tokens: int | None = None, ends: list[int] | None = None
 ) -> tuple[list[int], list[int]]:
-    """Token ids of the prompt, as by `encode_prompt`, and of the complete answer with its end.
+    """Token ids of the prompt, at most `max_tokens`, and of the complete answer with its end.
 
     With a chat template, the answer is what it writes after the prompt, up to the end of the turn.
     `ends` is `end_ids(tokenizer)`, for callers with many examples.
     """
     if dialogue_of(tokenizer, example) is None:
-        prompt = _prompt_ids(tokenizer, example, None, max_tokens)
-        return prompt, encode_target(tokenizer, example.target)
-    text, answer = split_dialogue(tokenizer, example)
-    if ends is None:
-        ends = end_ids(tokenizer)
-    return (
-        _prompt_ids(tokenizer, example, text, max_tokens),
-        _up_to_the_end(tokenizer, _ids_inside(tokenizer, answer), ends),
-    )
-
-
-def _prompt_ids(tokenizer, example: Example, text: str | None, max_tokens: int | None) -> list[int]:
-    """`text` is what the chat template writes; None where it does not write this prompt."""
-    if text is not None:
-        ids = tokenizer(text, add_special_tokens=False).input_ids  # the template has written BOS
+        prompt, answer = encode_prompt(tokenizer, example), encode_target(tokenizer, example.target)
     else:
-        text, ids = example.prompt, _plain_ids(tokenizer, example.prompt)
-    if not ids:  # even an empty prompt needs a token from which the first one is predicted
-        has_bos = tokenizer.bos_token_id is not None
-        ids = [tokenizer.bos_token_id if has_bos else tokenizer.eos_token_id]
-    if max_tokens is None or len(ids) <= max_tokens:
-        return ids
-    messages = example.messages or [{"role": "user", "content": example.prompt}]
-    kept = _head_length(tokenizer, text, ids, messages)
-    if kept >= max_tokens:  # the system turn would leave no room for anything else
-        kept = 1 if ids[0] == tokenizer.bos_token_id else 0
-    return ids[:kept] + ids[len(ids) - max_tokens + kept :]
+        text, answer_text = split_dialogue(tokenizer, example)
+        prompt = tokenizer(text, add_special_tokens=False).input_ids
+        if ends is None:
+            ends = end_ids(tokenizer)
+        answer = _up_to_the_end(tokenizer, _ids_inside(tokenizer, answer_text), ends)
+    if max_tokens is not None:
+        prompt = cut_prompt(tokenizer, example, prompt, max_tokens)
+    return prompt, answer
 
 
 def _plain_ids(tokenizer, text: str) -> list[int]:
@@ -97,22 +124,6 @@ def _plain_ids(tokenizer, text: str) -> list[int]:
         if not text.endswith(tokenizer.eos_token):
             ids = ids[:-1]  # some tokenizers add EOS to every text; here a response follows
     return ids
-
-
-def _head_length(tokenizer, text: str, ids: list[int], messages: list[dict]) -> int:
-    """How many tokens at the left of a prompt stay when it is cut: BOS, and the system turn."""
-    end = 0
-    for message in messages:
-        content = message["content"].strip()
-        position = text.find(content, end)
-        if message["role"] != "system" or position < 0:
-            end = max(position, end)
-            break
-        end = position + len(content)
-    head = tokenizer(text[:end], add_special_tokens=False).input_ids
-    if ids[0] == tokenizer.bos_token_id and head[:1] != ids[:1]:
-        head = [ids[0], *head]
-    return len(os.path.commonprefix([ids, head]))
 
 
 def encode_target(tokenizer, text: str) -> list[int]:
@@ -296,11 +307,21 @@ def render(tokenizer, messages: list[dict], arguments: dict | None = None, **opt
         except TEMPLATE_ERRORS as problem:
             reasons.append(first_line(problem))
             continue
+        if missing is None and any(message["role"] == "tool" for message in messages):
+            marked = [{**m, "content": MARK} if m["role"] == "tool" else m for m in messages]
+            missing = None if MARK in _try(write, marked) else "what a tool said"
         # A template that does not read parts may write them as they are in Python.
         if missing is None and not any(f"{m['content']!r}" in text for m in in_parts):
             return text
         reasons.append(f"the template does not write {missing}")
     raise UserError(reasons[0])
+
+
+def _try(write, messages: list[dict]) -> str:
+    try:
+        return write(messages)
+    except TEMPLATE_ERRORS:
+        return MARK  # it reads the content, and not any text will do
 
 
 def _missing(text: str, messages: list[dict]) -> str | None:
@@ -325,18 +346,27 @@ def _arguments_as_text(message: dict) -> dict:
 
 
 def unwritten(tokenizer, example: Example) -> list[str]:
-    """What the data say and the template does not write: of `tools` and `reasoning_content`."""
-    if dialogue_of(tokenizer, example) is None:
-        return []
-    prompt, answer = split_dialogue(tokenizer, example)
+    """What the data say and the model does not read: of `tools` and reasoning."""
     missing = []
-    tools = example.template_args.get("tools") or []
-    if any(str(tool.get("function", tool).get("name")) not in prompt for tool in tools):
-        missing.append("tools")
+    if dialogue_of(tokenizer, example) is None:
+        prompt, answer = example.prompt, example.target
+    else:
+        prompt, answer = split_dialogue(tokenizer, example)
+        arguments = {**example.template_args, "tools": None}
+        without = replace(example, template_args=arguments, target="")
+        if example.template_args.get("tools") and split_dialogue(tokenizer, without)[0] == prompt:
+            missing.append("tools")
     for name, thought in reasoning_of(example):
         if thought.strip() not in answer:
             missing.append(name)
     return missing
+
+
+def control_words(tokenizer, example: Example) -> list[str]:
+    """Special tokens of the tokenizer in the words of the data: they are read as such."""
+    texts = [message["content"] for message in dialogue_of(tokenizer, example) or []]
+    text = "\n".join([*texts, example.target] if texts else [example.prompt, example.target])
+    return [token for token in tokenizer.all_special_tokens if token in text]
 
 
 def reasoning_of(example: Example) -> list[tuple[str, str]]:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, fields
 import torch
 
 import survey
-from chat import decode, encode_demonstration, encode_prompt, encode_target, end_ids  # noqa: F401
+from chat import cut_prompt, decode, encode_demonstration, encode_prompt, encode_target, end_ids  # noqa: F401
 from engine import Parser, number, one_line_errors
 from lm import load_tokenizer
 from reviews import BLAME, PRAISE, is_fluent_review, review_metrics  # noqa: F401  (as below)
@@ -137,7 +137,7 @@ def demonstration_batch(
         prompt, answer = encode_demonstration(tokenizer, example, max_prompt_length, ends)
         if max_prompt_length is None:
             room = max_length - min(len(answer), max_length // 2)
-            prompt = encode_prompt(tokenizer, example, room)
+            prompt = cut_prompt(tokenizer, example, prompt, room)
         prompts.append(prompt)
         answers.append(answer[: max_length - len(prompt)])
     return make_batch(tokenizer, prompts, answers, max_length)

@@ -18,11 +18,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from chat import MARK, dialogue_of, end_ids, is_special, render, turn_end
+from chat import MARK, cut_prompt, dialogue_of, end_ids, is_special, render, turn_end
 from data import Example, decode, encode_prompt, plain_reply, render_dialogue
 from engine import UserError, number
 from generate import sample
 from hybrid import HybridModel
+
+OTHER_MARK = "\N{PILCROW SIGN}reply\N{PILCROW SIGN}"  # stands for what the user says
 
 
 @dataclass
@@ -67,7 +69,8 @@ def sample_episodes(
     """
     episodes = []
     for example in examples:
-        ids = encode_prompt(tokenizer, example, max_length - turns * max_new_tokens)
+        ids = encode_prompt(tokenizer, example)
+        ids = cut_prompt(tokenizer, example, ids, max_length - turns * max_new_tokens)
         messages = example.messages or [{"role": "user", "content": example.prompt}]
         episodes.append(Episode(example, list(messages), ids, [False] * len(ids)))
     ends = end_ids(tokenizer, model.lm)
@@ -130,12 +133,17 @@ def text_between(tokenizer, episode: Episode, reply: str) -> str:
         return plain_reply(reply)
     # The mark replaces the response, whose own tokens are in the row already.
     marked = {"role": "assistant", "content": MARK}
-    messages = [*episode.messages[:-1], marked, {"role": "user", "content": reply}]
-    text = render(tokenizer, messages, example.template_args, add_generation_prompt=True)
+    messages = [*episode.messages[:-1], marked]
+    said = [{"role": "user", "content": content} for content in (reply, OTHER_MARK)]
+    text, text_of_mark = [
+        render(tokenizer, [*messages, turn], example.template_args, add_generation_prompt=True)
+        for turn in said
+    ]
     text = text.rpartition(MARK)[2]
     if episode.truncated[-1]:
         return text
-    end_of_turn = tokenizer(text.partition(reply)[0], add_special_tokens=False).input_ids
+    end_of_turn = text_of_mark.rpartition(MARK)[2].partition(OTHER_MARK)[0]
+    end_of_turn = tokenizer(end_of_turn, add_special_tokens=False).input_ids
     written = turn_end(tokenizer)
     ends = [token for token in (episode.ids[-1], written) if token in end_of_turn]
     if not ends and written is not None:
@@ -174,7 +182,7 @@ class ModelUser:
         prompts = []
         for episode in episodes:
             text = render_dialogue(episode.messages).removesuffix("Assistant:\n") + "User:\n"
-            prompts.append(encode_prompt(self.tokenizer, Example(text, ""), room))
+            prompts.append(encode_prompt(self.tokenizer, Example(text, ""))[-room:])
         options = dict(max_new_tokens=self.max_new_tokens, generator=generator)
         options["eos_token_id"] = end_ids(self.tokenizer, self.model.lm)
         responses = sample(self.model, prompts, **options).responses

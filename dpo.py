@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import logsigmoid
 
-from data import Batch, Pair, encode_demonstration, encode_prompt, end_ids, load_pairs, make_batch
+from data import Batch, Pair, cut_prompt, encode_demonstration, end_ids, load_pairs, make_batch
 from engine import Backend, UserError, accumulate, apply_gradients, number
 from hybrid import HybridModel, forward_rows
 from references import ReferenceMixture, reference_logprobs
@@ -95,7 +95,7 @@ def preference_batch(
         prompt, longest = sides[0][0], max(len(answer) for _, answer in sides)
         if max_prompt_length is None:  # Eq. 7 compares two responses to one x: one cut for both
             room = max_length - min(longest, max_length // 2)
-            prompt = encode_prompt(tokenizer, pair.sides()[0], room)
+            prompt = cut_prompt(tokenizer, pair.sides()[0], prompt, room)
         prompts.append(prompt)
         for answers, (_, answer) in zip(responses, sides):
             answers.append(answer[: max_length - len(prompt)])

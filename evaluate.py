@@ -20,6 +20,7 @@ import parallel
 from data import (
     Example,
     columns_of,
+    cut_prompt,
     decode,
     demonstration_batch,
     encode_prompt,
@@ -77,7 +78,10 @@ def evaluate(
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed + parallel.rank())
     asked = examples if prompts is None else prompts
-    prompts = [encode_prompt(tokenizer, example, max_prompt_length) for example in asked]
+    prompts = []
+    for example in asked:
+        ids = encode_prompt(tokenizer, example)
+        prompts.append(cut_prompt(tokenizer, example, ids, max_prompt_length))
     ends = end_ids(tokenizer, model.lm)
     options = dict(max_new_tokens=max_new_tokens, temperature=temperature, generator=generator)
     responses = []

@@ -13,7 +13,7 @@ import sys
 import torch
 import transformers
 
-from chat import decode, encode_prompt, end_ids
+from chat import cut_prompt, decode, encode_prompt, end_ids
 from engine import Parser, UserError, number, one_line_errors, pick_device
 from generate import generate
 from hybrid import HybridModel
@@ -52,9 +52,10 @@ class Speaker:
             messages = [*self.messages, {"role": "user", "content": prompt}]
             arguments = self.args.template_args or {}
             example = Example(prompt, "", messages=messages, template_args=arguments)
-        longest = self.model.max_positions
-        max_new_tokens = min(self.args.max_new_tokens, longest - 1)
-        ids = encode_prompt(self.tokenizer, example, longest - max_new_tokens)
+        context, asked = self.model.max_positions, self.args.max_new_tokens
+        ids = encode_prompt(self.tokenizer, example)
+        ids = cut_prompt(self.tokenizer, example, ids, max(context - asked, context // 2))
+        max_new_tokens = min(asked, context - len(ids))
         temperature = self.args.temperature
         if temperature > 0:
             temperature = max(temperature, 1e-3)  # below that, rounding errors decide

@@ -19,7 +19,7 @@ A policy that equals its opponent gains nothing: the mean of every shape is then
 import torch
 
 import parallel
-from chat import end_ids
+from chat import cut_prompt, end_ids
 from data import Example, decode, encode_prompt
 from generate import sample
 from hybrid import HybridModel
@@ -62,7 +62,10 @@ class SelfPlay:
         model = self.policy if opponent is None else opponent
         longest = self.sampling["max_length"] - self.sampling["max_new_tokens"]
         examples = [self.examples.get(prompt, Example(prompt, "")) for prompt in prompts]
-        ids = [encode_prompt(self.tokenizer, example, longest) for example in examples]
+        ids = []
+        for example in examples:
+            prompt = encode_prompt(self.tokenizer, example)
+            ids.append(cut_prompt(self.tokenizer, example, prompt, longest))
         number = self.rounds if learn else 2**20 - 1
         seed = (self.seed * 2**20 + number) * 2**10 + parallel.rank()
         seed ^= 2**62  # so it differs from every seed of the policy's own sampling

@@ -11,7 +11,15 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
-from chat import dialogue_of, encode_demonstration, encode_prompt, end_ids, split_dialogue
+from chat import (
+    control_words,
+    cut_prompt,
+    dialogue_of,
+    encode_demonstration,
+    encode_prompt,
+    end_ids,
+    split_dialogue,
+)
 from chat import unwritten as unwritten_of
 from engine import UserError
 from sources import Example, Pair
@@ -86,7 +94,8 @@ def rows_of(
 ) -> tuple[list[int], list[int]]:
     """Prompt and answer ids of an example as they are trained; an answer that is absent is []."""
     if not example.target:
-        return encode_prompt(tokenizer, example, max_prompt_length), []
+        ids = encode_prompt(tokenizer, example)
+        return cut_prompt(tokenizer, example, ids, max_prompt_length), []
     prompt, answer = encode_demonstration(tokenizer, example, max_prompt_length, ends)
     return prompt, answer[: max_length - len(prompt)]
 
@@ -136,8 +145,14 @@ def say_unwritten(tokenizer, examples: list[Example], say: Callable) -> None:
     counts = Counter(name for example in looked_at for name in unwritten_of(tokenizer, example))
     for name, count in counts.items():
         say(
-            f"note: in {count} of {len(looked_at)} examples the chat template does not write "
-            f"'{name}', so the model does not read it"
+            f"note: in {count} of {len(looked_at)} examples '{name}' is not written for the model, "
+            "so it does not read it"
+        )
+    spelled = [words for words in (control_words(tokenizer, e) for e in looked_at) if words]
+    if spelled:
+        say(
+            f"note: {len(spelled)} of {len(looked_at)} examples hold a control token of the model "
+            f"in their words, such as {spelled[0][0]}: it is read as such, and may end an answer"
         )
     asked = [e for e in examples if e.messages is None and dialogue_of(tokenizer, e) is not None]
     if asked:

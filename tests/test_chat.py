@@ -6,6 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from chat import (
+    cut_prompt,
     decode,
     encode_demonstration,
     encode_prompt,
@@ -355,14 +356,18 @@ def test_a_prompt_is_cut_on_its_left_and_keeps_its_system_turn(with_template):
     whole = encode_prompt(tokenizer, example)
     head = tokenizer("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n").input_ids
     room = len(head) + 19
-    cut = encode_prompt(tokenizer, example, room)
+    cut = cut_prompt(tokenizer, example, whole, room)
     assert cut == head + whole[-19:] and len(cut) == room
     assert tokenizer.decode(cut).endswith("last words<|im_end|>\n<|im_start|>assistant\n")
-    assert encode_prompt(tokenizer, example, len(whole)) == whole
+    assert cut_prompt(tokenizer, example, whole, len(whole)) == whole
     # A system turn that would leave no room for anything else goes too.
-    assert encode_prompt(tokenizer, example, len(head)) == whole[-len(head) :]
+    closing = tokenizer("<|im_end|>\n<|im_start|>assistant\n").input_ids
+    room = len(head) + len(closing)
+    assert cut_prompt(tokenizer, example, whole, room) == whole[-room:]
+    assert cut_prompt(tokenizer, example, whole, room + 1) == head + whole[-len(closing) - 1 :]
     plain = Example("Tell me " + "more " * 30, "Yes.")
-    assert encode_prompt(tokenizer, plain, 11) == encode_prompt(tokenizer, plain)[-11:]
+    ids = encode_prompt(tokenizer, plain)
+    assert cut_prompt(tokenizer, plain, ids, 11) == ids[-11:]
 
 
 def test_rows_are_cut_by_one_rule(with_template):
@@ -371,7 +376,7 @@ def test_rows_are_cut_by_one_rule(with_template):
     prompt, answer = encode_demonstration(tokenizer, example)
     batch = demonstration_batch(tokenizer, [example], 61, max_prompt_length=44)
     ids, mask = batch.input_ids[0], batch.response_mask[0]
-    assert ids[~mask].tolist() == encode_prompt(tokenizer, example, 44)
+    assert ids[~mask].tolist() == cut_prompt(tokenizer, example, prompt, 44)
     assert ids[mask].tolist() == answer[:17], "the answer loses its end, and gets no other"
     fits = demonstration_batch(tokenizer, [example], len(prompt) + len(answer), len(prompt))
     assert fits.input_ids[0].tolist() == prompt + answer
