@@ -22,9 +22,9 @@ from dataclasses import dataclass, fields
 import torch
 
 import survey
-from chat import cut_prompt, decode, encode_demonstration, encode_prompt, encode_target, end_ids  # noqa: F401
-from engine import Parser, number, one_line_errors
-from lm import load_tokenizer
+from chat import cut_prompt, decode, encode_demonstration, encode_prompt, encode_target, end_ids  # noqa: F401  (as below)
+from engine import Parser, UserError, number, one_line_errors
+from lm import context_of_config, load_tokenizer
 from reviews import BLAME, PRAISE, is_fluent_review, review_metrics  # noqa: F401  (as below)
 from sources import (  # noqa: F401  (what `from data import ...` offers, wherever it is written)
     Example,
@@ -40,6 +40,7 @@ from sources import (  # noqa: F401  (what `from data import ...` offers, wherev
     render_dialogue,
     review_pairs,
     to_examples,
+    with_all_columns,
 )
 
 # --------------------------------------------------------------------------------------- the layout
@@ -256,7 +257,8 @@ def main(argv: list[str]) -> None:
     source_help = "what --data of train.py may be; the flags are those of train.py too"
     add("source", nargs="*", default=["reviews"], help=source_help)
     add("--model", help="show the text as this model reads it (a folder or hub id)")
-    add("--max-length", type=count, default=1024, help="tokens of prompt and response together")
+    what = "tokens of prompt and response together (default: 1024, or the model's context)"
+    add("--max-length", type=count, help=what)
     add("--max-new-tokens", type=count, default=32, help="of them, room for the response at least")
     add_data_flags(parser)
     args = parser.parse_args(argv)
@@ -280,9 +282,10 @@ def main(argv: list[str]) -> None:
 def show_as_read(args, examples: list[Example]) -> list[Example]:
     """Print three rows as the model of --model reads them. -> the examples that it can read."""
     tokenizer = load_tokenizer(args.model, "--model")
-    limits = dict(
-        max_length=args.max_length, max_prompt_length=args.max_length - args.max_new_tokens
-    )
+    max_length = args.max_length or min(1024, context_of_config(args.model))
+    if args.max_new_tokens >= max_length:
+        raise UserError(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt")
+    limits = dict(max_length=max_length, max_prompt_length=max_length - args.max_new_tokens)
     examples = survey.writable(tokenizer, examples, args.strict, print)
     for example in examples[:3]:
         print(survey.show(tokenizer, example, **limits))

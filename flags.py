@@ -206,6 +206,11 @@ def resolve_defaults(args: argparse.Namespace, algorithm: Algorithm, context: in
         raise UserError(f"--group-size {args.group_size}: expected a divisor of --batch-size {args.batch_size}")
     if args.prompts is not None and (args.ppo_ratio == 0 or not algorithm.samples):
         raise UserError("--prompts are for steps that sample responses, and this run has none; leave it out")
+    if args.prompts is not None and args.schedule in ("gate", "buffer"):
+        raise UserError(
+            f"--schedule {args.schedule} demonstrates the prompts that score badly, and those of --prompts have no "
+            "target; leave one of the two out"
+        )
     if not algorithm.samples and (args.schedule != "ratio" or args.turns > 1):
         raise UserError(f"--algorithm {args.algorithm} samples nothing, so it goes with --schedule ratio and one turn")
     for extension in EXTENSIONS:

@@ -16,7 +16,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.activations import NewGELUActivation
 
 from engine import UserError, first_line
@@ -117,6 +123,15 @@ def build_tiny(texts: list[str], seed: int = 0) -> tuple[nn.Module, PreTrainedTo
         torch.manual_seed(seed)
         lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return lm, tokenizer
+
+
+def context_of_config(name: str) -> int:
+    """`context_of` a model that is not loaded, in a folder or on the hub."""
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except UNREADABLE as problem:
+        raise UserError(f"--model {name} has no config: {first_line(problem)}") from None
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or 10**9
 
 
 def context_of(lm: nn.Module) -> int:

@@ -6,6 +6,7 @@ Left out on purpose: pictures and sounds in messages, trees of messages.
     python data.py examples/questions.jsonl      # dialogues of one turn, as the plain template
 """
 
+import ast
 import json
 import re
 
@@ -52,12 +53,15 @@ def to_messages(value, name: str = "messages") -> tuple[list[dict], set[int]]:
 def is_dialogue(value) -> bool:
     """Is the value of a field that may be a string a list of messages, or one, maybe as JSON?"""
     if isinstance(value, str):
-        if not re.match(r"\s*\[\s*\{", value):
+        if re.match(r"\s*\[\s*\{\s*['\"](role|from|content|value)['\"]\s*:", value):
+            value = from_json(value, "a list of messages")
+        elif not re.match(r"\s*\[\s*\{", value):
             return False
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
-            return False  # a text that begins with brackets
+        else:
+            try:
+                value = json.loads(value)
+            except json.JSONDecodeError:
+                return False  # a text that begins with brackets
     turns = value if isinstance(value, list) else [value]
     return turns != [] and all(
         isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in turns
@@ -71,7 +75,11 @@ def from_json(value, name: str):
     try:
         return json.loads(value)
     except json.JSONDecodeError as problem:
-        raise UserError(f"field '{name}' is not valid JSON ({problem})") from None
+        reason = f"is not valid JSON ({problem})"
+    try:
+        return ast.literal_eval(value)  # as Python prints a list: pandas writes it so
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        raise UserError(f"field '{name}' {reason}") from None
 
 
 def checked_text(value, name: str) -> str:

@@ -25,6 +25,7 @@ from data import (
     review_pairs,
     split_examples,
     split_pairs,
+    with_all_columns,
 )
 from dialogue import load_user
 from engine import (
@@ -99,19 +100,37 @@ def load_data(args, algorithm: Algorithm) -> Data:
         return Data(train, held_out, train_pairs, held_out_pairs)
     args.data = args.data or "reviews"
     examples = load_examples(args.data, **data_options(args), seed=args.seed)
-    if args.prompts is not None:
-        examples += load_prompts(args.prompts, **data_options(args), what="--prompts")
     data = Data(*split_examples(examples))
-    if algorithm.preference_pairs is None:
-        return data
-    if not pairs:
+    if args.prompts is not None:
+        add_prompts(data, load_prompts(args.prompts, **data_options(args), what="--prompts"))
+    if algorithm.preference_pairs is not None and not pairs:
         data.pairs, data.held_out_pairs = review_pairs(data.train), review_pairs(data.held_out)
-        return data
-    measured = {example.prompt for example in data.held_out}
-    data.pairs, data.held_out_pairs = split_pairs(pairs)
-    data.held_out_pairs += [pair for pair in data.pairs if pair.prompt in measured]
-    data.pairs = [pair for pair in data.pairs if pair.prompt not in measured]
+    elif pairs:
+        data.pairs, data.held_out_pairs = split_pairs(pairs)
+        data.pairs = without_prompts_of(data.pairs, data.held_out, "preference pairs")
+        data.train = without_prompts_of(data.train, data.held_out_pairs, "examples")
     return data
+
+
+def add_prompts(data: Data, prompts: list[Example]) -> None:
+    """Prompts of --prompts join the data; no prompt is measured here and trained there."""
+    both = with_all_columns([*data.train, *data.held_out, *prompts])
+    n_train, n_data = len(data.train), len(data.train) + len(data.held_out)
+    train, held_out = split_examples(both[n_data:])
+    data.train, data.held_out = both[:n_train], both[n_train:n_data]
+    train = without_prompts_of(train, data.held_out, "prompts")
+    data.train = [*without_prompts_of(data.train, held_out, "examples"), *train]
+    data.held_out = [*data.held_out, *held_out]
+
+
+def without_prompts_of(records: list, held_out: list, what: str) -> list:
+    """The records whose prompt is in none of the held-out ones; all of them if none is left."""
+    prompts = {record.prompt for record in held_out}
+    kept = [record for record in records if record.prompt not in prompts]
+    if kept and len(kept) < len(records):
+        n_left = len(records) - len(kept)
+        say(f"note: {n_left} {what} are not trained: their prompts are held out")
+    return kept or records
 
 
 def say(line: str) -> None:
@@ -169,8 +188,11 @@ def check_data(args, tokenizer, data: Data) -> None:
             data.held_out_pairs = survey.comparable(
                 tokenizer, held_out_pairs, limits, args.strict, say
             )
-    survey.say_cuts(survey.lengths_of(tokenizer, data.train), **limits, say=say)
-    survey.say_unwritten(tokenizer, data.train, say)
+    read = [side for pair in data.pairs for side in pair.sides()]
+    if args.data is not None:  # else the demonstrations are sides of the pairs
+        read = data.train + read
+    survey.say_cuts(survey.lengths_of(tokenizer, read), **limits, say=say)
+    survey.say_unwritten(tokenizer, read, say)
 
 
 def limits_of(args) -> dict[str, int]:

@@ -29,6 +29,7 @@ from messages import (
 )
 
 # What a reader counts and says: {n} is how many, {all} how many examples there are.
+SYSTEM_FIELDS = ("system", "system_prompt", "system_message", "system_instruction")
 NO_TARGET = "{n} of {all} examples have no target: they serve the reward steps only"
 WEIGHT_0 = "{n} assistant turns of {source} have weight 0: they are read, but not trained"
 UNWANTED = "{n} completions of {source} have label false: their prompts serve the reward steps only"
@@ -186,8 +187,8 @@ def _prompt_examples(
         examples = [replace(start, target=value, columns=fields)]
     else:
         examples = [replace(start, columns=fields)]
-    label = record.get("label")
-    if target_field == "completion" and (label is False or label in ("False", "false")):
+    label = str(record.get("label")).strip().lower()
+    if target_field == "completion" and label in ("false", "0", "0.0"):
         # KTO: people did not want this completion, so it is no demonstration.
         counts[UNWANTED] += 1
         examples = [replace(examples[0], target="", reply=None)]
@@ -204,6 +205,7 @@ def _prompt_of(record: dict, field: str, target_field: str | None, raw: bool) ->
         messages, _ = to_messages(value, field)
     else:
         prompt = checked_text(value, field)
+        parts = [prompt] if prompt.strip() else []
         for name in ("context", "input"):
             is_part = field in PROMPT_FIELDS and name not in (field, target_field)
             if is_part and name in record:
@@ -213,10 +215,14 @@ def _prompt_of(record: dict, field: str, target_field: str | None, raw: bool) ->
                     needed = "belongs to the prompt and must be a string"
                     advice = "rename it if only rewards read it"
                     raise UserError(f"field '{name}' {needed}, found {kind} ({advice})")
-                prompt += f"\n\n{checked_text(more, name)}" if more.strip() else ""
+                parts += [checked_text(more, name)] if more.strip() else []
+        prompt = "\n\n".join(parts) if parts else prompt
     history, system, tools = _history(record), _system(record), _tools(record)
     if messages is None and not (history or system or tools):
-        return Example(prompt, "", is_chat=not raw)
+        turns = None
+        if not raw and prompt.rstrip().endswith("\n\nAssistant:"):
+            turns = from_transcript(prompt)  # for the chat template; the prompt stays as it is
+        return Example(prompt, "", messages=turns, is_chat=not raw)
     is_plain = raw and messages is None
     messages = messages or [{"role": "user", "content": prompt}]
     messages = with_system([*history, *messages], system)
@@ -228,10 +234,10 @@ def _prompt_of(record: dict, field: str, target_field: str | None, raw: bool) ->
 
 def _system(record: dict) -> str:
     """The system prompt that a record has beside its prompt or messages, "" if none."""
-    names = [name for name in ("system", "system_prompt") if name in record]
+    names = [name for name in SYSTEM_FIELDS if name in record]
     texts = [text for text in (checked_text(record[name], name) for name in names) if text.strip()]
     if len(set(texts)) > 1:
-        raise UserError("fields 'system' and 'system_prompt' differ")
+        raise UserError(f"fields {' and '.join(map(repr, names))} differ")
     return texts[0] if texts else ""
 
 
@@ -257,13 +263,21 @@ def _history(record: dict) -> list[dict]:
 
 
 def _tools(record: dict) -> list[dict]:
-    """`tools`: what the model may call, a list of objects or JSON; a list of others is none."""
-    value = record.get("tools")
-    if isinstance(value, str) and not value.lstrip().startswith("["):
+    """`tools`, or OpenAI's older `functions`: what the model may call, objects or JSON of them.
+
+    A value that is neither an object nor a list of objects is none.
+    """
+    name = "tools" if "tools" in record else "functions"
+    value = record.get(name)
+    if isinstance(value, str) and value.lstrip()[:1] not in ("[", "{"):
         return []
-    value = from_json(value, "tools")
-    tools = [from_json(tool, "tools") for tool in value] if isinstance(value, list) else []
-    return tools if all(isinstance(tool, dict) for tool in tools) else []
+    value = from_json(value, name)
+    tools = [from_json(tool, name) for tool in (value if isinstance(value, list) else [value])]
+    if not all(isinstance(tool, dict) and tool for tool in tools):
+        return []
+    if name == "functions":
+        return [{"type": "function", "function": tool} for tool in tools]
+    return tools
 
 
 def _text_examples(record: dict, prompt_words: int) -> list[Example]:
@@ -289,7 +303,7 @@ def _dialogue_in(record: dict) -> tuple[list[dict], set[int], str] | None:
         name, messages, weight_0 = "text", from_guanaco(record["text"]), set()
     else:
         return None
-    whole = with_system(messages, _system(record))
+    whole = with_system([*_history(record), *messages], _system(record))
     return whole, {i + len(whole) - len(messages) for i in weight_0}, name
 
 

@@ -22,6 +22,10 @@ from messages import plain_reply, render_dialogue
 from records import NO_TARGET, Example, Pair, to_examples, to_pair, to_prompts, without_target
 from reviews import BLAME, PRAISE, review_texts, with_judgements
 
+# Arguments of `apply_chat_template` that are no arguments of a template
+RESERVED = {"conversation", "messages", "add_generation_prompt", "continue_final_message"}
+RESERVED |= {"tokenize", "chat_template", "padding", "truncation", "max_length", "return_tensors"}
+RESERVED |= {"return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"}
 # What belongs to records is offered here too.
 __all__ = [
     "Example",
@@ -84,18 +88,19 @@ def load_examples(
     for text, n in counts.items():
         if n:
             _note(text.format(n=n, all=len(placed), source=_name(source)))
-    # Every example gets every field, None where its record lacks it: a reward can rely on them.
-    names = dict.fromkeys(name for _, example in placed for name in example.columns)
     shared = template_args or {}
-    return [
-        replace(
-            example,
-            columns={name: example.columns.get(name) for name in names},
-            template_args={**shared, **example.template_args},
-            place=place,
-        )
-        for place, example in placed
-    ]
+    return with_all_columns(
+        [
+            replace(example, template_args={**shared, **example.template_args}, place=place)
+            for place, example in placed
+        ]
+    )
+
+
+def with_all_columns(examples: list[Example]) -> list[Example]:
+    """Every example with every field, None where its record lacks it: a reward can rely on them."""
+    names = dict.fromkeys(name for example in examples for name in example.columns)
+    return [replace(e, columns={name: e.columns.get(name) for name in names}) for e in examples]
 
 
 def load_prompts(source: str | list[str], **options) -> list[Example]:
@@ -231,6 +236,9 @@ def json_object(text: str) -> dict:
         raise argparse.ArgumentTypeError(f"{text!r} is not valid JSON ({problem})") from None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"expected a JSON object, found {text!r}")
+    reserved = sorted(RESERVED & set(value))
+    if reserved:
+        raise argparse.ArgumentTypeError(f"{', '.join(reserved)} is set by the program itself")
     return value
 
 

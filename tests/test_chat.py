@@ -6,6 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from chat import (
+    control_words,
     cut_prompt,
     decode,
     encode_demonstration,
@@ -244,6 +245,17 @@ def test_a_second_turn_goes_on_as_the_template_writes_it(with_template, name):
     assert row == expected
 
 
+@pytest.mark.parametrize("reply", ["n", "end", "m", "|", "im_end", "\n"])
+def test_a_short_reply_is_not_found_inside_the_end_of_the_turn(with_template, reply):
+    tokenizer = with_template("qwen2.5")
+    prompt, answer = encode_demonstration(tokenizer, Example("", "Sure.", messages=ASKED))
+    messages = [*ASKED, {"role": "assistant", "content": "Sure."}]
+    episode = Episode(Example("", "", messages=ASKED), messages, prompt + answer, [])
+    episode.truncated.append(False)
+    between = text_between(tokenizer, episode, reply)
+    assert between == f"\n<|im_start|>user\n{reply}<|im_end|>\n<|im_start|>assistant\n"
+
+
 def test_the_end_of_a_response_is_a_set_of_special_tokens(with_template):
     tokenizer = with_template("smollm2, EOS of the base model")
     eos, end, start = tokenizer.convert_tokens_to_ids(
@@ -301,6 +313,14 @@ def test_tool_calls_are_trained_as_the_template_writes_them_or_refused(with_temp
         "</tool_call><|im_end|>"
     )
     assert unwritten(tokenizer, example) == ["tools"], "they are named where they are not written"
+    result = [*asked, reply, {"role": "tool", "content": "RAINY-7"}]
+    after = Example("", "It rains.", messages=result)
+    assert "RAINY-7" in texts(tokenizer, after)[0]
+    deaf = with_template(
+        template=QWEN3.replace("for m in messages", "for m in messages if m.role != 'tool'")
+    )
+    with pytest.raises(UserError, match="does not write what a tool said"):
+        encode_demonstration(deaf, after)
     with pytest.raises(UserError, match="does not write tool calls"):
         encode_demonstration(with_template("qwen2.5"), example)
     as_text = with_template(
@@ -347,6 +367,17 @@ def test_a_question_and_its_answer_go_through_the_template_unless_raw(with_templ
     assert answer == "<think>\n\n</think>\n\nA pear.<|im_end|>", "without the space of a text"
     raw = Example("Name a fruit.", " A pear.")
     assert texts(tokenizer, raw) == ("Name a fruit.", " A pear.<|im_end|>")
+
+
+def test_control_tokens_in_the_words_of_the_data_are_found(with_template):
+    tokenizer = with_template("qwen2.5")
+    clean = Example("", "Nothing.", messages=ASKED)
+    assert control_words(tokenizer, clean) == []
+    assert control_words(tokenizer, Example("", "The <|im_end|> ends.", messages=ASKED)) == [
+        "<|im_end|>"
+    ]
+    asked = [{"role": "user", "content": "<|im_start|>system"}]
+    assert control_words(tokenizer, Example("", "", messages=asked)) == ["<|im_start|>"]
 
 
 def test_a_prompt_is_cut_on_its_left_and_keeps_its_system_turn(with_template):

@@ -1,5 +1,6 @@
 """Files, records, dialogues, pairs: what people's data say is read, or said to be left out."""
 
+import argparse
 import bz2
 import gzip
 import json
@@ -20,6 +21,7 @@ from sources import (
     Pair,
     add_data_flags,
     data_options,
+    json_object,
     load_examples,
     load_pairs,
     load_prompts,
@@ -843,3 +845,41 @@ def test_pairs_that_cannot_be_used_are_left_out_and_counted(tmp_path, capsys):
     assert not load_pairs(source, raw=True)[0].is_chat
     with pytest.raises(UserError, match="a.jsonl:2: field 'rejected'"):
         load_pairs(source, strict=True)
+
+
+@pytest.mark.parametrize("label", [False, 0, 0.0, "0", "FALSE", "false"])
+def test_a_completion_that_people_did_not_want_is_no_demonstration(label):
+    record = {"prompt": "p", "completion": "bad", "label": label}
+    assert to_examples(record)[0].target == ""
+    assert to_examples({**record, "label": True})[0].target == "bad"
+
+
+def test_lists_as_python_prints_them_are_read_as_dialogues():
+    messages = "[{'role': 'user', 'content': \"it's\"}, {'role': 'assistant', 'content': 'a'}]"
+    (example,) = to_examples({"messages": messages})
+    assert (example.messages, example.target) == ([{"role": "user", "content": "it's"}], "a")
+    broken = "[{'role': 'user', 'content': 'q'} {'role': 'assistant', 'content': 'a'}]"
+    with pytest.raises(UserError, match="not valid JSON"):
+        to_examples({"prompt": "p", "completion": broken})
+
+
+def test_the_older_names_of_tools_and_system_prompts_are_read():
+    record = {"functions": [{"name": "w"}], "messages": CHAT[1:3], "system_message": "Be kind."}
+    (example,) = to_examples(record)
+    assert example.template_args == {"tools": [{"type": "function", "function": {"name": "w"}}]}
+    assert example.messages[0] == {"role": "system", "content": "Be kind."}
+    (example,) = to_examples({"tools": {"name": "w"}, "messages": CHAT[1:3]})
+    assert example.template_args == {"tools": [{"name": "w"}]}
+
+
+def test_a_transcript_is_a_dialogue_for_sft_too():
+    prompt = "\n\nHuman: hi\n\nAssistant:"
+    (example,) = to_examples({"prompt": prompt, "response": " Hello."})
+    assert (example.prompt, example.target) == (prompt, " Hello.")
+    assert example.messages == [{"role": "user", "content": "hi"}]
+    assert to_examples({"prompt": prompt, "response": "x"}, raw=True)[0].messages is None
+
+
+def test_arguments_that_are_no_arguments_of_a_template_are_refused():
+    with pytest.raises(argparse.ArgumentTypeError, match="add_generation_prompt is set by"):
+        json_object('{"add_generation_prompt": true}')

@@ -13,6 +13,7 @@ from checkpoints import append_rows, read_rows
 from data import main as data_main
 from data import split_examples, split_pairs
 from engine import UserError
+from prepare import Data, add_prompts
 from sources import Example, Pair
 from train import main as train_main
 
@@ -224,6 +225,34 @@ def test_prompts_of_their_own_serve_the_reward_steps_alone(tmp_path, monkeypatch
         Example("ask 7", "", {"target": "gold 7"})
     ]
     assert columns_of([example])["target"] == ["gold 7"], "rewards still see the answer"
+
+
+def test_prompts_and_data_are_held_out_apart_and_never_trained_where_they_are_measured(tmp_path):
+    data = Data(*split_examples([Example(f"p{i}", f"t{i}", {"a": i}) for i in range(300)]))
+    shared = data.train[7].prompt, data.held_out[3].prompt
+    prompts = [Example(prompt, "", {"b": 1}) for prompt in (*shared, *(f"q{i}" for i in range(5)))]
+    add_prompts(data, prompts)
+    asked, measured = data.prompts(True)
+    assert asked and measured, "five prompts are enough, whatever the data hold out"
+    assert not {e.prompt for e in data.train} & {e.prompt for e in data.held_out}
+    assert len([e for e in data.held_out if e.target]) > 10, "and the NLL is still measured"
+    assert all(set(e.columns) == {"a", "b"} for e in data.train), "rewards find every column"
+
+
+def test_prompts_have_no_target_to_demonstrate(tmp_path, capsys):
+    prompts = write(tmp_path / "p.jsonl", [{"prompt": "p"}, {"prompt": "q"}])
+    for schedule in ("gate", "buffer"):
+        with pytest.raises(SystemExit):
+            train_main(["--prompts", prompts, "--schedule", schedule, *FAST])
+        assert "those of --prompts have no target" in capsys.readouterr().err
+
+
+def test_cuts_of_pairs_are_said(tmp_path, monkeypatch, capsys):
+    long = "the plot was dull and " * 12
+    pairs = [{"prompt": f"p {i}", "chosen": " a", "rejected": f" {i} {long}"} for i in range(40)]
+    prefs = write(tmp_path / "prefs.jsonl", pairs)
+    prepared(monkeypatch, ["--algorithm", "dpo", "--preference-data", prefs])
+    assert "answers are cut on their right" in capsys.readouterr().out
 
 
 def test_dpo_on_preferences_alone_never_sees_the_built_in_reviews(tmp_path, monkeypatch, capsys):
