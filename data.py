@@ -22,7 +22,10 @@ from dataclasses import dataclass, fields
 import torch
 
 import survey
-from chat import cut_prompt, decode, encode_demonstration, encode_prompt, encode_target, end_ids  # noqa: F401  (as below)
+from chat import cut_prompt, encode_demonstration, end_ids
+from chat import decode as decode  # these three can be had from here too
+from chat import encode_prompt as encode_prompt
+from chat import encode_target as encode_target
 from engine import Parser, UserError, number, one_line_errors
 from lm import context_of_config, load_tokenizer
 from reviews import BLAME, PRAISE, is_fluent_review, review_metrics  # noqa: F401  (as below)
