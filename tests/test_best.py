@@ -30,9 +30,7 @@ def assert_same_weights(a, b) -> None:
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize(
-    "metric", ["eval/response_length", "-eval/response_length", "-eval/kl"]
-)
+@pytest.mark.parametrize("metric", ["eval/response_length", "-eval/response_length", "-eval/kl"])
 def test_best_is_the_checkpoint_of_the_best_evaluation_in_the_log(tmp_path, capsys, metric):
     out = tmp_path / "run"
     flags = ["--sft-warmup", "1", "--max-new-tokens", "12", "--keep-best", metric]
