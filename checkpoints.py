@@ -6,10 +6,11 @@
       checkpoint-000200/      a plain Hugging Face folder, value_head.safetensors, and
                               trainer_state.pt: everything else that the next step depends on
       final/                  the same form, at the end
+      best/                   a model alone, the best by --keep-best (best.py)
 
 A checkpoint and config.json are written under another name, flushed to the disk (fsync), renamed.
 A folder is renamed before it is deleted. So a folder called checkpoint-* is complete, whenever the
-process dies. Left out on purpose: uploading, a choice of the best checkpoint.
+process dies. Left out on purpose: uploading.
 
     python train.py --resume out
 """
@@ -21,6 +22,7 @@ import random
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +33,8 @@ from safetensors import SafetensorError
 from engine import UserError, first_line
 from hybrid import HybridModel
 
-RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "skipped.jsonl", "final")
+RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "skipped.jsonl", "final", "best")
+REPLACED = ("final", "best")  # folders that a newer one of the same name replaces
 
 # ---------------------------------------------------------------------------------- files
 
@@ -133,6 +136,8 @@ def open_run_folder(out: Path, flags: dict, overwrite: bool) -> None:
         out.mkdir(parents=True, exist_ok=True)
         for path in old:
             discard(path)
+        for name in REPLACED:  # recover() must not bring back what a killed --overwrite left
+            shutil.rmtree(out / f".{name}.old", ignore_errors=True)
         versions = {
             "python": sys.version.split()[0],
             "torch": torch.__version__,
@@ -180,7 +185,6 @@ def save_checkpoint(folder: Path, run, states: dict, keep: int) -> None:
     `states` has the state_dict of everything in `run.stateful()`, by name. The newest `keep`
     folders checkpoint-* remain. Raises UserError where the folder cannot be written.
     """
-    unfinished = folder.with_name(f".{folder.name}.tmp")
     state = {
         "counters": run.counters(),
         "stateful": states,
@@ -193,20 +197,33 @@ def save_checkpoint(folder: Path, run, states: dict, keep: int) -> None:
         },
         "reference": None if run.reference is None else run.reference.state_dict(),
     }
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with new_folder(folder, keep) as unfinished:
         run.model.save(unfinished, run.tokenizer)
         torch.save(state, unfinished / "trainer_state.pt")
+
+
+@contextmanager
+def new_folder(folder: Path, keep: int | None = None):
+    """`with new_folder(path) as unfinished:` write into `unfinished`, and it becomes `path`.
+
+    A crash leaves the whole new folder, or the one that was there before (`recover`). Then the
+    newest `keep` checkpoints beside it remain (None: all). Raises UserError where it cannot be
+    written.
+    """
+    unfinished = folder.with_name(f".{folder.name}.tmp")
+    replaced = folder.with_name(f".{folder.name}.old")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        yield unfinished
         for path in [*unfinished.rglob("*"), unfinished]:
             flush(path)
-        replaced = folder.with_name(f".{folder.name}.old")
-        if folder.exists():  # only `final`; recover() repairs a crash between the two renames
+        if folder.exists():  # one of REPLACED; recover() repairs a crash between the two renames
             shutil.rmtree(replaced, ignore_errors=True)
             os.replace(folder, replaced)
         os.replace(unfinished, folder)
         flush(folder.parent)
         shutil.rmtree(replaced, ignore_errors=True)
-        for old in checkpoints(folder.parent)[:-keep]:
+        for old in checkpoints(folder.parent)[: -keep if keep else 0]:
             discard(old)
     except (OSError, RuntimeError, SafetensorError) as problem:  # any of them: full disk
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -260,10 +277,11 @@ def newest_checkpoint(out: Path) -> Path | None:
 
 
 def recover(out: Path) -> None:
-    """Clean up after a killed process: `final` gets its name back if the process died while it was
-    being replaced; half-written and half-deleted files and folders are deleted."""
-    if (out / ".final.old" / "trainer_state.pt").is_file() and not (out / "final").exists():
-        os.replace(out / ".final.old", out / "final")
+    """Clean up after a killed process: `final` and `best` get their name back if the process died
+    while they were being replaced; half-written and half-deleted files and folders are deleted."""
+    for name in REPLACED:
+        if (out / f".{name}.old" / "config.json").is_file() and not (out / name).exists():
+            os.replace(out / f".{name}.old", out / name)
     for leftover in [*out.glob(".*.old"), *out.glob(".*.tmp")]:
         remove(leftover)
 

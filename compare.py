@@ -10,7 +10,8 @@ same learning rates and KL coefficients, on seed 0, which is not reported; --sel
 
 `--tax` adds the perplexity of the model before training and of every final model on a text that the
 runs did not train on. The same command continues an interrupted comparison. A complete run is not
-repeated, also when seeds, rates or coefficients are added.
+repeated, also when seeds, rates or coefficients are added. No train.py goes on after compare.py has
+ended, however it ended (children.py).
 
 The table has means and 95 % intervals (Student's t over seeds). compare.json has every number.
 pareto.png shows the reward against the held-out NLL along training, a line for each arm: up and to
@@ -22,7 +23,6 @@ import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,6 +30,7 @@ from typing import NamedTuple
 
 import transformers
 
+from children import Children
 from engine import Parser, UserError, check_new_folder, number, one_line_errors
 from evaluate import perplexity, whole_texts
 from health import load_pyplot
@@ -225,7 +226,7 @@ def make_folder(out: Path, command: dict) -> None:
         )
 
 
-def train_once(job: Job, args, train_flags: list[str]) -> dict:
+def train_once(job: Job, args, train_flags: list[str], children: Children) -> dict:
     """Run train.py for this job, unless its folder is complete. Returns the summary of the run."""
     folder = job.folder(Path(args.out))
     is_new = not is_complete(folder, args.steps)
@@ -237,7 +238,7 @@ def train_once(job: Job, args, train_flags: list[str]) -> dict:
         command = [sys.executable, str(Path(__file__).with_name("train.py")), *map(str, flags)]
         threads = max(1, (os.cpu_count() or 1) // args.jobs)
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        done = children.run(command, environment)
         if done.returncode:
             lines = done.stderr.strip().splitlines() or ["no error message"]
             raise UserError(f"{' '.join(command[1:])} ended with: {lines[-1]}")
@@ -270,9 +271,10 @@ def run_all(args, train_flags: list[str]) -> tuple[list, dict[str, Job], list]:
     names = list(arms(args.steps))
 
     def run(job: Job) -> dict:
-        return train_once(job, args, train_flags)
+        return train_once(job, args, train_flags, children)
 
-    with ThreadPoolExecutor(args.jobs) as pool:
+    # The children are the inner context: it ends them before the pool waits for its threads.
+    with ThreadPoolExecutor(args.jobs) as pool, Children() as children:
         grid = tuning_grid(args)
         best = {job.arm: job for job in grid}
         tuned = []

@@ -208,14 +208,29 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises UserError for flags that do not go together; --max-length is known by now."""
-    if args.turns == 1 and (args.turn_rewards or args.user_model):
-        raise UserError("--turn-rewards and --user-model are for dialogues: give --turns above 1")
+    check_turns(args)
     if args.turns > 1 and args.schedule in ("gate", "buffer"):
         raise UserError("--turns above 1 goes with --schedule ratio or mix")
+
+
+def check_turns(args: argparse.Namespace) -> None:
+    """The checks of `check_flags` that need no training."""
+    if args.turns == 1 and (args.turn_rewards or args.user_model):
+        raise UserError("--turn-rewards and --user-model are for dialogues: give --turns above 1")
     if args.turns * args.max_new_tokens >= args.max_length:
         lengths = f"--turns {args.turns} of --max-new-tokens {args.max_new_tokens}"
         room = f"no room for a prompt in --max-length {args.max_length}"
         raise UserError(f"{lengths} leave {room}")
+
+
+def check_replies(args: argparse.Namespace, examples: list[Example], source: str) -> None:
+    """Raises UserError where nobody answers the policy; `source` is what --data names."""
+    has_user = args.user_model is not None or any(e.user_turns for e in examples)
+    if args.turns > 1 and not has_user:
+        raise UserError(
+            f"--turns {args.turns}: nothing in --data {source} says what the user replies; "
+            "give 'messages' or 'turns', or a --user-model"
+        )
 
 
 def load_user(args: argparse.Namespace, device: torch.device):

@@ -9,6 +9,7 @@ a flag of another algorithm or schedule is refused. Left out on purpose: configu
 
 import argparse
 import math
+import sys
 from pathlib import Path
 
 import dialogue
@@ -97,6 +98,7 @@ def make_parser(algorithms: dict[str, Algorithm]) -> Parser:
     add("--eval-size", type=count, default=256, help="held-out examples per evaluation")
     add("--save-every", type=number(int, 0), default=100, help="steps between checkpoints; 0 only the final model")
     add("--keep", type=count, default=2, help="checkpoints to keep, the newest ones")
+    add("--keep-best", metavar="METRIC", help="keep the model in OUT/best: eval/reward, or -eval/nll for the lowest")
     add("--log", choices=("none", "wandb", "tensorboard"), default="none",
         help="where a copy of metrics.jsonl goes as well (optional packages)")
     add("--seed", type=number(int, 0, 2**32 - 2), default=0,
@@ -123,6 +125,7 @@ def make_parser(algorithms: dict[str, Algorithm]) -> Parser:
 
 def parse_args(argv: list[str] | None, algorithms: dict[str, Algorithm]) -> argparse.Namespace:
     """The flags of a run; with --resume those of its config.json and what may change."""
+    argv = join_metric(sys.argv[1:] if argv is None else argv)
     parser = make_parser(algorithms)
     args = parser.parse_args(argv)
     if args.resume is None:
@@ -147,6 +150,17 @@ def parse_args(argv: list[str] | None, algorithms: dict[str, Algorithm]) -> argp
     return argparse.Namespace(**{**vars(args), **remembered, **given})
 
 
+def join_metric(argv: list[str]) -> list[str]:
+    """`--keep-best -eval/nll` -> `--keep-best=-eval/nll`: alone, argparse takes the metric for a flag."""
+    joined = []
+    for word in argv:
+        if joined[-1:] == ["--keep-best"] and word[:1] == "-" != word[1:2]:
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
 def spelled(name: str) -> str:
     """`max_length` -> `--max-length`."""
     return "--" + name.replace("_", "-")
@@ -167,26 +181,31 @@ def check_flags_matter(parser: Parser, args: argparse.Namespace, algorithms: dic
         raise UserError(f"--schedule {args.schedule} follows the scores, not --ppo-ratio; leave that out")
 
 
-def resolve_defaults(args: argparse.Namespace, algorithm: Algorithm, context: int) -> None:
-    """Fill in the flags whose default depends on the model, and check those that must fit it and each other.
-
-    `context` is the number of tokens that the model can look at together.
-    """
-    is_tiny = args.model == "tiny"
+def resolve_length(args: argparse.Namespace, context: int) -> None:
+    """Fill in --max-length. Raises UserError unless it fits the model's context and leaves room for a prompt."""
     if args.max_length is None:
         args.max_length = min(1024, context)
-    if args.lr is None:
-        args.lr = 3e-3 if is_tiny else 1e-5
-    if args.sft_warmup is None:  # a model that has not learnt to write yet has nothing for PPO to improve
-        args.sft_warmup = round(0.3 * args.steps) if is_tiny and args.ppo_ratio not in (0, 1) else 0
-    if args.micro_batch_size is None:
-        args.micro_batch_size = math.ceil(args.batch_size / (parallel.world() * (args.grad_accum or 1)))
     if args.max_length > context:
         raise UserError(f"--max-length {args.max_length} is beyond the model's context of {context} tokens")
     if args.max_new_tokens >= args.max_length:
         raise UserError(
             f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt in --max-length {args.max_length}"
         )
+
+
+def resolve_defaults(args: argparse.Namespace, algorithm: Algorithm, context: int) -> None:
+    """Fill in the flags whose default depends on the model, and check those that must fit it and each other.
+
+    `context` is the number of tokens that the model can look at together.
+    """
+    is_tiny = args.model == "tiny"
+    resolve_length(args, context)
+    if args.lr is None:
+        args.lr = 3e-3 if is_tiny else 1e-5
+    if args.sft_warmup is None:  # a model that has not learnt to write yet has nothing for PPO to improve
+        args.sft_warmup = round(0.3 * args.steps) if is_tiny and args.ppo_ratio not in (0, 1) else 0
+    if args.micro_batch_size is None:
+        args.micro_batch_size = math.ceil(args.batch_size / (parallel.world() * (args.grad_accum or 1)))
     if args.kl_target is not None and (args.kl_coef == 0 or args.kl_horizon < args.batch_size):
         raise UserError(
             "--kl-target needs a --kl-coef above 0 (it is multiplied) and a --kl-horizon of at least the batch, "

@@ -27,7 +27,7 @@ from data import (
     split_pairs,
     with_all_columns,
 )
-from dialogue import load_user
+from dialogue import check_replies, load_user
 from engine import (
     AMP_DTYPES,
     OPTIMIZERS,
@@ -171,12 +171,7 @@ def check_data(args, tokenizer, data: Data) -> None:
     prompts, held_out_prompts = data.prompts(args.prompts is not None)
     if args.ppo_ratio != 0 and not (prompts and held_out_prompts):
         raise UserError("--prompts needs two different prompts at least: one of them is held out")
-    has_user = args.user_model is not None or any(e.user_turns for e in prompts)
-    if args.turns > 1 and not has_user:
-        raise UserError(
-            f"--turns {args.turns}: nothing in --data {source} says what the user replies; "
-            "give 'messages' or 'turns', or a --user-model"
-        )
+    check_replies(args, prompts, source)
     limits = limits_of(args)
     survey.say_shared(data.train, data.held_out, say)
     data.train = survey.writable(tokenizer, data.train, args.strict, say)

@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 import parallel
+from best import check_metric
 from checkpoints import (  # noqa: F401  (read_rows and checkpoints can be had from here too)
     append_rows,
     checkpoints,
@@ -37,6 +38,7 @@ from engine import NonFiniteReward, UserError
 from hybrid import HybridModel
 
 MAY_CHANGE_ON_RESUME = ("device", "steps", "eval_every", "eval_size", "save_every", "keep", "log")
+MAY_CHANGE_ON_RESUME += ("keep_best",)
 MAX_LOST = 10  # steps in a row without an update, after which the run ends
 
 
@@ -146,6 +148,7 @@ class RunFolder:
                     f"--resume {self.out}: the run has done its {run.step} steps; "
                     "give more --steps to go on"
                 )
+            check_metric(run, args)
         if args.resume:
             changed = {name: getattr(args, name) for name in MAY_CHANGE_ON_RESUME}
             parallel.on_main(write_config, self.out, {**read_config(self.out), **changed})

@@ -77,7 +77,7 @@ def train(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
                 stop.exit_if_asked(run.step, folder.out)
 
     folder.save(run, "final")
-    print_summary(run, folder.out)
+    print_summary(run, folder.out, args.keep_best)
     return run.after
 
 

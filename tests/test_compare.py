@@ -3,11 +3,15 @@
 import json
 import math
 import shutil
+import signal
 import subprocess
-from types import SimpleNamespace
+import sys
+import time
 
 import pytest
 import torch
+from conftest import ROOT
+from test_children import wait_until
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import compare
@@ -15,6 +19,7 @@ import evaluate
 import train
 from compare import main
 from engine import UserError
+from runs import read_rows
 
 
 def test_intervals_are_students():
@@ -92,13 +97,13 @@ def trained(tmp_path, monkeypatch) -> list[str]:
     """Runs happen in this process: no time for imports. -> the --out of each."""
     folders = []
 
-    def run_here(command, **options):
+    def run_here(children, command, environment):
         train.main(command[2:])
         folders.append(command[command.index("--out") + 1])
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=run_here))
+    monkeypatch.setattr(compare.Children, "run", run_here)
     return folders
 
 
@@ -194,6 +199,38 @@ def test_the_tax_is_the_perplexity_elsewhere(tmp_path, trained, tiny_folder):
             count += len(target)
         assert said["perplexity elsewhere"] == pytest.approx(math.exp(total / count), rel=1e-5)
     assert "perplexity elsewhere" in (tmp_path / "c" / "compare.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="children outlive a SIGKILL elsewhere")
+def test_no_run_goes_on_after_compare_is_killed_and_the_command_repeats_it(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is an optional package")
+    flags = "--out c --seeds 1 --steps 400 --lrs 1e-3 --kl-coefs 0.1 --jobs 1 --".split()
+    command = [sys.executable, str(ROOT / "compare.py"), *flags, *SMALL]
+    metrics = tmp_path / "c" / "sft-seed1-lr0.001-kl0.1" / "metrics.jsonl"
+
+    def start_and_kill(is_far_enough) -> str:
+        parent = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
+        try:
+            assert wait_until(is_far_enough, seconds=240)
+        finally:
+            parent.send_signal(signal.SIGKILL)
+            parent.wait()
+        time.sleep(0.5)
+        return metrics.read_text()
+
+    def lines() -> int:
+        return metrics.read_text().count("\n") if metrics.exists() else 0
+
+    first = start_and_kill(lambda: lines() >= 9)
+    time.sleep(1)
+    assert metrics.read_text() == first and not (metrics.parent / "final").exists()
+    second = start_and_kill(lambda: 4 <= lines() <= 8)
+    # Nobody else wrote into the folder of the run that began again: every step is there once.
+    steps = [json.loads(line)["step"] for line in second.splitlines()]
+    assert steps[:2] == [0, 1] and steps == sorted(steps)
+    trained = [row["step"] for row in read_rows(metrics) if row["phase"] != "eval"]
+    assert trained == list(range(1, len(trained) + 1))
 
 
 @pytest.mark.slow

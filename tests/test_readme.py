@@ -10,7 +10,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -393,7 +392,7 @@ def test_a_benchmark_runs_on_records_like_those_of_the_hub(
         }.get(name, [(None, "train")])
         return datasets.Dataset.from_list([HUB[name](i) for i in range(40)])
 
-    def run_here(command, **options):
+    def run_here(children, command, environment):
         tiny = (
             "--steps 2 --batch-size 4 --eval-size 2 --max-length 48 --max-new-tokens 4 --device cpu"
         )
@@ -402,7 +401,7 @@ def test_a_benchmark_runs_on_records_like_those_of_the_hub(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", from_the_hub)
-    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=run_here))
+    monkeypatch.setattr(compare.Children, "run", run_here)
     monkeypatch.setattr(
         compare, "load_pyplot", lambda what: None
     )  # matplotlib is an optional package

@@ -97,8 +97,9 @@ def wait_for(pid: int) -> int:
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_like_one_that_was_not(tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "out"
+    flags = [*SHORT, "--eval-every", "2", "--keep-best", "eval/response_length"]
     started = time.perf_counter()
-    assert wait_for(in_a_child([*SHORT, "--out", str(whole)])) == 0
+    assert wait_for(in_a_child([*flags, "--out", str(whole)])) == 0
     seconds = time.perf_counter() - started
     rng, kills, finished = random.Random(0), 0, 0
     while kills < 25 or not finished:
@@ -108,7 +109,7 @@ def test_a_run_killed_at_random_moments_ends_like_one_that_was_not(tmp_path):
             delay = rng.random() * seconds * 0.7
         resumable = (out / "config.json").exists()
         pid = in_a_child(
-            ["--resume", str(out)] if resumable else [*SHORT, "--out", str(out), "--overwrite"]
+            ["--resume", str(out)] if resumable else [*flags, "--out", str(out), "--overwrite"]
         )
         deadline = time.perf_counter() + delay
         while time.perf_counter() < deadline:
@@ -132,6 +133,8 @@ def test_a_run_killed_at_random_moments_ends_like_one_that_was_not(tmp_path):
                 ).is_file(), "a named folder is complete"
             continue
         assert_equal_runs(whole, out)
+        for name in ("best.json", "model.safetensors"):
+            assert (whole / "best" / name).read_bytes() == (out / "best" / name).read_bytes()
         finished += 1
         if kills < 25:
             shutil.rmtree(out)  # it got through between two kills: once more from the start
