@@ -189,12 +189,7 @@ def save_checkpoint(folder: Path, run, states: dict, keep: int) -> None:
         "counters": run.counters(),
         "stateful": states,
         "order": run.order_generator.get_state(),
-        # A user's reward may draw from these. The seed of the responses follows from the step.
-        "rng": {
-            "python": random.getstate(),
-            "numpy": _numpy_state(),
-            "torch": torch.get_rng_state(),
-        },
+        "rng": random_state(),
         "reference": None if run.reference is None else run.reference.state_dict(),
     }
     with new_folder(folder, keep) as unfinished:
@@ -244,10 +239,7 @@ def load_checkpoint(folder: Path, run) -> None:
     for name, component in run.stateful().items():
         component.load_state_dict(state["stateful"][name])
     run.order_generator.set_state(state["order"])
-    random.setstate(state["rng"]["python"])
-    kind, keys, *position = state["rng"]["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *position))
-    torch.set_rng_state(state["rng"]["torch"])
+    set_random_state(state["rng"])
     saved = state["reference"]
     if saved is not None:
         if run.reference is None or _shapes(run.reference.state_dict()) != _shapes(saved):
@@ -301,6 +293,19 @@ def _shapes(state: dict) -> dict:
     return {name: value.shape for name, value in state.items()}
 
 
-def _numpy_state() -> tuple:
+def random_state() -> dict:
+    """What a user's reward may draw from. The seed of the responses follows from the step."""
     kind, keys, *position = np.random.get_state()
-    return (kind, keys.tolist(), *position)
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, keys.tolist(), *position),
+        "torch": torch.get_rng_state(),
+    }
+
+
+def set_random_state(state: dict) -> None:
+    """The inverse of `random_state`."""
+    random.setstate(state["python"])
+    kind, keys, *position = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *position))
+    torch.set_rng_state(state["torch"])

@@ -23,6 +23,10 @@ class UserError(ValueError):
     """A mistake that the user can repair. Scripts print one line, `error: ...`, and exit with 2."""
 
 
+class LostUpdates(UserError):
+    """Too many steps in a row without an update."""
+
+
 class NonFiniteReward(UserError):
     """A score that is not a finite number: an error before the first step, later one lost step."""
 

@@ -28,13 +28,15 @@ from checkpoints import (  # noqa: F401  (read_rows and checkpoints can be had f
     load_checkpoint,
     newest_checkpoint,
     open_run_folder,
+    random_state,
     read_config,
     read_rows,
     recover,
     save_checkpoint,
+    set_random_state,
     write_config,
 )
-from engine import NonFiniteReward, UserError
+from engine import LostUpdates, UserError
 from hybrid import HybridModel
 
 MAY_CHANGE_ON_RESUME = ("device", "steps", "eval_every", "eval_size", "save_every", "keep", "log")
@@ -141,6 +143,7 @@ class RunFolder:
             if checkpoint is None and parallel.rank() == 0:
                 print(f"{self.out} has no checkpoint yet: the run starts again")
         self.is_new = checkpoint is None
+        self.saved = {checkpoint}  # the folders that hold the run as it is
         if checkpoint is not None:
             load_checkpoint(checkpoint, run)
             if run.step >= args.steps:
@@ -169,6 +172,7 @@ class RunFolder:
         # On every process: the state of ZeRO's optimiser is spread over them.
         states = {name: thing.state_dict() for name, thing in run.stateful().items()}
         parallel.on_main(save_checkpoint, self.out / name, run, states, self.keep)
+        self.saved = {self.out / name}
 
     def step_folder(self, run: Run) -> Path:
         return self.out / f"checkpoint-{run.step:06d}"
@@ -176,37 +180,57 @@ class RunFolder:
     def save_step(self, run: Run) -> None:
         self.save(run, self.step_folder(run).name)
 
+    def owes_evaluation(self, run: Run, every: int) -> bool:
+        """Is there no evaluation of this step, though one is due: before the first step, or after
+        the step at which the run was saved before its evaluation failed?"""
+        is_due = self.is_new or (every > 0 and run.step % every == 0)
+        return is_due and parallel.on_main(self._last_evaluation) != run.step
+
+    def _last_evaluation(self) -> int:
+        rows = read_rows(self.out / "metrics.jsonl")
+        return max((row["step"] for row in rows if row["phase"] == "eval"), default=-1)
+
     @contextmanager
     def nothing_lost(self, run: Run):
-        """Around whatever asks the reward. A reward that is not finite skips this step. A reward
-        that raises ends the run: a checkpoint is saved, and the prompts of this step will be drawn
-        again."""
-        streams = run.prompt_stream, run.pair_stream
-        positions = [stream.state_dict() for stream in streams]
+        """Around a step: whatever fails in it ends the run, saved as of the last whole step, and a
+        mended run goes on bit by bit. A second Ctrl-C alone saves nothing: it is to be quick."""
+        head = Snapshot(run)
         try:
             yield
-        except NonFiniteReward as problem:
-            tqdm.write(f"step {run.step + 1}: {problem}")
-        except UserError as problem:
-            if run.step == 0:
-                raise
-            if run.step == self.steps:
-                self.save(run, "final")
-                raise UserError(
-                    f"{problem}; all steps are done, the model is in {self.out / 'final'}"
-                ) from None
-            for stream, position in zip(streams, positions):
-                stream.load_state_dict(position)
-            if not self.step_folder(run).is_dir():
-                self.save_step(run)
-            raise UserError(
-                f"{problem}; saved as of step {run.step}: "
-                f"mend it and go on with --resume {self.out}"
-            ) from None
+        except LostUpdates:
+            raise  # it is saved
+        # Whatever it is (a bug in a reward, sys.exit, a full disk), it goes on after the save.
+        except (Exception, SystemExit) as problem:
+            if parallel.world() > 1 and not isinstance(problem, UserError):
+                raise  # the other processes may wait elsewhere, and a save needs them all
+            saved = self._save_after_failure(run, head)
+            if isinstance(problem, UserError):
+                raise UserError(f"{problem}{saved}") from None
+            if isinstance(problem, SystemExit):
+                raise UserError(f"something called sys.exit({problem.code!r}){saved}") from None
+            tqdm.write(f"{type(problem).__name__}{saved}", file=sys.stderr)
+            raise
+
+    def _save_after_failure(self, run: Run, head: "Snapshot") -> str:
+        """Save as of the last whole step. -> what to say of it."""
+        go_on = f"mend it and go on with --resume {self.out}"
+        if run.step == head.step and head.weights_changed(run):
+            return f"; it was in the middle of an update, so the newest checkpoint counts: {go_on}"
+        if run.step == head.step:
+            head.restore(run)
+        if run.step == 0:
+            return ""  # nothing to save yet
+        is_last = run.step == self.steps
+        folder = self.out / "final" if is_last else self.step_folder(run)
+        if folder not in self.saved:
+            self.save(run, folder.name)
+        if is_last:
+            return f"; all steps are done, the model is in {folder}"
+        return f"; saved as of step {run.step}: {go_on}"
 
     def count_lost_updates(self, run: Run, phase: str, metrics: dict[str, float]) -> None:
         """Write down the batch of a skipped update. MAX_LOST steps in a row without an update end
-        the run with a UserError; the weights, those before the first of them, are saved."""
+        the run with LostUpdates; the weights, those before the first of them, are saved."""
         if metrics.get("ppo/unscored") != 1:  # no answer from a judge is no lost gradient
             has_updated = any(name.endswith("/grad_norm") for name in metrics)
             run.skipped = 0 if has_updated else run.skipped + 1
@@ -223,12 +247,55 @@ class RunFolder:
             run.skipped = 0  # a resumed run has ten tries again
             folder = self.step_folder(run)
             self.save_step(run)
-            raise UserError(
+            raise LostUpdates(
                 f"no finite reward and gradient in {MAX_LOST} steps in a row (now step "
                 f"{run.step}); the last good weights are in {folder}, the batches in "
                 f"{self.out / 'skipped.jsonl'}; start a new run from there with --model and a "
                 "smaller --lr"
             )
+
+
+class Snapshot:
+    """All that a step changes before its first update, as it is now; the weights are not in it.
+
+    Small things are copied; references and opponents are other models, replaced and never changed,
+    so that holding them is enough.
+    """
+
+    SMALL = ("kl_controller", "schedule", "sft_stream", "prompt_stream", "pair_stream", "reward")
+    HELD = ("step", "rl_steps", "skipped", "reference", "drawn")
+
+    def __init__(self, run: Run):
+        self.step = run.step
+        self.held = {name: getattr(run, name) for name in self.HELD}
+        stateful = run.stateful()
+        self.states = {n: _copy(stateful[n].state_dict()) for n in self.SMALL if n in stateful}
+        self.order = run.order_generator.get_state()
+        self.random = random_state()
+        self.versions = weight_versions(run.model)
+
+    def weights_changed(self, run: Run) -> bool:
+        return weight_versions(run.model) != self.versions
+
+    def restore(self, run: Run) -> None:
+        for name, value in self.held.items():
+            setattr(run, name, value)
+        for name, state in self.states.items():
+            run.stateful()[name].load_state_dict(state)
+        run.order_generator.set_state(self.order)
+        set_random_state(self.random)
+
+
+def weight_versions(model: torch.nn.Module) -> list[int]:
+    """torch counts every change of a tensor in place, as an optimiser makes them."""
+    return [parameter._version for parameter in model.parameters()]
+
+
+def _copy(state):
+    """A copy of dicts and lists; tensors in them are the same."""
+    if isinstance(state, dict):
+        return {name: _copy(value) for name, value in state.items()}
+    return [_copy(value) for value in state] if isinstance(state, list) else state
 
 
 def skipped_updates(metrics: dict[str, float]) -> float:
@@ -322,6 +389,7 @@ class Stop:
     def ask(self, number: int, frame) -> None:
         self.signal = number
         self.__exit__()
+        tqdm.write("stopping after this step; again to stop now", file=sys.stderr)
 
     def asked(self) -> bool:
         """If one process got a signal, all of them stop. So every process must ask."""

@@ -90,7 +90,7 @@ class SelfPlay:
         return {"rounds": self.rounds, "snapshot": self.snapshot and self.snapshot.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        self.rounds = state["rounds"]
+        self.rounds, self.snapshot = state["rounds"], None
         if state["snapshot"] is not None:
             self.snapshot = self.policy.frozen_copy()
             self.snapshot.load_state_dict(state["snapshot"])

@@ -13,13 +13,14 @@ import argparse
 import time
 
 import transformers
+from tqdm import tqdm
 
 import cost
 import dpo
 import grpo
 import parallel
 from data import demonstration_batch
-from engine import learning_rate_factor, one_line_errors
+from engine import NonFiniteReward, learning_rate_factor, one_line_errors
 from evaluate import measure, print_evaluation, print_summary
 from flags import parse_args
 from ppo import collect_rollout, ppo_step
@@ -35,48 +36,40 @@ def train(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
     run = prepare(args, ALGORITHMS[args.algorithm])  # every mistake of the user shows here
     folder = RunFolder(args, run)  # with --resume it puts `run` back where it was
     lr_factor = learning_rate_factor(args.scheduler, args.steps, args.warmup_steps)
-    if folder.is_new:
+    if folder.owes_evaluation(run, args.eval_every):
         measure(run, args, folder)
+    if folder.is_new:
         run.before, run.samples_before = run.after, run.samples_after
 
     with ProgressBar(args, run) as bar:
         while run.step < args.steps:
-            started = time.perf_counter()
-            lr = args.lr * lr_factor(run.step)
-            for group in run.optimizer.param_groups:
-                group["lr"] = lr
+            with folder.nothing_lost(run):  # a failure ends the run, saved as of the last step
+                started = time.perf_counter()
+                lr = args.lr * lr_factor(run.step)
+                for group in run.optimizer.param_groups:
+                    group["lr"] = lr
 
-            # ---- one step: learn from demonstrations, or from the reward
-            phase = "sft" if run.schedule.phase(run.step) == "sft" else args.algorithm
-            metrics = {f"{phase}/skipped_steps": 1.0}  # stays if the reward is not finite
-            if phase == "sft":
-                metrics = train_on_demonstrations(run, args)
-            else:
-                renew_reference(run, args)
-                with folder.nothing_lost(run):  # if the reward raises, or is not finite
-                    metrics = run.algorithm.train_on(run, args)
-                run.rl_steps += 1
-                follow_policy(run, args)
-            run.step += 1
+                phase, metrics = take_step(run, args)
+                run.step += 1
 
-            # ---- write it down
-            metrics |= {"lr": lr, "seconds": time.perf_counter() - started}
-            folder.write(run, phase, metrics)
-            bar.show(metrics)
-            folder.count_lost_updates(run, phase, metrics)  # ten in a row end the run
+                # ---- write it down
+                metrics |= {"lr": lr, "seconds": time.perf_counter() - started}
+                folder.write(run, phase, metrics)
+                bar.show(metrics)
+                folder.count_lost_updates(run, phase, metrics)  # ten in a row end the run
 
-            # ---- measure and save
-            is_last = run.step == args.steps
-            if is_last or is_due(run.step, args.eval_every):
-                with folder.nothing_lost(run):
-                    measure(run, args, folder)
-                print_evaluation(run)
-            if not is_last:
-                if stop.asked() or is_due(run.step, args.save_every):
+                # ---- save, then measure: an evaluation that fails is made up by --resume
+                is_last = run.step == args.steps
+                if is_last:
+                    folder.save(run, "final")
+                elif stop.asked() or is_due(run.step, args.save_every):
                     folder.save_step(run)
+                if is_last or (is_due(run.step, args.eval_every) and not stop.signal):
+                    measure(run, args, folder)
+                    print_evaluation(run)
+            if not is_last:
                 stop.exit_if_asked(run.step, folder.out)
 
-    folder.save(run, "final")
     print_summary(run, folder.out, args.keep_best)
     return run.after
 
@@ -84,6 +77,21 @@ def train(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
 def is_due(step: int, every: int) -> bool:
     """Is something due after step `step` that happens every `every` steps? 0: never."""
     return every > 0 and step % every == 0
+
+
+def take_step(run: Run, args: argparse.Namespace) -> tuple[str, dict[str, float]]:
+    """One step: learn from demonstrations, or from the reward. -> its name and its metrics."""
+    if run.schedule.phase(run.step) == "sft":
+        return "sft", train_on_demonstrations(run, args)
+    renew_reference(run, args)
+    metrics = {f"{args.algorithm}/skipped_steps": 1.0}  # stays if the reward is not finite
+    try:
+        metrics = run.algorithm.train_on(run, args)
+    except NonFiniteReward as problem:
+        tqdm.write(f"step {run.step + 1}: {problem}")
+    run.rl_steps += 1
+    follow_policy(run, args)
+    return args.algorithm, metrics
 
 
 def train_on_demonstrations(run: Run, args: argparse.Namespace) -> dict[str, float]:
