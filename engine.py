@@ -8,11 +8,13 @@ file: `accumulate` is "backward over the rows", `apply_gradients` is "optimizer.
 
 import argparse
 import math
+import random
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
@@ -93,6 +95,13 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False):
         return value
 
     return parse
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch, NumPy and Python's `random`: a reward of the user's own may draw from any."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
 
 
 def pick_device(name: str = "auto") -> torch.device:

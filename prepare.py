@@ -36,6 +36,7 @@ from engine import (
     compile_lm,
     make_scaler,
     pick_device,
+    seed_everything,
 )
 from flags import resolve_defaults
 from hybrid import HybridModel, build_tiny
@@ -50,7 +51,7 @@ def prepare(args, algorithm: Algorithm) -> Run:
     """The state of a run at step 0. Raises UserError for whatever can be wrong."""
     device = parallel.start(pick_device(args.device))
     check_amp(args.amp, device)
-    torch.manual_seed(args.seed)
+    seed_everything(args.seed)
     data = load_data(args, algorithm)
     model, tokenizer = load_policy(args, data.train, device)
     resolve_defaults(args, algorithm, model.max_positions)
