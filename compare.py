@@ -217,8 +217,8 @@ def make_folder(out: Path, command: dict) -> None:
     if not note.is_file():
         check_new_folder(str(out))
         out.mkdir()
-        note.write_text(text)
-    elif note.read_text() != text:
+        note.write_text(text, encoding="utf-8")
+    elif note.read_text(encoding="utf-8") != text:
         raise UserError(
             f"--out {out} holds a comparison with other --steps or flags of train.py ({note}); "
             "choose another folder"
@@ -237,7 +237,8 @@ def train_once(job: Job, args, train_flags: list[str]) -> dict:
         command = [sys.executable, str(Path(__file__).with_name("train.py")), *map(str, flags)]
         threads = max(1, (os.cpu_count() or 1) // args.jobs)
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        pipes = dict(capture_output=True, text=True, encoding="utf-8", errors="replace")
+        done = subprocess.run(command, env=environment, **pipes)
         if done.returncode:
             lines = done.stderr.strip().splitlines() or ["no error message"]
             raise UserError(f"{' '.join(command[1:])} ended with: {lines[-1]}")
@@ -312,7 +313,7 @@ def write_report(args, argv: list[str], tuned: list, best: dict[str, Job], finis
         "tuning": tuning,
         "runs": results,
     }
-    (out / "compare.json").write_text(json.dumps(report, indent=1) + "\n")
+    (out / "compare.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     chosen = []
     for arm, job in best.items():
         kl = "" if arm == "SFT" else f", kl-coef {job.kl_coef:g}"
@@ -322,7 +323,7 @@ def write_report(args, argv: list[str], tuned: list, best: dict[str, Job], finis
         f"{markdown(results)}\n\n{args.steps} steps, {args.seeds} seeds, mean and 95 % interval. "
         f"{how}: {'; '.join(chosen)}.\n{at_equal_reward(results)}\n"
     )
-    (out / "compare.md").write_text(text)
+    (out / "compare.md").write_text(text, encoding="utf-8")
     print(text)
     pareto(results, out / "pareto.png")
     return report

@@ -7,6 +7,7 @@ file: `accumulate` is "backward over the rows", `apply_gradients` is "optimizer.
 """
 
 import argparse
+import io
 import math
 import random
 import sys
@@ -48,6 +49,8 @@ def one_line_errors(main: Callable):
     """`main`, but a UserError becomes one line on stderr, `error: ...`, and exit status 2."""
 
     def run(argv: list[str] | None = None):
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # a console may lack a character of a response
         try:
             return main(argv)
         except UserError as problem:

@@ -44,7 +44,7 @@ def load_lm(name: str, what: str = "model") -> tuple[nn.Module, PreTrainedTokeni
     `what` is the flag that errors name. Raises UserError that says what to do.
     """
     folder = Path(name)
-    is_local = folder.exists() or name.startswith((".", "/", "~"))
+    is_local = folder.exists() or folder.is_absolute() or name.startswith((".", "/", "~"))
     if (folder / "final" / "config.json").is_file():
         raise UserError(f"{what} {name} is a run folder; its model is in {folder / 'final'}")
     if is_local and not (folder / "config.json").is_file():
@@ -71,6 +71,14 @@ def load_lm(name: str, what: str = "model") -> tuple[nn.Module, PreTrainedTokeni
     tokenizer = load_tokenizer(name, what)
     check_tokenizer(f"{what} {name}", lm, tokenizer)
     return lm, tokenizer
+
+
+def release_files(model: nn.Module) -> None:
+    """Copy the weights that are on the CPU: safetensors maps its files, and Windows and NFS cannot
+    delete or rename a mapped file, such as the `final` that a run with --overwrite replaces."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
 
 
 def load_tokenizer(name: str, what: str = "model") -> PreTrainedTokenizerFast:

@@ -40,6 +40,7 @@ from engine import (
 )
 from flags import resolve_defaults
 from hybrid import HybridModel, build_tiny
+from lm import release_files
 from ppo import AdaptiveKLController
 from references import ReferenceMixture, load_references
 from rewards import build_reward
@@ -130,6 +131,7 @@ def load_policy(args, train_examples: list[Example], device) -> tuple[HybridMode
     else:
         model, tokenizer = HybridModel.load(args.model, "--model")
     model.to(device).train()
+    release_files(model)
     model.amp_dtype = AMP_DTYPES[args.amp]
     if args.compile:
         compile_lm(model)
