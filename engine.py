@@ -222,6 +222,17 @@ OPTIMIZERS = {
     "muon": muon_with_adamw,
 }
 
+# The peak learning rate where --lr does not name one: of the built-in model, which starts from
+# nothing, and of one that is pretrained. The units differ: Adam's and Muon's update is about lr per
+# weight, Adafactor's about lr times the size of the weight, SGD's follows the gradient.
+DEFAULT_LR = {
+    "adamw": (3e-3, 1e-5),
+    "adam": (3e-3, 1e-5),
+    "sgd": (2e-1, 1e-2),
+    "adafactor": (3e-2, 1e-3),
+    "muon": (3e-3, 1e-5),
+}
+
 # The share of the peak learning rate, by `progress`: 0 after the warm-up, 1 at the end of the run.
 SCHEDULERS = {
     "constant": lambda progress: 1.0,
