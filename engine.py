@@ -228,7 +228,7 @@ OPTIMIZERS = {
 DEFAULT_LR = {
     "adamw": (3e-3, 1e-5),
     "adam": (3e-3, 1e-5),
-    "sgd": (2e-1, 1e-2),
+    "sgd": (2e-1, 1e-3),
     "adafactor": (3e-2, 1e-3),
     "muon": (3e-3, 1e-5),
 }

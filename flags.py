@@ -106,7 +106,7 @@ def make_parser(algorithms: dict[str, Algorithm]) -> Parser:
     add("--log", choices=("none", "wandb", "tensorboard"), default="none",
         help="where a copy of metrics.jsonl goes as well (optional packages)")
     add("--seed", type=number(int, 0, 2**32 - 2), default=0,
-        help="of model, data order, sampling, and of random and NumPy for rewards that draw: the same seed, the same run")
+        help="of model, data order, sampling, random and NumPy (for rewards that draw): the same seed, the same run")
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--amp", choices=tuple(AMP_DTYPES), default="no",
