@@ -161,10 +161,10 @@ class Candidate:
 
     def __init__(self, python: str, side: str, load):
         self.name = f"{python} {side}"
-        self.log = tempfile.TemporaryFile("w+")
+        self.log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
         command = [python, __file__, "--worker", side, json.dumps(vars(load))]
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log)
-        self.process = subprocess.Popen(command, text=True, **pipes)
+        self.process = subprocess.Popen(command, text=True, encoding="utf-8", **pipes)
         ready = self.read()
         self.name, self.ceiling = ready["name"], ready["matmul_flops"]
         self.rounds: list[dict] = []
@@ -445,7 +445,7 @@ class Rounds:
     """begin() waits for a line on stdin and starts the clock; end() stops it and reports."""
 
     def __init__(self, device: str):
-        self.out = os.fdopen(os.dup(1), "w")
+        self.out = os.fdopen(os.dup(1), "w", encoding="utf-8")
         os.dup2(2, 1)  # whatever a peer prints is not part of the protocol
         self.is_cuda, self.started, self.imports = device == "cuda", None, 0
 

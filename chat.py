@@ -164,11 +164,19 @@ def _adds_space(tokenizer) -> bool:
 
 
 def decode(tokenizer, response: list[int]) -> str:
-    """Text of a response, for rewards and for people. Training uses the ids."""
-    text = tokenizer.decode(response, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    """Text of a response, for rewards and for people. Training uses the ids.
+
+    A model may have more ids than its tokenizer has tokens: such an id has no text.
+    """
+    options = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    try:
+        text = tokenizer.decode(response, **options)
+    except (ValueError, KeyError, IndexError, TypeError):  # of an id without a token (ByT5, ...)
+        known = set(tokenizer.get_vocab().values())
+        response = [token for token in response if token in known]
+        text = tokenizer.decode(response, **options)
     if response and not text.startswith(" "):
-        # Decoders remove the space before the first word, as at the beginning of a text. A model
-        # may have more ids than its tokenizer knows: such an id has no text.
+        # Decoders remove the space before the first word, as at the beginning of a text.
         if (tokenizer.convert_ids_to_tokens(response[0]) or "").startswith(SPACE):
             return " " + text
     return text

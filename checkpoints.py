@@ -15,6 +15,7 @@ process dies. Left out on purpose: uploading.
     python train.py --resume out
 """
 
+import errno
 import json
 import os
 import pickle
@@ -66,10 +67,25 @@ def remove(path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """fsync a file or folder: without it a rename may reach the disk before the contents."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """fsync a file or folder: without it a rename may reach the disk before the contents.
+
+    Windows flushes only what is open for writing, and opens no folder: there is nothing to flush.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except (IsADirectoryError, PermissionError):  # a folder, or a file that is read-only
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except PermissionError:
+            if path.is_dir():
+                return
+            raise
     try:
         os.fsync(descriptor)
+    except OSError as problem:
+        # EINVAL: some network file systems refuse a folder so.
+        if problem.errno not in (errno.EBADF, errno.EINVAL, errno.EACCES):
+            raise
     finally:
         os.close(descriptor)
 
@@ -172,7 +188,8 @@ def git_commit() -> str | None:
     if shutil.which("git") is None:
         return None
     command = ["git", "rev-parse", "HEAD"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    options = dict(cwd=Path(__file__).parent, capture_output=True, text=True, encoding="utf-8")
+    done = subprocess.run(command, **options)
     return done.stdout.strip() or None
 
 
@@ -262,7 +279,8 @@ def newest_checkpoint(out: Path) -> Path | None:
     newest, most = None, -1
     for folder in [*checkpoints(out), out / "final"]:
         if (folder / "trainer_state.pt").is_file():
-            step = _read_state(folder)["counters"]["step"]
+            # Mapped, since only one number is wanted; nothing holds the file afterwards.
+            step = _read_state(folder, mmap=True)["counters"]["step"]
             if step > most:
                 newest, most = folder, step
     return newest
@@ -278,10 +296,12 @@ def recover(out: Path) -> None:
         remove(leftover)
 
 
-def _read_state(folder: Path) -> dict:
+def _read_state(folder: Path, mmap: bool = False) -> dict:
+    """`mmap`: tensors are read when they are used, and hold the file. Windows and NFS cannot delete
+    or rename such a file, and the optimiser would keep it for the whole run."""
     path = folder / "trainer_state.pt"
     try:
-        return torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        return torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
     except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as problem:
         raise UserError(
             f"{path} is damaged ({first_line(problem)}); "

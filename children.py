@@ -58,6 +58,8 @@ class Children:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
+                encoding="utf-8",
+                errors="replace",
                 preexec_fn=None if LIBC is None else end_with(os.getpid()),
             )
             self.running.add(child)

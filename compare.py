@@ -218,8 +218,8 @@ def make_folder(out: Path, command: dict) -> None:
     if not note.is_file():
         check_new_folder(str(out))
         out.mkdir()
-        note.write_text(text)
-    elif note.read_text() != text:
+        note.write_text(text, encoding="utf-8")
+    elif note.read_text(encoding="utf-8") != text:
         raise UserError(
             f"--out {out} holds a comparison with other --steps or flags of train.py ({note}); "
             "choose another folder"
@@ -314,7 +314,7 @@ def write_report(args, argv: list[str], tuned: list, best: dict[str, Job], finis
         "tuning": tuning,
         "runs": results,
     }
-    (out / "compare.json").write_text(json.dumps(report, indent=1) + "\n")
+    (out / "compare.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     chosen = []
     for arm, job in best.items():
         kl = "" if arm == "SFT" else f", kl-coef {job.kl_coef:g}"
@@ -324,7 +324,7 @@ def write_report(args, argv: list[str], tuned: list, best: dict[str, Job], finis
         f"{markdown(results)}\n\n{args.steps} steps, {args.seeds} seeds, mean and 95 % interval. "
         f"{how}: {'; '.join(chosen)}.\n{at_equal_reward(results)}\n"
     )
-    (out / "compare.md").write_text(text)
+    (out / "compare.md").write_text(text, encoding="utf-8")
     print(text)
     pareto(results, out / "pareto.png")
     return report

@@ -15,11 +15,12 @@ is never tokenised again. The user is scripted (by the later user turns of the r
 
 import argparse
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
 from chat import MARK, cut_prompt, dialogue_of, end_ids, is_special, render, turn_end
-from data import Example, decode, encode_prompt, plain_reply, render_dialogue
+from data import Example, columns_of, decode, encode_prompt, plain_reply, render_dialogue
 from engine import UserError, number
 from generate import sample
 from hybrid import HybridModel
@@ -152,6 +153,48 @@ def text_between(tokenizer, episode: Episode, reply: str) -> str:
     if not ends:
         return text
     return text.partition(tokenizer.convert_ids_to_tokens(ends[0]))[2]
+
+
+# ---------------------------------------------------------------------------- what the reward says
+
+
+class Scores(NamedTuple):
+    """n numbers, each about one response: the only one of its row, or one turn of a dialogue."""
+
+    values: torch.Tensor  # (n,) float32, NaN where a judge gave no answer
+    rows: torch.Tensor  # (n,) long, the row of the response
+    columns: torch.Tensor  # (n,) long, its last token
+
+
+def score_episodes(episodes: list[Episode], reward, turn_rewards: bool, device) -> Scores:
+    """Ask the reward about every response: about whole dialogues, or about each turn of them."""
+    rows, prompts, completions, columns = [], [], [], []
+    for row, episode in enumerate(episodes):
+        if turn_rewards:  # a response, given what was said before it
+            prompts += episode.histories
+            completions += episode.responses
+            columns += episode.ends
+            rows += [row] * len(episode.responses)
+        else:  # all that was said after the prompt
+            prompts.append(episode.example.prompt)
+            completions.append(episode.text())
+            columns.append(episode.ends[-1])
+            rows.append(row)
+    fields = columns_of([episodes[row].example for row in rows])
+    values = reward(prompts, completions, **fields).to(device)  # (n,)
+    return Scores(values, torch.tensor(rows, device=device), torch.tensor(columns, device=device))
+
+
+def with_penalties(scores: Scores, episodes: list[Episode], penalty: float) -> Scores:
+    """The scores (0 where there is none), and -penalty for each truncated response."""
+    truncated = []  # (row, column) of the last token
+    for row, episode in enumerate(episodes):
+        ends = zip(episode.ends, episode.truncated)
+        truncated += [(row, column) for column, hit_the_limit in ends if hit_the_limit]
+    positions = torch.tensor(truncated, dtype=torch.long, device=scores.rows.device).view(-1, 2)
+    costs = torch.full((len(truncated),), -penalty, device=scores.rows.device)  # (c,)
+    both = zip((scores.values.nan_to_num(0), scores.rows, scores.columns), (costs, *positions.T))
+    return Scores(*[torch.cat(pair) for pair in both])
 
 
 # ------------------------------------------------------------------------------- who plays the user

@@ -7,12 +7,15 @@ file: `accumulate` is "backward over the rows", `apply_gradients` is "optimizer.
 """
 
 import argparse
+import io
 import math
+import random
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
@@ -50,6 +53,8 @@ def one_line_errors(main: Callable):
     """`main`, but a UserError becomes one line on stderr, `error: ...`, and exit status 2."""
 
     def run(argv: list[str] | None = None):
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # a console may lack a character of a response
         try:
             return main(argv)
         except UserError as problem:
@@ -97,6 +102,13 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False):
         return value
 
     return parse
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch, NumPy and Python's `random`: a reward of the user's own may draw from any."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -212,6 +224,17 @@ OPTIMIZERS = {
     "sgd": lambda model, lr: torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9),
     "adafactor": lambda model, lr: torch.optim.Adafactor(model.parameters(), lr=lr),
     "muon": muon_with_adamw,
+}
+
+# The peak learning rate where --lr does not name one: of the built-in model, which starts from
+# nothing, and of one that is pretrained. The units differ: Adam's and Muon's update is about lr per
+# weight, Adafactor's about lr times the size of the weight, SGD's follows the gradient.
+DEFAULT_LR = {
+    "adamw": (3e-3, 1e-5),
+    "adam": (3e-3, 1e-5),
+    "sgd": (2e-1, 1e-3),
+    "adafactor": (3e-2, 1e-3),
+    "muon": (3e-3, 1e-5),
 }
 
 # The share of the peak learning rate, by `progress`: 0 after the warm-up, 1 at the end of the run.

@@ -24,6 +24,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -275,7 +276,17 @@ def fit_mixtures(text: str, tree: Node, pairs: list) -> None:
         fit_to_pairs(mixture.function, pairs, mixture.scores)
 
 
-FILE_FUNCTION = re.compile(r"""(?<![\w./~"'-])([\w./~-]+\.py):(\w+)""")
+# FILE.py:function. A path with spaces stands in quotes or begins with a drive, as in C:/my files/
+FILE_FUNCTION = re.compile(
+    r"""
+      "([^"]+\.py):(\w+)"
+    | '([^']+\.py):(\w+)'
+    | (?<![\w./\\~:"'-]) ([A-Za-z]:[\\/][^:*?"<>|]*?\.py):(\w+)
+    | (?<![\w./\\~"'-]) ([\w./\\~-]+\.py):(\w+)
+    """,
+    re.VERBOSE,
+)
+WINDOWS_STRING = re.compile(r"""(["'])([A-Za-z]:\\[^"']*)\1""")  # lexicon="C:\new.txt", and so on
 
 
 class _Parser:
@@ -289,7 +300,13 @@ class _Parser:
 
     def tree(self) -> Node:
         # A path is no Python expression: a placeholder replaces it until `restore`.
-        source = FILE_FUNCTION.sub(self.placeholder, self.expression.strip())
+        source = self.expression.strip()
+        alone = re.fullmatch(r"(.+\.py):(\w+)", source)
+        if alone is not None and Path(alone[1]).expanduser().is_file():  # whatever is in its name
+            source = self.placeholder(alone)
+        source = FILE_FUNCTION.sub(self.placeholder, source)
+        # Python would read the \n of C:\new.txt as the end of a line.
+        source = WINDOWS_STRING.sub(lambda match: match[0].replace("\\", r"\\"), source)
         try:
             return self.build(ast.parse(source, mode="eval").body)
         except (SyntaxError, RecursionError, MemoryError, OverflowError) as problem:
@@ -398,6 +415,8 @@ class _Parser:
         return key
 
     def literal(self, node: ast.expr):
+        if isinstance(node, ast.Name) and node.id in self.files:  # a text that is a path
+            return self.restore(node.id)
         value = ast.literal_eval(node)
         return self.restore(value) if isinstance(value, str) else value
 
@@ -407,7 +426,8 @@ class _Parser:
 
     def placeholder(self, match: re.Match) -> str:
         name = f"_file{len(self.files)}_"
-        self.files[name] = match.groups()
+        file, function = [group for group in match.groups() if group is not None]
+        self.files[name] = file, function
         return name
 
     def restore(self, text: str) -> str:

@@ -17,11 +17,17 @@ import parallel
 import references
 import schedules
 from data import add_data_flags
-from engine import AMP_DTYPES, OPTIMIZERS, SCHEDULERS, Parser, UserError, number
+from engine import AMP_DTYPES, DEFAULT_LR, OPTIMIZERS, SCHEDULERS, Parser, UserError, number
 from runs import MAY_CHANGE_ON_RESUME, Algorithm, read_config
 
 EXTENSIONS = (schedules, references, dialogue)
 NOT_REMEMBERED = ("resume", "overwrite", "deepspeed", "dry_run")  # --resume does not take them from config.json
+
+
+def default_rates() -> str:
+    """The defaults of --lr, as --help says them."""
+    rates = [f"{optimizer} {tiny:g} and {other:g}" for optimizer, (tiny, other) in DEFAULT_LR.items()]
+    return f"for 'tiny' and for other models, {', '.join(rates)}"
 
 
 class Sources(argparse.Action):
@@ -54,7 +60,7 @@ def make_parser(algorithms: dict[str, Algorithm]) -> Parser:
     add("--grad-accum", type=count, help="the same, said as the number of parts into which each process cuts its share")
     add("--max-length", type=number(int, 2),
         help="tokens of prompt and response together (default: 1024, or the model's context)")
-    add("--lr", type=positive, help="peak learning rate (usual: 1e-6 to 1e-3; default: 3e-3 for 'tiny', else 1e-5)")
+    add("--lr", type=positive, help=f"peak learning rate (usual with adamw: 1e-6 to 1e-3; default: {default_rates()})")
     add("--optimizer", choices=tuple(OPTIMIZERS), default="adamw",
         help="torch's own; muon takes the matrices, AdamW the rest")
     add("--scheduler", choices=tuple(SCHEDULERS), default="linear",
@@ -102,7 +108,7 @@ def make_parser(algorithms: dict[str, Algorithm]) -> Parser:
     add("--log", choices=("none", "wandb", "tensorboard"), default="none",
         help="where a copy of metrics.jsonl goes as well (optional packages)")
     add("--seed", type=number(int, 0, 2**32 - 2), default=0,
-        help="of model, data order and sampling: the same seed, the same run")
+        help="of model, data order, sampling, random and NumPy (for rewards that draw): the same seed, the same run")
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--amp", choices=tuple(AMP_DTYPES), default="no",
@@ -201,7 +207,8 @@ def resolve_defaults(args: argparse.Namespace, algorithm: Algorithm, context: in
     is_tiny = args.model == "tiny"
     resolve_length(args, context)
     if args.lr is None:
-        args.lr = 3e-3 if is_tiny else 1e-5
+        for_tiny, for_others = DEFAULT_LR[args.optimizer]
+        args.lr = for_tiny if is_tiny else for_others
     if args.sft_warmup is None:  # a model that has not learnt to write yet has nothing for PPO to improve
         args.sft_warmup = round(0.3 * args.steps) if is_tiny and args.ppo_ratio not in (0, 1) else 0
     if args.micro_batch_size is None:

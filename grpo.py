@@ -22,7 +22,7 @@ from ppo import Rollout, clipped_surrogate, kl_estimate, update_epochs
 
 def group_advantages(scores: torch.Tensor, group_size: int) -> torch.Tensor:
     """scores (B,), the responses to one prompt next to each other -> (B,): standardised within each
-    group, 0 where all scores of the group are equal.
+    group, at any scale; exactly 0 where all scores of the group are equal.
 
     NaN marks a response without a score: it is left out of its group's statistics and gets 0.
 
@@ -30,9 +30,15 @@ def group_advantages(scores: torch.Tensor, group_size: int) -> torch.Tensor:
     [-1.0, 1.0, 0.0, 0.0]
     """
     groups = scores.view(-1, group_size)  # (prompts, group_size)
+    missing = groups.isnan()
+    low = groups.masked_fill(missing, torch.inf).amin(1, keepdim=True)  # (prompts, 1)
+    high = groups.masked_fill(missing, -torch.inf).amax(1, keepdim=True)  # (prompts, 1)
+    # Seen from `low`, in units of the range: the mean of large scores that are nearly equal is
+    # rounded by as much as they differ, and the square of a tiny score is 0.
+    groups = (groups - low) / (high - low)  # 0..1
     centered = groups - groups.nanmean(1, keepdim=True)
     std = (centered**2).nanmean(1, keepdim=True).sqrt()
-    return torch.where(std > 1e-6, centered / std, 0).nan_to_num(0).view(-1)
+    return torch.where(high > low, centered / std, 0).nan_to_num(0).view(-1)
 
 
 def grpo_loss(
@@ -68,7 +74,9 @@ def grpo_step(
     scores minus penalties. `options` are those of `update_epochs`. -> metrics `grpo/...`; the
     metrics of the rollout keep their names, `ppo/...`."""
     scored = rollout.response_mask.any(1)  # (B,)
-    scores = torch.where(scored, rollout.rewards.sum(1), torch.nan)  # (B,)
+    # Sorted: the same scores of turns, in other columns, must give the same sum to the last bit.
+    totals = rollout.rewards.sort(1).values.sum(1)  # (B,)
+    scores = torch.where(scored, totals, torch.nan)  # (B,)
     advantages = group_advantages(scores, group_size)[:, None] * rollout.response_mask  # (B, T)
     rollout = replace(rollout, advantages=advantages)
 

@@ -39,6 +39,7 @@ from lm import (
     check_architecture,
     context_of,
     disable_dropout,
+    find_cache,
     find_logit_transform,
     fuse_activations,
     load_lm,
@@ -82,14 +83,8 @@ class HybridModel(nn.Module):
         self.lm = lm
         self._accepts = accepts(lm.base_model)
         self.max_positions = context_of(lm)
-        # The cache's name differs between transformers releases. None stands for models without
-        # one, and for recurrent ones (Mamba, ...), whose decoding step cannot skip padding on the
-        # left: the sampler then reads whole rows again.
-        self._cache_name: str | None = None
-        if not getattr(lm, "_is_stateful", False):
-            names = [name for name in ("cache", "past_key_values") if name in self._accepts]
-            self._cache_name = names[0] if names else None
         check_architecture(lm)
+        self._cache_name = find_cache(lm)  # None: the sampler reads whole rows again
         self.logit_scale, self.logit_cap = find_logit_transform(lm)
         self.can_pack = can_pack(lm)
         # bfloat16 or float16: the LM computes in it; weights, losses and scores stay float32.
@@ -163,7 +158,11 @@ class HybridModel(nn.Module):
         return logp.gather(1, targets[:, None]).squeeze(1), entropies
 
     def logits(self, hidden: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-        """`lm_head` and what the model does after it. hidden (..., H) -> (..., V) float32."""
+        """`lm_head` and what the model does after it. hidden (..., H) -> (..., V) float32.
+
+        V may exceed the number of tokens (Qwen, Pythia). The other ids stay possible, as in the
+        LM's own loss, which a mask would change; SFT makes them rare, `chat.decode` skips them.
+        """
         with self.autocast():
             logits = self.lm.get_output_embeddings()(hidden)  # (..., V)
         logits = logits.float()

@@ -1,11 +1,11 @@
 """A Hugging Face causal LM made ready for `HybridModel`: loaded or built, checked, packed.
 
-`check_architecture`, `find_logit_transform` and `can_pack` try on eight tokens what the rest of the
-code assumes; `states_before` does no work for padding. Nothing here is about SFT or PPO, so a
-first reading may skip this file.
+`check_architecture`, `find_logit_transform`, `find_cache` and `can_pack` try on eight tokens what
+the rest of the code assumes; `states_before` does no work for padding. Nothing here is about SFT or
+PPO, so a first reading may skip this file.
 Left out on purpose: encoder-decoder models, quantised weights, a list of known architectures.
 
-    python -m pytest -q tests/test_model.py        # sixteen architectures against their own logits
+    python -m pytest -q tests/test_model.py        # eighteen architectures against their own logits
 """
 
 import inspect
@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import nn
@@ -20,6 +21,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    DynamicCache,
     LlamaConfig,
     PreTrainedTokenizerFast,
 )
@@ -43,7 +45,7 @@ def load_lm(name: str, what: str = "model") -> tuple[nn.Module, PreTrainedTokeni
     `what` is the flag that errors name. Raises UserError that says what to do.
     """
     folder = Path(name)
-    is_local = folder.exists() or name.startswith((".", "/", "~"))
+    is_local = folder.exists() or folder.is_absolute() or name.startswith((".", "/", "~"))
     if (folder / "final" / "config.json").is_file():
         raise UserError(f"{what} {name} is a run folder; its model is in {folder / 'final'}")
     if is_local and not (folder / "config.json").is_file():
@@ -70,6 +72,14 @@ def load_lm(name: str, what: str = "model") -> tuple[nn.Module, PreTrainedTokeni
     tokenizer = load_tokenizer(name, what)
     check_tokenizer(f"{what} {name}", lm, tokenizer)
     return lm, tokenizer
+
+
+def release_files(model: nn.Module) -> None:
+    """Copy the weights that are on the CPU: safetensors maps its files, and Windows and NFS cannot
+    delete or rename a mapped file, such as the `final` that a run with --overwrite replaces."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
 
 
 def load_tokenizer(name: str, what: str = "model") -> PreTrainedTokenizerFast:
@@ -189,6 +199,7 @@ def check_architecture(lm: nn.Module) -> None:
         """(1, t) each -> (1, t, V)."""
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        inputs["use_cache"] = False  # `find_cache` tries it
         lm.train(train)
         known = {key: value for key, value in inputs.items() if key in accepts(lm)}
         return lm(**known).logits.float()
@@ -230,23 +241,89 @@ def find_logit_transform(lm: nn.Module) -> tuple[float, float | None]:
     lm.eval()
     ids = eight_tokens(lm)  # (1, 8)
     mask = torch.ones_like(ids)
-    logits = lm(input_ids=ids, attention_mask=mask).logits.double()  # (1, 8, V)
-    hidden = lm.base_model(input_ids=ids, attention_mask=mask).last_hidden_state  # (1, 8, H)
-    plain = lm.get_output_embeddings()(hidden).double()  # (1, 8, V)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    inputs |= {"use_cache": False} if "use_cache" in accepts(lm) else {}
+    hidden = lm.base_model(**inputs).last_hidden_state  # (1, 8, H)
+    # float64 by NumPy: a device such as MPS has none
+    logits = lm(**inputs).logits.cpu().numpy().astype(np.float64)  # (1, 8, V)
+    plain = lm.get_output_embeddings()(hidden).cpu().numpy().astype(np.float64)  # (1, 8, V)
     lm.train(was_training)
     config = lm.config.get_text_config()
     caps = [float(getattr(config, name)) for name in CAP_NAMES if getattr(config, name, None)]
     cap = caps[0] if caps else None
     # Undo the cap; the factor that remains is estimated by least squares.
-    linear = logits if cap is None else cap * torch.atanh(logits / cap)
-    scale = float((linear * plain).sum() / (plain * plain).sum().clamp(min=1e-30))
+    linear = logits if cap is None else cap * np.arctanh(logits / cap)
+    scale = float((linear * plain).sum() / max((plain * plain).sum(), 1e-30))
     scale = float(f"{scale:.5g}") if scale else 1.0  # 1.0000003 -> 1
-    predicted = scale * plain if cap is None else cap * torch.tanh(scale * plain / cap)
-    if not torch.allclose(predicted, logits, rtol=1e-3, atol=1e-3 * float(logits.abs().max())):
+    predicted = scale * plain if cap is None else cap * np.tanh(scale * plain / cap)
+    if not np.allclose(predicted, logits, rtol=1e-3, atol=1e-3 * np.abs(logits).max()):
         change = "its logits after lm_head in a way that is neither a factor nor a soft cap"
         advice = "extend find_logit_transform (lm.py) and HybridModel.logits (hybrid.py)"
         raise UserError(f"{type(lm).__name__} changes {change}; {advice}")
     return scale, cap
+
+
+_without_cache: set[str] = set()  # what `find_cache` has said already
+
+
+@torch.no_grad()
+def find_cache(lm: nn.Module) -> str | None:
+    """The argument by which the LM takes a DynamicCache: its name differs between releases of
+    transformers. None, and one line that says why, where decoding must do without a cache.
+
+    Tried on eight tokens as the sampler uses it: two rows, one padded on its left; a cached step;
+    the other row is dropped; another cached step. Both must give the states of the whole row.
+    """
+    names = [name for name in ("cache", "past_key_values") if name in accepts(lm.base_model)]
+    if not names:
+        return None
+    was_training = lm.training
+    lm.eval()
+    try:
+        problem = _cache_problem(lm, names[0])
+    except Exception as error:  # a model's own cache may raise anything
+        problem = first_line(error)
+    lm.train(was_training)
+    if problem is None:
+        return names[0]
+    line = f"{type(lm).__name__} samples without a cache, which is slower: {problem}"
+    if line not in _without_cache:
+        _without_cache.add(line)
+        print(line)
+    return None
+
+
+def _cache_problem(lm: nn.Module, name: str) -> str | None:
+    """None where a cache works on eight tokens. What it raises is a problem too."""
+    if getattr(lm, "_is_stateful", False):  # Mamba, ...
+        return "it is recurrent, and its decoding step cannot skip padding on the left"
+    ids = eight_tokens(lm)  # (1, 8)
+    rows = torch.cat([ids, ids.roll(3, dims=1)])  # (2, 8)
+    mask = torch.ones_like(rows)
+    mask[1, :3] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)  # (2, 8)
+
+    def read(kept: list[int], begin: int, end: int, **options) -> torch.Tensor:
+        """The last hidden state of those rows after columns begin..end-1: (rows, H)."""
+        inputs = {
+            "input_ids": rows[kept, begin:end],
+            "attention_mask": mask[kept, :end],
+            "position_ids": positions[kept, begin:end],
+        }
+        known = {key: value for key, value in inputs.items() if key in accepts(lm.base_model)}
+        return lm.base_model(**known, **options).last_hidden_state[:, -1]
+
+    cache = DynamicCache(config=lm.config)
+    cached = {name: cache, "use_cache": True}
+    read([0, 1], 0, 6, **cached)
+    steps = [read([0, 1], 6, 7, **cached)]
+    cache.batch_select_indices(torch.tensor([1], device=rows.device))
+    steps.append(read([1], 7, 8, **cached))
+    whole = [read([0, 1], 0, 7, use_cache=False), read([1], 0, 8, use_cache=False)]
+    difference, size = torch.cat(steps) - torch.cat(whole), torch.cat(whole).abs().max()  # (3, H)
+    if float(difference.abs().max()) <= 1e-4 * float(size):
+        return None
+    return "a cached step gives other states than the whole row"
 
 
 @torch.no_grad()

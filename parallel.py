@@ -29,7 +29,9 @@ def start(device: torch.device) -> torch.device:
         torch.cuda.set_device(device)  # nccl sends Python objects through it
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if rank() > 0:
-        sys.stdout = open(os.devnull, "w")  # Only process 0 prints. Every process may print errors.
+        sys.stdout = open(
+            os.devnull, "w", encoding="utf-8"
+        )  # Only process 0 prints. Every process may print errors.
     return device
 
 

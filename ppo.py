@@ -9,7 +9,11 @@ is one action; one response is one episode; gamma is 1 by default.
     response_mask   0    0    0    1    1    1    0
     logprobs        0    0    0    *    *    *    0     log pi(token t | tokens < t)
     values          0    0    0    *    *    *    0     V(state just before token t)
-    rewards         0    0    0   -kl  -kl  -kl+score   the score sits on the LAST RESPONSE token
+    rewards         0    0    0    p    p   p+score     p = -kl_coef*kl of the token; the score sits
+                                                        on the LAST RESPONSE token
+
+The episode is over after the last response token: the next value is 0, after EOS and also where the
+length limit truncated the response.
 
 Left out on purpose: an entropy bonus, a separate critic, rewards themselves (any function of text,
 rewards.py), a threshold that drops batches. Only an update whose gradient is not finite is skipped
@@ -20,12 +24,12 @@ rewards.py), a threshold that drops batches. Only an update whose gradient is no
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
-from data import Batch, Example, batch_of, columns_of
-from dialogue import Episode, sample_episodes
+from data import Batch, Example, batch_of
+from dialogue import Episode, Scores, sample_episodes, score_episodes, with_penalties
 from engine import Backend, accumulate, apply_gradients, join_stats
 from hybrid import HybridModel, forward_rows, masked_mean
 from references import ReferenceMixture, reference_logprobs
@@ -43,7 +47,7 @@ def masked_whiten(x: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) 
     """(x - mean) / std over the True positions of mask, 0 elsewhere.
 
     `shift_mean=False` adds the mean back. The variance is the biased one, as in the code of Ziegler
-    et al. (N+ details). A single element has no spread: it becomes 0 (or, with the mean, its mean).
+    et al. (N+ details). Equal elements, or a single one, become exactly 0 (or, with the mean, it).
 
     >>> x, mask = torch.tensor([1.0, 3.0, 99.0]), torch.tensor([True, True, False])
     >>> masked_whiten(x, mask).round(decimals=3).tolist()
@@ -51,6 +55,8 @@ def masked_whiten(x: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) 
     """
     mean = masked_mean(x, mask)  # scalar
     white = (x - mean) * torch.rsqrt(masked_variance(x, mask) + 1e-8)  # as x
+    low, high = x.masked_fill(~mask, torch.inf).min(), x.masked_fill(~mask, -torch.inf).max()
+    white = torch.where(high > low, white, 0)  # the mean of large equal numbers is rounded
     return torch.where(mask, white if shift_mean else white + mean, 0)
 
 
@@ -168,29 +174,49 @@ def ppo_loss(
     return policy_loss + vf_coef * value_loss, stats
 
 
+# A hundred times the default 0.05 outweighs any reward of unit scale; a hundredth is next to free.
+# Where the KL misses its target even so, the price does not decide it, and each factor beyond would
+# have to be undone, 1.22 a horizon, before the price acts again.
+KL_COEF_RANGE = 100.0
+
+
 class AdaptiveKLController:
     """Moves `value`, the KL coefficient, until the KL of a response is `target` nats.
 
     Ziegler et al. 1909.08593, section 2.2. `horizon` is in episodes: while the KL is 20 % or more
     off its target, the coefficient changes by a factor e^0.2 = 1.22 per horizon. (The paper has a
     constant K_beta = 0.1 per batch; n_steps / horizon is the authors' code.) With a target of None
-    the coefficient never changes.
+    the coefficient never changes. It stays within init_kl_coef / KL_COEF_RANGE and init_kl_coef *
+    KL_COEF_RANGE (the authors have no bounds), and one line says when it first reaches one.
     """
 
     def __init__(self, init_kl_coef: float, target: float | None, horizon: float):
         self.value, self.target, self.horizon = init_kl_coef, target, horizon
+        self.bounds = init_kl_coef / KL_COEF_RANGE, init_kl_coef * KL_COEF_RANGE
+        self.reached: list[float] = []  # bounds that were announced
 
     def update(self, current_kl: float, n_steps: int) -> None:
         """current_kl: mean KL of a response, in nats; n_steps: episodes that this mean is over."""
-        if self.target is not None:
-            error = min(max(current_kl / self.target - 1, -0.2), 0.2)
-            self.value *= 1 + error * n_steps / self.horizon
+        if self.target is None or math.isnan(current_kl):
+            return
+        error = min(max(current_kl / self.target - 1, -0.2), 0.2)
+        self.value *= 1 + error * n_steps / self.horizon
+        low, high = self.bounds
+        self.value = min(max(self.value, low), high)
+        if self.value in self.bounds and self.value not in self.reached:
+            self.reached.append(self.value)
+            tqdm.write(
+                f"the price of KL has reached its bound, --kl-coef {self.value:g}: the KL is "
+                f"{current_kl:.3g} nats a response, and --kl-target {self.target:g} may be out of "
+                "reach"
+            )
 
-    def state_dict(self) -> dict[str, float]:
-        return {"value": self.value}
+    def state_dict(self) -> dict:
+        return {"value": self.value, "reached": self.reached}
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        self.value = state["value"]
+    def load_state_dict(self, state: dict) -> None:
+        # A checkpoint that was saved before there were bounds has reached none.
+        self.value, self.reached = state["value"], list(state.get("reached", []))
 
 
 # ---------------------------------------------------------------------------------- the rollout
@@ -206,45 +232,6 @@ class Rollout(Batch):
     rewards: torch.Tensor  # -kl_coef * kl, plus the score on the last response token
     advantages: torch.Tensor  # whitened
     returns: torch.Tensor  # what the value head must predict: values + advantages before whitening
-
-
-class Scores(NamedTuple):
-    """n numbers, each about one response: the only one of its row, or one turn of a dialogue."""
-
-    values: torch.Tensor  # (n,) float32, NaN where a judge gave no answer
-    rows: torch.Tensor  # (n,) long, the row of the response
-    columns: torch.Tensor  # (n,) long, its last token
-
-
-def score_episodes(episodes: list[Episode], reward, turn_rewards: bool, device) -> Scores:
-    """Ask the reward about every response: about whole dialogues, or about each turn of them."""
-    rows, prompts, completions, columns = [], [], [], []
-    for row, episode in enumerate(episodes):
-        if turn_rewards:  # a response, given what was said before it
-            prompts += episode.histories
-            completions += episode.responses
-            columns += episode.ends
-            rows += [row] * len(episode.responses)
-        else:  # all that was said after the prompt
-            prompts.append(episode.example.prompt)
-            completions.append(episode.text())
-            columns.append(episode.ends[-1])
-            rows.append(row)
-    fields = columns_of([episodes[row].example for row in rows])
-    values = reward(prompts, completions, **fields).to(device)  # (n,)
-    return Scores(values, torch.tensor(rows, device=device), torch.tensor(columns, device=device))
-
-
-def with_penalties(scores: Scores, episodes: list[Episode], penalty: float) -> Scores:
-    """The scores (0 where there is none), and -penalty for each truncated response."""
-    truncated = []  # (row, column) of the last token
-    for row, episode in enumerate(episodes):
-        ends = zip(episode.ends, episode.truncated)
-        truncated += [(row, column) for column, hit_the_limit in ends if hit_the_limit]
-    positions = torch.tensor(truncated, dtype=torch.long, device=scores.rows.device).view(-1, 2)
-    costs = torch.full((len(truncated),), -penalty, device=scores.rows.device)  # (c,)
-    both = zip((scores.values.nan_to_num(0), scores.rows, scores.columns), (costs, *positions.T))
-    return Scores(*[torch.cat(pair) for pair in both])
 
 
 def place_rewards(
@@ -322,6 +309,14 @@ def collect_rollout(
     return rollout, {f"ppo/{name}": float(value) for name, value in metrics.items()}
 
 
+def spread(numbers: list[float]) -> float:
+    """The standard deviation (biased) of some numbers; NaN for fewer than two."""
+    if len(numbers) < 2:
+        return math.nan
+    mean = math.fsum(numbers) / len(numbers)
+    return math.sqrt(sum((x - mean) * (x - mean) for x in numbers) / len(numbers))
+
+
 def rollout_metrics(
     rollout: Rollout,
     episodes: list[Episode],
@@ -340,14 +335,13 @@ def rollout_metrics(
     sampled[response_mask] = torch.tensor(
         [logprob for episode in episodes for logprob in episode.logprobs], device=mask.device
     )
-    finite = scores[torch.isfinite(scores)].double()
-    score_std = finite.std(unbiased=False) if len(finite) > 1 else math.nan  # one has no spread
+    finite = scores[torch.isfinite(scores)].tolist()  # MPS has no float64, Python's floats are
     n_responses = sum(len(episode.responses) for episode in episodes)
     n_truncated = sum(sum(episode.truncated) for episode in episodes)
     unexplained = masked_variance(rollout.returns - rollout.values, mask)  # scalar
     metrics = {
         "score": scores.nanmean(),
-        "score_std": score_std,
+        "score_std": spread(finite),
         "unscored": (~has_score).float().mean(),
         "kl": kl_of(rollout.ref_logprobs, "k3"),
         "kl_k1": kl_of(rollout.ref_logprobs, "k1"),

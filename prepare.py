@@ -37,9 +37,11 @@ from engine import (
     compile_lm,
     make_scaler,
     pick_device,
+    seed_everything,
 )
 from flags import resolve_defaults
 from hybrid import HybridModel, build_tiny
+from lm import release_files
 from ppo import AdaptiveKLController
 from references import ReferenceMixture, load_references
 from rewards import build_reward
@@ -51,7 +53,7 @@ def prepare(args, algorithm: Algorithm) -> Run:
     """The state of a run at step 0. Raises UserError for whatever can be wrong."""
     device = parallel.start(pick_device(args.device))
     check_amp(args.amp, device)
-    torch.manual_seed(args.seed)
+    seed_everything(args.seed)
     data = load_data(args, algorithm)
     model, tokenizer = load_policy(args, data.train, device)
     resolve_defaults(args, algorithm, model.max_positions)
@@ -148,6 +150,7 @@ def load_policy(args, train_examples: list[Example], device) -> tuple[HybridMode
     else:
         model, tokenizer = HybridModel.load(args.model, "--model")
     model.to(device).train()
+    release_files(model)
     model.amp_dtype = AMP_DTYPES[args.amp]
     if args.compile:
         compile_lm(model)

@@ -71,6 +71,15 @@ ARCHITECTURES = {
     "gptj": dict(n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4),
     "gemma3_text": dict(SMALL, head_dim=8, final_logit_softcapping=5.0),
     "mamba": dict(hidden_size=32, num_hidden_layers=2, state_size=4),
+    "lfm2": dict(SMALL, layer_types=["conv", "full_attention"], block_multiple_of=8),
+    "minimax": dict(
+        SMALL,
+        head_dim=8,
+        block_size=8,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        layer_types=["linear_attention", "full_attention"],
+    ),
 }
 
 
@@ -121,6 +130,18 @@ def tiny_folder(tiny, tmp_path_factory) -> Path:
         n_head=2,
         n_positions=64,
     )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tiny[1].save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def padded_folder(tiny, tmp_path_factory) -> Path:
+    """A model that embeds 165 rows more than its tokenizer has tokens, as Qwen and Pythia do."""
+    folder = tmp_path_factory.mktemp("padded")
+    ends = dict(bos_token_id=None, eos_token_id=tiny[1].eos_token_id, pad_token_id=None)
+    config = AutoConfig.for_model("llama", vocab_size=len(tiny[1]) + 165, **SMALL, **ends)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tiny[1].save_pretrained(folder)

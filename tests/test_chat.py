@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, ByT5Tokenizer
 
 from chat import (
     control_words,
@@ -420,3 +420,13 @@ def test_an_id_that_the_tokenizer_does_not_know_has_no_text(tokenizer):
     known = tokenizer("the plot").input_ids
     assert decode(tokenizer, [len(tokenizer) + 7, *known]) == "the plot"
     assert decode(tokenizer, [len(tokenizer) + 7]) == ""
+
+
+def test_an_id_without_a_token_has_no_text_also_where_the_decoder_raises():
+    """ByT5's decoder raises ValueError for an id beyond its bytes."""
+    tokenizer = ByT5Tokenizer()
+    ids = tokenizer("caf\u00e9", add_special_tokens=False).input_ids
+    with pytest.raises(ValueError):
+        tokenizer.decode([5000])
+    assert decode(tokenizer, [5000, *ids[:3], 5000, *ids[3:], 9999]) == "caf\u00e9"
+    assert decode(tokenizer, [5000]) == ""

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -165,6 +166,45 @@ def test_group_advantages_by_hand():
     std = (14 / 3) ** 0.5
     expected = [-2 / std, -1 / std, 3 / std, 0, 0, 0, -1, 0, 1]
     assert group_advantages(scores, 3).tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("size", [2, 3, 6, 7, 12, 16, 33])
+def test_equal_scores_have_no_advantage_at_any_scale(size):
+    """The float mean of equal numbers often differs from them by one unit in the last place."""
+    generator = torch.Generator().manual_seed(size)
+    for scale in (1e-30, 1e-6, 0.1, 1.0, 87.3, 1e3, 1e6, 1e30):
+        scores = (torch.randn(500, generator=generator) * scale).repeat_interleave(size)
+        assert not group_advantages(scores, size).any(), scale
+        scores[::size] = math.nan  # the others of the group still are equal
+        assert not group_advantages(scores, size).any(), scale
+
+
+@pytest.mark.parametrize("center, step", [(87.3, 2.0**-17), (1e-20, 1e-25), (-3e6, 0.25)])
+def test_scores_that_differ_a_little_keep_their_advantage(center, step):
+    """Against the definition in exact fractions, of the float32 numbers as they are."""
+    places = torch.tensor([0.0, 3.0, 1.0, 0.0, 7.0, 2.0, 5.0])
+    scores = torch.cat([center + step * places, torch.full((7,), center)])
+    exact = [Fraction(score) for score in scores[:7].tolist()]
+    mean = sum(exact) / 7
+    std = math.sqrt(sum((x - mean) ** 2 for x in exact) / 7)
+    expected = [float(x - mean) / std for x in exact] + [0.0] * 7
+    assert group_advantages(scores, 7).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_same_scores_of_turns_in_other_columns_have_no_advantage(monkeypatch):
+    """0.1 + 0.2 + 0.3 depends on the order of the sum: the order must not follow the columns."""
+    generator = torch.Generator().manual_seed(0)
+    rewards = torch.zeros(64, 40)
+    for row in rewards:
+        columns = torch.randperm(40, generator=generator)[:5]
+        row[columns] = torch.tensor([10.1, 20.2, 30.3, -0.7, 1e-3])
+    assert len(rewards.sum(1).unique()) > 1, "the plain sum must show the fault"
+    zero, mask = torch.zeros_like(rewards), torch.ones_like(rewards, dtype=torch.bool)
+    rollout = Rollout(zero.long(), mask, mask, zero, zero, zero, rewards, zero, zero)
+    seen = []
+    monkeypatch.setattr("grpo.update_epochs", lambda model, r, *args, **kw: seen.append(r) or {})
+    grpo_step(None, rollout, None, group_size=64)
+    assert not seen[0].advantages.any()
 
 
 def test_grpo_loss_is_the_papers_objective_token_by_token():

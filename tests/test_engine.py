@@ -2,14 +2,16 @@
 
 import copy
 import math
+import re
 
 import pytest
 import torch
-from conftest import build_lm, ragged_batch
+from conftest import REVIEWS, ROOT, build_lm, ragged_batch
 from torch.optim import lr_scheduler as torch_schedules
 
-from data import make_batch
+from data import demonstration_batch, make_batch
 from engine import (
+    DEFAULT_LR,
     OPTIMIZERS,
     SCHEDULERS,
     Backend,
@@ -21,9 +23,11 @@ from engine import (
     learning_rate_factor,
     make_scaler,
 )
+from flags import parse_args, resolve_defaults
 from generate import generate
 from hybrid import HybridModel
 from sft import sft_step
+from train import ALGORITHMS
 
 ADAM = dict(betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
 ORACLES = {
@@ -103,6 +107,42 @@ def test_every_optimiser_learns_follows_the_schedule_and_resumes(name):
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert all(torch.equal(x, y) for x, y in zip(train(model, optimizer)[1], train(twin, other)[1]))
     assert isinstance(optimizer, MuonWithAdamW) == (name == "muon")
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_default_rate_of_an_optimiser_is_its_own(name, capsys):
+    """--help and the table of the documents say it; a flag replaces it."""
+    tiny, other = DEFAULT_LR[name]
+    for model, expected in (("tiny", tiny), ("gpt2", other)):
+        args = parse_args(["--optimizer", name, "--model", model], ALGORITHMS)
+        resolve_defaults(args, ALGORITHMS["ppo"], 256)
+        assert args.lr == expected
+    args = parse_args(["--optimizer", name, "--lr", "0.125"], ALGORITHMS)
+    resolve_defaults(args, ALGORITHMS["ppo"], 256)
+    assert args.lr == 0.125
+    with pytest.raises(SystemExit):
+        parse_args(["--help"], ALGORITHMS)
+    assert f"{name} {tiny:g} and {other:g}" in " ".join(capsys.readouterr().out.split())
+    table = (ROOT / "docs" / "flags-and-data.md").read_text(encoding="utf-8")
+    row = re.search(rf"^\| [^|]*`{name}`[^|]* \| ([\de.-]+) \| ([\de.-]+) \|$", table, re.MULTILINE)
+    assert (float(row[1]), float(row[2])) == (tiny, other)
+    assert DEFAULT_LR.keys() == OPTIMIZERS.keys()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_built_in_model_learns_at_the_default_rate(name, tiny):
+    """Thirty steps with the gradient clipped, as in a run: well below the loss of guessing the
+    frequent words, about 4.4."""
+    model = HybridModel(copy.deepcopy(tiny[0]))
+    optimizer = OPTIMIZERS[name](model, DEFAULT_LR[name][0])
+    losses = []
+    for step in range(30):
+        for group in optimizer.param_groups:
+            group["lr"] = DEFAULT_LR[name][0] * min(1, (step + 1) / 10)
+        examples = REVIEWS[step * 8 % 240 :][:8]
+        batch = demonstration_batch(tiny[1], examples, 64)
+        losses.append(sft_step(model, batch, optimizer)["sft/loss"])
+    assert losses[0] > 5.9 and sum(losses[-3:]) / 3 < 4.0, losses
 
 
 def rates(name, steps=50, warmup=10):

@@ -1,6 +1,7 @@
 """The language of --reward, tried with two toy rewards: it needs no other."""
 
 import ast
+from pathlib import PureWindowsPath
 
 import pytest
 import torch
@@ -106,3 +107,67 @@ def test_a_judge_may_abstain_and_others_may_not():
         parse("nothing", names, {})([""], [""])
     nothing.may_abstain = True
     assert torch.isnan(parse("nothing + 1", names, {})([""], [""])).all()
+
+
+WINDOWS = PureWindowsPath("C:/", "my files (x86)", "new.rewards", "r.py")
+
+
+@pytest.mark.parametrize(
+    "text, file, value",
+    [
+        (f"{WINDOWS}:fn", str(WINDOWS), 5),
+        (f'"{WINDOWS}:fn"', str(WINDOWS), 5),
+        (f"words - 2*{WINDOWS}:fn + 1", str(WINDOWS), -7),
+        (f"clip('{WINDOWS}:fn', 0, 3)*words", str(WINDOWS), 6),
+        (f"words+{WINDOWS.as_posix()}:fn", WINDOWS.as_posix(), 7),
+        (r"d:\\my files\\r.py:fn - words", r"d:\\my files\\r.py", 3),
+        (r"examples\r.py:fn + words", r"examples\r.py", 7),
+        (r"\\server\share\r.py:fn", r"\\server\share\r.py", 5),
+        ("0.5*'my files/it is r.py:fn' + words", "my files/it is r.py", 4.5),
+        ('max("/a b/r.py:fn", words)', "/a b/r.py", 5),
+        ("words - ~/r-1.py:fn", "~/r-1.py", -3),
+        ("2*./r.py:fn", "./r.py", 10),
+    ],
+)
+def test_a_path_may_have_a_drive_backslashes_and_spaces(text, file, value, monkeypatch):
+    asked = []
+
+    def load(path, name):
+        asked.append((path, name))
+        return completion_reward(lambda text: 5.0)
+
+    monkeypatch.setattr("expression.load_function", load)
+    assert parse(text, NAMES, {})([""], ["a banana"]).tolist() == [value]
+    assert asked == [(file, "fn")]
+
+
+def test_two_windows_paths_in_one_expression(monkeypatch):
+    values = {r"C:\a b\r.py": 3.0, r"D:\c d\r.py": 4.0}
+    monkeypatch.setattr(
+        "expression.load_function", lambda path, name: completion_reward(lambda text: values[path])
+    )
+    text = r"C:\a b\r.py:f + 10*D:\c d\r.py:g"
+    assert parse(text, NAMES, {})([""], ["x"]).tolist() == [43]
+
+
+def test_a_windows_path_in_an_argument_is_not_read_as_escapes():
+    seen = []
+
+    def make(context, lexicon):
+        seen.append(lexicon)
+        return completion_reward(lambda text: 1.0)
+
+    names = {"lookup": (make, "")}
+    parse(r'lookup("C:\new\table.txt")', names, {})
+    parse("lookup('a\\tb')", names, {})
+    parse('lookup("C:/x/r.py:f")', names, {})
+    assert PureWindowsPath(seen[0]) == PureWindowsPath("C:/new/table.txt")
+    assert seen[1:] == ["a\tb", "C:/x/r.py:f"]
+
+
+@pytest.mark.parametrize("name", ["my files/r.py", "a+b (1), it's.py", "caf\u00e9.py"])
+def test_a_path_that_stands_alone_needs_no_quotes(name, tmp_path):
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("def fn(prompts, completions):\n    return [2.0 for _ in completions]\n")
+    assert parse(f"{file}:fn", NAMES, {})([""], ["x"]).tolist() == [2]

@@ -8,7 +8,7 @@ import torch
 from conftest import ARCHITECTURES, build_lm, ragged_batch
 from transformers import DynamicCache
 
-from data import make_batch
+from data import decode, make_batch
 from generate import draw, generate
 from hybrid import HybridModel
 
@@ -200,3 +200,86 @@ def test_a_draw_is_the_first_index_whose_cumulative_probability_exceeds_the_numb
     assert draw(probs).tolist() == [1, 1, 3, 4, 5], (
         "5 only for a number that torch.rand does not draw"
     )
+
+
+WITHOUT_CACHE = ("mamba", "lfm2", "minimax")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_cache_that_cannot_drop_rows_is_not_used_and_that_is_said_once(
+    architecture, capsys, monkeypatch
+):
+    monkeypatch.setattr("lm._without_cache", set())
+    first, second = (HybridModel(build_lm(architecture)) for _ in range(2))
+    assert (first.new_cache() is None) == (architecture in WITHOUT_CACHE)
+    assert (second.new_cache() is None) == (architecture in WITHOUT_CACHE)
+    said = capsys.readouterr().out
+    assert said.count("samples without a cache, which is slower: ") == (
+        architecture in WITHOUT_CACHE
+    ), said
+
+
+@pytest.mark.parametrize("fault", ["keeps the wrong row", "forgets a token", "does not select"])
+def test_a_cache_whose_step_is_wrong_is_not_used(fault, monkeypatch, capsys):
+    """Each fault gives tokens that the scorer would score differently."""
+    monkeypatch.setattr("lm._without_cache", set())
+    select, update = DynamicCache.batch_select_indices, DynamicCache.update
+
+    def wrong_row(self, indices):
+        select(self, indices - 1)
+
+    def forgetful(self, keys, values, *args, **kwargs):
+        return update(self, keys, values * (keys.shape[2] > 1), *args, **kwargs)
+
+    def broken(self, indices):
+        raise NotImplementedError("rows cannot be dropped")
+
+    if fault == "keeps the wrong row":
+        monkeypatch.setattr(DynamicCache, "batch_select_indices", wrong_row)
+    elif fault == "forgets a token":
+        monkeypatch.setattr(DynamicCache, "update", forgetful)
+    else:
+        monkeypatch.setattr(DynamicCache, "batch_select_indices", broken)
+    model = HybridModel(build_lm("llama"))
+    assert model.new_cache() is None
+    reason = "rows cannot be dropped" if fault == "does not select" else "gives other states"
+    assert reason in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("architecture", WITHOUT_CACHE)
+def test_rows_leave_the_batch_without_a_cache_too(architecture, monkeypatch):
+    model = HybridModel(build_lm(architecture))
+    monkeypatch.setattr("generate.KEEP_WHILE", 0.99)
+    prompts = ragged_batch(rows=16)[0]
+    generator = torch.Generator().manual_seed(1)
+    ends = list(range(2, 20))  # likely: rows end at different steps
+    options = dict(max_new_tokens=8, eos_token_id=ends, generator=generator)
+    generation = generate(model, prompts, **options)
+    assert len({len(response) for response in generation.responses}) > 3
+    expected = rescored(model, prompts, generation.responses, 1.0)
+    for seen, scored in zip(generation.logprobs, expected, strict=True):
+        torch.testing.assert_close(torch.tensor(seen), torch.tensor(scored), atol=1e-4, rtol=0)
+
+
+def test_ids_without_a_token_are_sampled_scored_and_decoded_to_nothing(padded_folder):
+    """As in the LM's own loss they stay possible: 165 of 640 ids of a random model."""
+    model, tokenizer = HybridModel.load(str(padded_folder))
+    prompts = [tokenizer(text).input_ids for text in ("the plot was", "the", "the music") * 8]
+    generation = generate(
+        model,
+        prompts,
+        max_new_tokens=12,
+        eos_token_id=tokenizer.eos_token_id,
+        generator=torch.Generator().manual_seed(0),
+    )
+    ids = [token for response in generation.responses for token in response]
+    unknown = [token for token in ids if token >= len(tokenizer)]
+    assert 0.15 < len(unknown) / len(ids) < 0.35
+    for seen, scored in zip(
+        generation.logprobs, rescored(model, prompts, generation.responses, 1.0), strict=True
+    ):
+        torch.testing.assert_close(torch.tensor(seen), torch.tensor(scored), atol=1e-4, rtol=0)
+    for response in generation.responses:
+        known = [token for token in response if token < len(tokenizer)]
+        assert decode(tokenizer, response).strip() == decode(tokenizer, known).strip()
+    assert decode(tokenizer, unknown) == ""

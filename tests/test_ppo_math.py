@@ -15,6 +15,7 @@ from ppo import (
     masked_whiten,
     place_rewards,
     ppo_loss,
+    spread,
 )
 
 
@@ -268,3 +269,63 @@ def test_adaptive_kl_controller_by_hand():
     fixed = AdaptiveKLController(0.2, None, 1000)
     fixed.update(600.0, 10)
     assert fixed.value == 0.2
+
+
+@pytest.mark.parametrize("kl, bound", [(500.0, 4.0), (0.0, 4e-4), (-3.0, 4e-4)])
+def test_the_price_of_kl_stops_at_its_bound_says_so_once_and_comes_back(kl, bound, capsys):
+    controller = AdaptiveKLController(0.04, target=6.0, horizon=100)
+    for _ in range(5000):  # without a bound: 1.02 to the power of 5000
+        controller.update(kl, 10)
+    assert controller.value == pytest.approx(bound)
+    said = capsys.readouterr().out
+    assert said.count("the price of KL has reached its bound") == 1 and f"{bound:g}" in said
+    resumed = AdaptiveKLController(0.04, target=6.0, horizon=100)
+    resumed.load_state_dict(controller.state_dict())
+    for one in (controller, resumed):  # away from the bound at once, and back to it
+        one.update(6.0 * 0.9 if kl > 0 else 6.0 * 1.1, 10)
+        assert one.value == pytest.approx(bound * (0.99 if kl > 0 else 1.01))
+        one.update(kl, 10)
+    assert resumed.value == controller.value and not capsys.readouterr().out
+
+
+def test_a_kl_that_is_no_number_leaves_the_price_as_it_is():
+    controller = AdaptiveKLController(0.04, target=6.0, horizon=100)
+    controller.update(math.nan, 10)
+    assert controller.value == 0.04
+    controller.update(math.inf, 10)
+    assert controller.value == pytest.approx(0.04 * 1.02)
+
+
+def test_the_price_of_a_checkpoint_without_bounds_is_restored():
+    controller = AdaptiveKLController(0.04, target=6.0, horizon=100)
+    controller.load_state_dict({"value": 0.123})
+    assert controller.value == 0.123
+
+
+@pytest.mark.parametrize("center", [1e-3, 87.3, -41.7, 1e5, 3e30])
+@pytest.mark.parametrize("n", [1, 6, 7, 13])
+def test_whitening_of_equal_elements_is_exactly_zero(center, n):
+    """The float mean of equal numbers often differs from them by one unit in the last place."""
+    x = torch.full((1, n + 2), center)
+    x[0, -2:] = torch.tensor([math.nan, -5.0])
+    mask = torch.tensor([[True] * n + [False, False]])
+    assert masked_whiten(x, mask).eq(0).all()
+    kept = masked_whiten(x, mask, shift_mean=False)[mask]
+    torch.testing.assert_close(kept, torch.full((n,), center), rtol=1e-6, atol=0)
+
+
+def test_the_value_after_a_truncated_response_counts_as_zero():
+    """A response that the limit cut is no longer than it is: its last token sees no next value."""
+    rewards, values = torch.tensor([[0.0, 0.0, 2.0]]), torch.tensor([[0.3, 0.7, 1.5]])
+    advantages, returns = compute_gae(rewards, values, torch.ones(1, 3).bool(), gamma=0.9, lam=0.0)
+    assert advantages[0, -1].item() == pytest.approx(0.5) and returns[0, -1].item() == 2.0
+
+
+def test_the_spread_of_scores_equals_torchs_own():
+    generator = torch.Generator().manual_seed(0)
+    for n in (2, 3, 17, 64):
+        scores = 1e6 + torch.randn(n, generator=generator)
+        expected = scores.double().std(unbiased=False).item()
+        assert spread(scores.tolist()) == pytest.approx(expected, rel=1e-12)
+    alike = torch.full((6,), 87.3).tolist()
+    assert math.isnan(spread([3.0])) and spread(alike) == 0

@@ -94,6 +94,36 @@ def wait_for(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def test_a_reward_that_draws_gives_the_same_run_twice(tmp_path):
+    """Python's generator, NumPy's and torch's: wherever they stood, the seed sets them."""
+    reward = tmp_path / "chance.py"
+    reward.write_text(
+        "import random, numpy, torch\n"
+        "def score(prompts, completions):\n"
+        "    return [random.random() + numpy.random.rand() + float(torch.rand(1))\n"
+        "            for _ in completions]\n"
+    )
+    flags = [*FAST, "--steps", "4", "--ppo-ratio", "1", "--reward", f"{reward}:score"]
+    for name, seed in (("a", 7), ("b", 7), ("c", 8)):
+        main([*flags, "--seed", str(seed), "--out", str(tmp_path / name)])
+    assert_equal_runs(tmp_path / "a", tmp_path / "b")
+    assert rows_of(tmp_path / "a") != rows_of(tmp_path / "c")
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_a_model_with_more_rows_than_tokens_trains_is_measured_and_resumes(
+    padded_folder, tmp_path, algorithm
+):
+    flags = [*FAST, "--model", str(padded_folder), "--algorithm", algorithm, "--ppo-ratio", "0.5"]
+    flags += ["--reward", "length + rouge_l + perplexity", "--save-every", "2"]
+    flags += ["--group-size", "2"] if algorithm == "grpo" else []
+    main([*flags, "--out", str(tmp_path / "run")])
+    rows = rows_of(tmp_path / "run")
+    assert [row["phase"] for row in rows].count(algorithm) == 3
+    assert all(row.get("ppo/sampler_gap", 0) < 1e-4 for row in rows)
+    main(["--resume", str(tmp_path / "run"), "--steps", "8"])
+
+
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_like_one_that_was_not(tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "out"
