@@ -89,10 +89,12 @@ class Data:
 def load_data(args, algorithm: Algorithm) -> Data:
     """Demonstrations, prompts and preference pairs, split. Without --data they are the built-in
     reviews; with preference pairs of the user's own, the chosen responses."""
-    pairs = []
+    examples, pairs = None, []
+    if args.data is not None:
+        examples = load_examples(args.data, **data_options(args), seed=args.seed)
     if algorithm.preference_pairs is not None:
         pairs = algorithm.preference_pairs(args)
-    if args.data is None and pairs:
+    if examples is None and pairs:
         say(
             "no --data was given: SFT learns from the chosen responses of --preference-data, and "
             "the evaluation is on its held-out pairs"
@@ -100,8 +102,9 @@ def load_data(args, algorithm: Algorithm) -> Data:
         train_pairs, held_out_pairs = split_pairs(pairs)
         train, held_out = [[p.sides()[0] for p in part] for part in (train_pairs, held_out_pairs)]
         return Data(train, held_out, train_pairs, held_out_pairs)
-    args.data = args.data or "reviews"
-    examples = load_examples(args.data, **data_options(args), seed=args.seed)
+    if examples is None:
+        args.data = "reviews"
+        examples = load_examples(args.data, **data_options(args), seed=args.seed)
     data = Data(*split_examples(examples))
     if args.prompts is not None:
         add_prompts(data, load_prompts(args.prompts, **data_options(args), what="--prompts"))
