@@ -35,6 +35,7 @@ from engine import UserError, first_line
 from flags import resolve_defaults
 from hybrid import TINY_LM, build_tiny
 from lm import load_tokenizer
+from plan import disk_line
 from prepare import Data, limits_of, load_data
 from runs import Algorithm
 
@@ -177,6 +178,7 @@ def print_estimate(args, algorithm: Algorithm) -> None:
     sampled = f", {args.max_new_tokens} of them sampled" if samples else ""
     print(f"rows of {length} tokens at most{sampled}; the formula is in cost.py")
     print(table(sizes, rows, **options))
+    print(disk_line(args, sizes.parameters))
 
 
 def longest_row(args, data: Data) -> tuple[int, int]:

@@ -40,6 +40,18 @@ def first_line(problem: BaseException) -> str:
     return lines[0].rstrip(".: ")
 
 
+def visible(text: str) -> str:
+    """The text with every character that does not print (line breaks too) as its escape.
+
+    >>> visible("a\\tb\\x1b[2J")
+    'a\\\\tb\\\\x1b[2J'
+    """
+    printable = []
+    for char in text:
+        printable.append(char if char.isprintable() else char.encode("unicode_escape").decode())
+    return "".join(printable)
+
+
 def check_new_folder(out: str) -> None:
     """Raises UserError unless `out` can be made: no long computation may fail when it is saved."""
     path = Path(out)
@@ -59,7 +71,7 @@ def one_line_errors(main: Callable):
             return main(argv)
         except UserError as problem:
             process = f" in process {parallel.rank()}" if parallel.rank() else ""
-            print(f"error{process}: {' '.join(str(problem).split())}", file=sys.stderr)
+            print(f"error{process}: {visible(' '.join(str(problem).split()))}", file=sys.stderr)
             raise SystemExit(2) from None
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

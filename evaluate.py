@@ -20,7 +20,7 @@ from tqdm import tqdm
 from best import best_line, keep_best
 from chat import cut_prompt, encode_demonstration, end_ids
 from data import Example, load_examples, make_batch
-from engine import NonFiniteReward, Parser, UserError, one_line_errors, pick_device
+from engine import NonFiniteReward, Parser, UserError, one_line_errors, pick_device, visible
 from flags import spelled
 from health import RULES as RULES  # importable from here
 from health import plot, verdict
@@ -29,7 +29,6 @@ from measure_model import add_flags, evaluate, measure_model
 from measure_model import diversity as diversity  # importable from here
 from runs import read_rows
 from sft import held_out_nll
-from survey import visible
 
 
 def measure(run, args, folder) -> None:

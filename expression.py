@@ -15,6 +15,7 @@ text is read with `ast` and is never evaluated as Python.
 """
 
 import ast
+import difflib
 import functools
 import inspect
 import math
@@ -440,7 +441,9 @@ class _Parser:
         return UserError(f"--reward {self.expression!r}: {message}")
 
     def unreadable(self, node: ast.expr) -> UserError:
-        return self.error(f"cannot read {self.text(node)!r}; {self.known()}")
+        similar = difflib.get_close_matches(self.text(node), [*self.names, *DESCRIPTIONS], n=1)
+        hint = f"did you mean {similar[0]}? " if similar else ""
+        return self.error(f"cannot read {self.text(node)!r}; {hint}{self.known()}")
 
     def known(self) -> str:
         return f"known are {', '.join([*self.names, *DESCRIPTIONS])}, and file.py:function"

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 import parallel
+import plan
 import survey
 from data import (
     BatchStream,
@@ -54,11 +55,14 @@ def prepare(args, algorithm: Algorithm) -> Run:
     device = parallel.start(pick_device(args.device))
     check_amp(args.amp, device)
     seed_everything(args.seed)
+    say(plan.device_line(args, device))
     data = load_data(args, algorithm)
+    say(plan.data_line(args, len(data.train), len(data.held_out), len(data.pairs)))
     model, tokenizer = load_policy(args, data.train, device)
     resolve_defaults(args, algorithm, model.max_positions)
     check_data(args, tokenizer, data)
     run = make_run(args, algorithm, model, tokenizer, data)
+    plan.say_run(args, run, data.train, say)
     if args.reward is not None:  # pure SFT needs none, but measures one that is named
         run.reward = load_reward(args, run, data)
     run.reference = load_references(args, model, tokenizer)
@@ -104,6 +108,8 @@ def load_data(args, algorithm: Algorithm) -> Data:
         return Data(train, held_out, train_pairs, held_out_pairs)
     if examples is None:
         args.data = "reviews"
+        if args.model != "tiny":
+            say("no --data was given: training is on the built-in film reviews")
         examples = load_examples(args.data, **data_options(args), seed=args.seed)
     data = Data(*split_examples(examples))
     if args.prompts is not None:

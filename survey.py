@@ -21,7 +21,7 @@ from chat import (
     split_dialogue,
 )
 from chat import unwritten as unwritten_of
-from engine import UserError
+from engine import UserError, visible
 from sources import Example, Pair
 
 MOST = 2000  # examples whose tokens are counted; more would only make the start slow
@@ -216,15 +216,3 @@ def show(tokenizer, example: Example, max_length: int, max_prompt_length: int) -
 def as_read(tokenizer, ids: list[int]) -> str:
     """The text of token ids, control tokens included."""
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-
-def visible(text: str) -> str:
-    """The text with every character that does not print (line breaks too) as its escape.
-
-    >>> visible("a\\tb\\x1b[2J")
-    'a\\\\tb\\\\x1b[2J'
-    """
-    printable = []
-    for char in text:
-        printable.append(char if char.isprintable() else char.encode("unicode_escape").decode())
-    return "".join(printable)

@@ -23,6 +23,7 @@ from data import demonstration_batch
 from engine import NonFiniteReward, learning_rate_factor, one_line_errors
 from evaluate import measure, print_evaluation, print_summary
 from flags import parse_args
+from plan import TimeLeft
 from ppo import collect_rollout, ppo_step
 from prepare import prepare
 from references import follow_policy, renew_reference
@@ -38,9 +39,11 @@ def train(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
     lr_factor = learning_rate_factor(args.scheduler, args.steps, args.warmup_steps)
     if folder.owes_evaluation(run, args.eval_every):
         measure(run, args, folder)
+        print_evaluation(run)
     if folder.is_new:
         run.before, run.samples_before = run.after, run.samples_after
 
+    time_left = TimeLeft(args, run, tqdm.write)
     with ProgressBar(args, run) as bar:
         while run.step < args.steps:
             with folder.nothing_lost(run):  # a failure ends the run, saved as of the last step
@@ -56,6 +59,7 @@ def train(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
                 metrics |= {"lr": lr, "seconds": time.perf_counter() - started}
                 folder.write(run, phase, metrics)
                 bar.show(metrics)
+                time_left.saw(phase, metrics["seconds"])
                 folder.count_lost_updates(run, phase, metrics)  # ten in a row end the run
 
                 # ---- save, then measure: an evaluation that fails is made up by --resume

@@ -1,0 +1,137 @@
+"""What a run is going to do, said before it does it: device, data, model, reward, time and disk.
+
+Every line is something that a person may want to change before hours have passed. Nothing here
+changes the run. Left out on purpose: a report that can be switched off line by line.
+
+    python train.py --steps 10 --out out-short
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from chat import dialogue_of
+from runs import Run
+
+GB = 1e9
+WORTH_A_HINT = 2e7  # parameters; below, the arithmetic is not what takes the time
+
+
+def device_line(args, device: torch.device) -> str:
+    """Where the run computes, and how precisely."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if device.type == "cpu":
+        name = f"cpu, {torch.get_num_threads()} threads"
+    precision = "float32" if args.amp == "no" else f"{args.amp}, weights in float32"
+    return f"device: {name}; precision: {precision}"
+
+
+def data_line(args, n_train: int, n_held_out: int, n_pairs: int) -> str:
+    """What is learnt from, with counts."""
+    source = args.data if isinstance(args.data, str) else " ".join(args.data or ["the pairs"])
+    if args.data == "reviews":
+        source = "the built-in film reviews"
+    pairs = f", {n_pairs:,} preference pairs" if n_pairs else ""
+    return f"data: {source}: {n_train:,} examples to train on, {n_held_out:,} held out{pairs}"
+
+
+def model_line(args, run: Run, examples: list) -> str:
+    """What is trained, and whether its chat template writes the data."""
+    n = sum(parameter.numel() for parameter in run.model.lm.parameters())
+    written = [e for e in examples if dialogue_of(run.tokenizer, e) is not None]
+    template = f"its chat template writes {len(written):,} of {len(examples):,} examples"
+    if not written:
+        template = "no chat template is used"
+    context = min(run.model.max_positions, args.max_length)
+    return f"model: {args.model}, {n / 1e6:,.1f} M parameters, rows of {context} tokens; {template}"
+
+
+def training_line(args, run: Run) -> str:
+    """How it is trained: steps, reward, learning rate."""
+    phases = [run.schedule.phase(step) for step in range(args.steps)]
+    n_sft = phases.count("sft")
+    steps = f"{n_sft} SFT and {args.steps - n_sft} {args.algorithm.upper()} steps"
+    if args.schedule != "ratio":
+        steps += f" (--schedule {args.schedule})"
+    reward = f"reward: {args.reward}" if args.reward is not None else "no reward"
+    rate = f"lr {args.lr:g}, {args.scheduler} after {args.warmup_steps} steps"
+    return f"training: {steps} of {args.batch_size}; {reward}; {args.optimizer}, {rate}"
+
+
+def disk_line(args, parameters: float) -> str:
+    """What checkpoints take: weights, Adam's two moments, and the reference, 4 bytes each."""
+    copies = 1 + (1 if args.ppo_ratio != 0 else 0)
+    copies += {"adamw": 2, "adam": 2, "muon": 2}.get(args.optimizer, 1)
+    each = 4 * parameters * copies / GB
+    kept = 1 + (args.keep if args.save_every else 0)
+    return f"disk: a checkpoint takes {each:,.2g} GB, up to {kept} of them are in {args.out}"
+
+
+def say_run(args, run: Run, examples: list, say: Callable) -> None:
+    """The lines that need the model: what is trained, how, and what it takes."""
+    parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    say(model_line(args, run, examples))
+    say(training_line(args, run))
+    say(disk_line(args, parameters))
+    hint = precision_hint(args, run.device, parameters)
+    if hint is not None:
+        say(hint)
+
+
+def precision_hint(args, device: torch.device, parameters: float) -> str | None:
+    """What two matrix products say about --amp bf16 on this machine; None: nothing to change."""
+    if parameters < WORTH_A_HINT or args.amp == "fp16":
+        return None
+    speedup = seconds_of_product(torch.float32, device) / seconds_of_product(torch.bfloat16, device)
+    if args.amp == "no" and speedup > 1.5:
+        return f"hint: --amp bf16 multiplies matrices {speedup:.1f} times as fast here"
+    if args.amp == "bf16" and speedup < 0.8:
+        return f"hint: --amp bf16 is slow here, {1 / speedup:.1f} times as slow as float32"
+    return None
+
+
+def seconds_of_product(dtype: torch.dtype, device: torch.device) -> float:
+    """The best of three products of two square matrices."""
+    n = 256 if device.type == "cpu" else 2048
+    x, best = torch.ones(n, n, dtype=dtype, device=device), float("inf")
+    for _ in range(3):
+        started = time.perf_counter()
+        (x @ x)[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+class TimeLeft:
+    """How long the rest takes, once a step of each kind was seen. The first of a kind is slow."""
+
+    def __init__(self, args, run: Run, say: Callable):
+        self.args, self.run, self.say = args, run, say
+        self.seconds: dict[str, list[float]] = {}
+        self.phases = [run.schedule.phase(step) for step in range(args.steps)]
+
+    def saw(self, phase: str, seconds: float) -> None:
+        """A step was done. Says the estimate once: at the second step of the last kind to come."""
+        kind = "sft" if phase == "sft" else "rl"
+        seen = self.seconds.setdefault(kind, [])
+        seen.append(seconds)
+        kinds = {"sft" if p == "sft" else "rl" for p in self.phases}
+        if len(seen) != 2 or any(len(self.seconds.get(k, [])) < 2 for k in kinds):
+            return
+        left = 0.0
+        for p in self.phases[self.run.step :]:
+            left += min(self.seconds["sft" if p == "sft" else "rl"])
+        if left > 1:
+            self.say(f"step {self.run.step}: about {in_words(left)} to go, without evaluations")
+
+
+def in_words(seconds: float) -> str:
+    """
+    >>> in_words(75), in_words(7500)
+    ('75 seconds', '125 minutes')
+    """
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
+    if seconds < 3 * 3600:
+        return f"{seconds / 60:.0f} minutes"
+    return f"{seconds / 3600:.1f} hours"
