@@ -442,8 +442,8 @@ class _Parser:
 
     def unreadable(self, node: ast.expr) -> UserError:
         similar = difflib.get_close_matches(self.text(node), [*self.names, *DESCRIPTIONS], n=1)
-        hint = f"did you mean {similar[0]}? " if similar else ""
-        return self.error(f"cannot read {self.text(node)!r}; {hint}{self.known()}")
+        hint = f"; did you mean {similar[0]}?" if similar else ""
+        return self.error(f"cannot read {self.text(node)!r}; {self.known()}{hint}")
 
     def known(self) -> str:
         return f"known are {', '.join([*self.names, *DESCRIPTIONS])}, and file.py:function"

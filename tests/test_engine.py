@@ -129,7 +129,8 @@ def test_the_default_rate_of_an_optimiser_is_its_own(name, capsys):
     assert DEFAULT_LR.keys() == OPTIMIZERS.keys()
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+# Muon has AdamW's rate, and multiplies in bf16: minutes on a CPU that has no such instructions.
+@pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - {"muon"}))
 def test_the_built_in_model_learns_at_the_default_rate(name, tiny):
     """Thirty steps with the gradient clipped, as in a run: well below the loss of guessing the
     frequent words, about 4.4."""

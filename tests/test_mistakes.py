@@ -224,6 +224,7 @@ MISTAKES = [
     ("--keep 0", "--keep"),
     # rewards
     ("--reward blue", "cannot read 'blue'; known are bleu"),
+    ("--reward sentimnt", "did you mean sentiment?"),
     ("--reward bleu+", "is not an expression"),
     ("--reward bleu/2", "cannot read 'bleu / 2'"),
     ("--reward length(target=-3)", "expected a number above 0"),
