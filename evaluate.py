@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from best import best_line, keep_best
 from chat import cut_prompt, encode_demonstration, end_ids
+from checkpoints import random_state, set_random_state
 from data import Example, load_examples, make_batch
 from engine import NonFiniteReward, Parser, UserError, one_line_errors, pick_device, visible
 from flags import spelled
@@ -35,7 +36,16 @@ def measure(run, args, folder) -> None:
     """Evaluate a run (runs.py) as it is now and write that down: `run.after`, `run.samples_after`.
 
     If a score is not finite, the reward is left out; before the first step raises NonFiniteReward.
+    In training a reward draws the same random numbers, however often it is measured.
     """
+    state = random_state()
+    try:
+        _measure(run, args, folder)
+    finally:
+        set_random_state(state)
+
+
+def _measure(run, args, folder) -> None:
     options = dict(
         **run.sampling, turns=args.turns, user=run.user, turn_rewards=args.turn_rewards,
         prompts=run.held_out_prompts, reference=run.reference, batch_size=args.batch_size,

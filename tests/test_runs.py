@@ -304,6 +304,66 @@ def test_a_pair_that_names_no_reference_is_found_before_the_first_step(
     assert not (tmp_path / "run").exists()
 
 
+REWARD_THAT_FAILS = """import random, sys
+calls = []
+def r(completions, **columns):
+    calls.append(0)
+    if len(calls) == {}:
+        {}
+    return [random.random() + 0.1 * len(c) for c in completions]
+"""
+REWARD_FLAGS = (
+    "--limit 60 --steps 6 --ppo-ratio 0.5 --sft-warmup 0 --batch-size 4 --max-new-tokens 6 "
+    "--eval-size 4 --eval-every 2 --save-every 2 --device cpu --kl-target 1 --kl-horizon 40"
+).split()
+
+
+# The calls: the probe, the evaluation at step 0, then at 2 (a rollout, an evaluation), at 4, at 6.
+@pytest.mark.parametrize(
+    "call, failure, says",
+    [
+        (5, "raise ValueError('oops')", "saved as of step 3"),  # in the rollout of step 4
+        (5, "sys.exit(3)", "something called sys.exit(3); saved as of step 3"),
+        (4, "sys.exit('enough')", "something called sys.exit('enough'); saved as of step 2"),
+        (4, "raise ValueError('oops')", "saved as of step 2"),  # in the evaluation of step 2
+    ],
+)
+def test_a_run_that_failed_goes_on_bit_by_bit_once_it_is_mended(
+    tmp_path, capsys, call, failure, says
+):
+    (tmp_path / "r.py").write_text(REWARD_THAT_FAILS.format(0, "pass"))
+    flags = [*REWARD_FLAGS, "--reward", f"{tmp_path}/r.py:r"]
+    main([*flags, "--out", str(tmp_path / "whole")])
+    (tmp_path / "r.py").write_text(REWARD_THAT_FAILS.format(call, failure))
+    with pytest.raises(SystemExit):
+        main([*flags, "--out", str(tmp_path / "run")])
+    assert says in capsys.readouterr().err
+    (tmp_path / "r.py").write_text(REWARD_THAT_FAILS.format(0, "pass"))
+    main(["--resume", str(tmp_path / "run")])
+    assert_equal_runs(tmp_path / "whole", tmp_path / "run")
+    evaluations = [r["step"] for r in rows_of(tmp_path / "run") if r["phase"] == "eval"]
+    assert evaluations == [0, 2, 4, 6], "the evaluation that failed is made up"
+
+
+def test_what_is_printed_cannot_lose_a_step(tmp_path, monkeypatch, capsys):
+    main([*SHORT, "--out", str(tmp_path / "whole")])
+    show, shown = runs.ProgressBar.show, []
+
+    def breaks(bar, metrics):
+        shown.append(metrics)
+        if len(shown) == 5:
+            raise BrokenPipeError("nobody reads this")
+        show(bar, metrics)
+
+    monkeypatch.setattr(runs.ProgressBar, "show", breaks)
+    with pytest.raises(BrokenPipeError):
+        main([*SHORT, "--out", str(tmp_path / "run")])
+    assert "BrokenPipeError; saved as of step 5" in capsys.readouterr().err
+    monkeypatch.undo()
+    main(["--resume", str(tmp_path / "run")])
+    assert_equal_runs(tmp_path / "whole", tmp_path / "run")
+
+
 def test_torn_lines_are_dropped_and_newer_rows_forgotten(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     runs.forget_after(tmp_path, 2)
