@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
 import dialogue
 import parallel
@@ -91,7 +92,9 @@ def evaluate(
     )  # fmt: skip
     asked = examples if prompts is None else prompts
     episodes = []
-    for begin in range(0, len(asked), batch_size):
+    begins = range(0, len(asked), batch_size)
+    bar = dict(desc="evaluation", leave=False, delay=3, disable=parallel.rank() > 0)
+    for begin in tqdm(begins, **bar):
         chunk = asked[begin : begin + batch_size]
         episodes += sample_episodes(model, tokenizer, chunk, **options)
     metrics |= diversity([response for episode in episodes for response in episode.responses])

@@ -10,6 +10,7 @@ one optimiser, one step counter. Left out on purpose: a Trainer, callbacks, conf
 """
 
 import argparse
+import sys
 import time
 
 import transformers
@@ -179,7 +180,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     A user's mistake is one line, and exit status 2.
     """
-    transformers.utils.logging.disable_progress_bar()  # one bar is enough: ours
+    if not sys.stderr.isatty():  # a log needs no bar of the weights that are loaded
+        transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     args = parse_args(argv, ALGORITHMS)
     if args.dry_run:
