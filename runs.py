@@ -146,7 +146,8 @@ class RunFolder:
         self.saved = {checkpoint}  # the folders that hold the run as it is
         if checkpoint is not None:
             load_checkpoint(checkpoint, run)
-            if run.step >= args.steps:
+            is_measured = parallel.on_main(self._last_evaluation) == run.step
+            if run.step > args.steps or (run.step == args.steps and is_measured):
                 raise UserError(
                     f"--resume {self.out}: the run has done its {run.step} steps; "
                     "give more --steps to go on"
@@ -183,7 +184,8 @@ class RunFolder:
     def owes_evaluation(self, run: Run, every: int) -> bool:
         """Is there no evaluation of this step, though one is due: before the first step, or after
         the step at which the run was saved before its evaluation failed?"""
-        is_due = self.is_new or (every > 0 and run.step % every == 0)
+        is_last = run.step == self.steps  # killed after `final`, before its evaluation
+        is_due = self.is_new or is_last or (every > 0 and run.step % every == 0)
         return is_due and parallel.on_main(self._last_evaluation) != run.step
 
     def _last_evaluation(self) -> int:

@@ -39,7 +39,8 @@ class NoFloat64(TorchDispatchMode):
 @pytest.mark.parametrize(
     "flags",
     [
-        *[f"--ppo-ratio 0.5 --optimizer {name}" for name in OPTIMIZERS],
+        # torch's Muon multiplies in bf16, which takes minutes on a CPU without such instructions.
+        *[f"--ppo-ratio 0.5 --optimizer {name}" for name in OPTIMIZERS if name != "muon"],
         "--ppo-ratio 1 --whiten-rewards --kl-target 2 --ref-ema 0.9 --target-kl 0.1",
         "--algorithm grpo --group-size 2",
         "--algorithm dpo",
