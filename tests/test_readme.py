@@ -329,19 +329,17 @@ def test_a_readme_command_runs(readme_folder, command, monkeypatch):
     if "train.py" in words and "--resume" not in words:
         words += [*FAST, "--max-length", "32", "--batch-size", "8", "--overwrite"]
     if "compare.py" in words:
-        has_flags = "--" in words  # of train.py
-        words = [*shortened(words, 1 + (not has_flags)), *FAST[:2], *FAST[4:10]]
-        words += ["--max-length", "40"]
-        if has_flags:  # without them its runs are processes; once is enough
-            monkeypatch.chdir(readme_folder)
-            monkeypatch.setattr(compare.Children, "run", train_here)
-            compare.main(words[1:])
-            return
+        words = [*shortened(words, jobs=1), *FAST[:2], *FAST[4:10], "--max-length", "40"]
+        # Its runs as processes: tests/test_compare.py.
+        monkeypatch.chdir(readme_folder)
+        monkeypatch.setattr(compare.Children, "run", train_here)
+        compare.main(words[1:])
+        return
     if words[0] == "bench.py":
         words += "--texts 20 --rounds 1 --layers 1 --width 64 --vocab 64 --batch 2".split()
     if command.startswith("torchrun"):
         words = ["-m", "torch.distributed.run", "--standalone", *words]
-    if words[0] in ("-c", "-m", "bench.py", "compare.py"):  # the last three start processes
+    if words[0] in ("-c", "-m", "bench.py"):  # the last two start processes
         done = subprocess.run(
             [sys.executable, *words], cwd=readme_folder, capture_output=True, text=True, timeout=120
         )
