@@ -477,13 +477,11 @@ def matmul_flops(load) -> float:
 
     The matrices grow until they are large or slow: a CPU without bf16 takes 20 s for 2,048 rows.
     """
+    from engine import seconds_of_product
+
     n, largest = 256, 8192 if load.device == "cuda" else 2048
     while True:
-        x, best = torch.ones(n, n, dtype=DTYPES[load.amp], device=load.device), math.inf
-        for _ in range(20):
-            started = time.perf_counter()
-            (x @ x)[0, 0].item()
-            best = min(best, time.perf_counter() - started)
+        best = seconds_of_product(n, DTYPES[load.amp], load.device, rounds=20)
         if n == largest or best > 0.05:
             return 2 * n**3 / best
         n *= 2

@@ -21,6 +21,7 @@ from dataclasses import replace
 import jinja2  # comes with torch; chat templates are written in it
 
 from engine import UserError, first_line
+from messages import REASONING
 from sources import Example, render_dialogue
 
 SPACE = "\u2581"  # how SentencePiece-like tokenizers write the space that starts a word
@@ -63,8 +64,13 @@ def cut_prompt(tokenizer, example: Example, ids: list[int], max_tokens: int) -> 
     """
     if len(ids) <= max_tokens:
         return ids
-    kept = _head_length(tokenizer, example, ids)
-    closing = len(ids) - _head_length(tokenizer, example, ids, last=True)  # a mark, a header
+    kept = closing = 0
+    messages = dialogue_of(tokenizer, example) or example.messages
+    if messages:
+        turns = [i for i, message in enumerate(messages) if message["role"] != "system"] or [0]
+        head, _ = _ids_around(tokenizer, example, messages, turns[0])  # BOS, the system turn
+        kept = len(os.path.commonprefix([ids, head]))
+        closing = len(_ids_around(tokenizer, example, messages, -1)[1])  # a mark, a header
     if kept + closing + 1 > max_tokens:
         kept = 0
     if kept == 0 and ids[0] == tokenizer.bos_token_id:
@@ -72,27 +78,26 @@ def cut_prompt(tokenizer, example: Example, ids: list[int], max_tokens: int) -> 
     return ids[:kept] + ids[len(ids) - max_tokens + kept :]
 
 
-def _head_length(tokenizer, example: Example, ids: list[int], last: bool = False) -> int:
-    """How many tokens of a prompt stand before what the user first says: BOS, the system turn.
+def room_for_prompt(max_length: int, n_answer: int) -> int:
+    """Tokens of a row that a prompt may take where no length of its own is set: it gives way to an
+    answer of `n_answer` tokens, but never more than half of the row."""
+    return max_length - min(n_answer, max_length // 2)
 
-    With `last`: up to the end of the last message. A mark in its place finds the message.
-    """
-    messages = dialogue_of(tokenizer, example) or example.messages
-    if not messages:
-        return len(ids) if last else 0
-    turns = [i for i, message in enumerate(messages) if message["role"] != "system"] or [0]
-    turn = len(messages) - 1 if last else turns[0]
-    marked = {**messages[turn], "content": MARK}
-    messages = [*messages[:turn], marked, *messages[turn + 1 :]]
+
+def _ids_around(
+    tokenizer, example: Example, messages: list[dict], turn: int
+) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt before and after what message `turn` says. A mark in its place is
+    found, where the words themselves may stand elsewhere too."""
+    marked = list(messages)
+    marked[turn] = {**messages[turn], "content": MARK}
     if dialogue_of(tokenizer, example) is None:
-        text = render_dialogue(messages, example.template_args.get("tools"))
+        text = render_dialogue(marked, example.template_args.get("tools"))
     else:
         arguments = example.template_args
-        text = render(tokenizer, messages, arguments, add_generation_prompt=True)
+        text = render(tokenizer, marked, arguments, add_generation_prompt=True)
     before, _, after = text.partition(MARK)
-    if last:
-        return len(ids) - len(tokenizer(after, add_special_tokens=False).input_ids)
-    return len(os.path.commonprefix([ids, tokenizer(before, add_special_tokens=False).input_ids]))
+    return tuple(tokenizer(part, add_special_tokens=False).input_ids for part in (before, after))
 
 
 def encode_demonstration(
@@ -380,7 +385,7 @@ def control_words(tokenizer, example: Example) -> list[str]:
 def reasoning_of(example: Example) -> list[tuple[str, str]]:
     """What was thought before the answer: (name of the field, text)."""
     reply = example.reply or {"content": example.target}
-    found = [(name, reply.get(name)) for name in ("reasoning_content", "reasoning", "thinking")]
+    found = [(name, reply.get(name)) for name in REASONING]
     thought, closed, _ = reply["content"].rpartition("</think>")
     if closed:
         found.append(("<think>", thought.partition("<think>")[2]))

@@ -32,11 +32,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import survey
 from engine import UserError, first_line
-from flags import resolve_defaults
+from flags import limits_of, resolve_defaults
 from hybrid import TINY_LM, build_tiny
-from lm import load_tokenizer
+from lm import context_in, load_tokenizer
 from plan import disk_line
-from prepare import Data, limits_of, load_data
+from prepare import Data, load_data
 from runs import Algorithm
 
 GIB = 2**30
@@ -80,8 +80,7 @@ def sizes_of(name: str) -> Sizes:
         ) from None
     parameters = sum(p.numel() for p in lm.parameters())
     layers, width = text.num_hidden_layers, text.hidden_size
-    context = getattr(text, "max_position_embeddings", None) or 10**9
-    return Sizes(parameters, layers, width, kv * head_dim, text.vocab_size, context)
+    return Sizes(parameters, layers, width, kv * head_dim, text.vocab_size, context_in(config))
 
 
 def memory(

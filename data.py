@@ -22,7 +22,7 @@ from dataclasses import dataclass, fields
 import torch
 
 import survey
-from chat import cut_prompt, encode_demonstration, end_ids
+from chat import cut_prompt, encode_demonstration, end_ids, room_for_prompt
 from chat import decode as decode  # these three can be had from here too
 from chat import encode_prompt as encode_prompt
 from chat import encode_target as encode_target
@@ -38,6 +38,7 @@ from sources import (  # noqa: F401  (what `from data import ...` offers, wherev
     load_pairs,
     load_prompts,
     make_reviews,
+    pair_options,
     plain_reply,
     read_records,
     render_dialogue,
@@ -140,7 +141,7 @@ def demonstration_batch(
     for example in examples:
         prompt, answer = encode_demonstration(tokenizer, example, max_prompt_length, ends)
         if max_prompt_length is None:
-            room = max_length - min(len(answer), max_length // 2)
+            room = room_for_prompt(max_length, len(answer))
             prompt = cut_prompt(tokenizer, example, prompt, room)
         prompts.append(prompt)
         answers.append(answer[: max_length - len(prompt)])
@@ -265,8 +266,7 @@ def main(argv: list[str]) -> None:
     add("--max-new-tokens", type=count, default=32, help="of them, room for the response at least")
     add_data_flags(parser)
     args = parser.parse_args(argv)
-    source = args.source[0] if len(args.source) == 1 else args.source
-    examples = load_examples(source, **data_options(args))
+    examples = load_examples(args.source, **data_options(args))
     if args.model is None:
         for example in examples[:3]:
             record = {"prompt": example.prompt, "target": example.target}
@@ -292,8 +292,7 @@ def show_as_read(args, examples: list[Example]) -> list[Example]:
     examples = survey.writable(tokenizer, examples, args.strict, print)
     for example in examples[:3]:
         print(survey.show(tokenizer, example, **limits))
-    survey.say_cuts(survey.lengths_of(tokenizer, examples), **limits, say=print)
-    survey.say_unwritten(tokenizer, examples, print)
+    survey.say_read(tokenizer, examples, limits, print)
     return examples
 
 

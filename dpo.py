@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import logsigmoid
 
-from data import Batch, Pair, cut_prompt, encode_demonstration, end_ids, load_pairs, make_batch
+from chat import cut_prompt, encode_demonstration, end_ids, room_for_prompt
+from data import Batch, Pair, load_pairs, make_batch, pair_options
 from engine import Backend, UserError, accumulate, apply_gradients, number
 from hybrid import HybridModel, forward_rows
 from references import ReferenceMixture, reference_logprobs
@@ -63,14 +64,7 @@ def preference_pairs(args) -> list[Pair]:
     Raises UserError where --data needs them and they are not given.
     """
     if args.preference_data is not None:
-        return load_pairs(
-            args.preference_data,
-            encoding=args.encoding,
-            what="--preference-data",
-            strict=args.strict,
-            raw=args.raw,
-            template_args=args.template_args,
-        )
+        return load_pairs(args.preference_data, what="--preference-data", **pair_options(args))
     if args.data not in (None, "reviews"):
         raise UserError(
             f"--algorithm {args.algorithm} learns from preferences: give --preference-data "
@@ -94,7 +88,7 @@ def preference_batch(
         sides = [encode_demonstration(tokenizer, e, max_prompt_length, ends) for e in pair.sides()]
         prompt, longest = sides[0][0], max(len(answer) for _, answer in sides)
         if max_prompt_length is None:  # Eq. 7 compares two responses to one x: one cut for both
-            room = max_length - min(longest, max_length // 2)
+            room = room_for_prompt(max_length, longest)
             prompt = cut_prompt(tokenizer, pair.sides()[0], prompt, room)
         prompts.append(prompt)
         for answers, (_, answer) in zip(responses, sides):

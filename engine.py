@@ -11,6 +11,7 @@ import io
 import math
 import random
 import sys
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -142,6 +143,16 @@ def pick_device(name: str = "auto") -> torch.device:
             f"--device {name} cannot be used here ({first_line(problem)}); try --device cpu"
         ) from None
     return device
+
+
+def seconds_of_product(n: int, dtype: torch.dtype, device, rounds: int) -> float:
+    """The best time of some products of two n x n matrices."""
+    x, best = torch.ones(n, n, dtype=dtype, device=device), math.inf
+    for _ in range(rounds):
+        started = time.perf_counter()
+        (x @ x)[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - started)
+    return best
 
 
 AMP_DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -18,7 +18,7 @@ import transformers
 from tqdm import tqdm
 
 from best import best_line, keep_best
-from chat import cut_prompt, encode_demonstration, end_ids
+from chat import cut_prompt, encode_demonstration, end_ids, room_for_prompt
 from checkpoints import random_state, set_random_state
 from data import Example, load_examples, make_batch
 from engine import NonFiniteReward, Parser, UserError, one_line_errors, pick_device, visible
@@ -137,7 +137,7 @@ def perplexity(name: str, examples: list[Example]) -> float:
     prompts, targets = [], []
     for example in examples:
         prompt, answer = encode_demonstration(tokenizer, example, ends=ends)
-        room = context - min(len(answer), context // 2)
+        room = room_for_prompt(context, len(answer))
         prompt = cut_prompt(tokenizer, example, prompt, room)
         if len(answer) > 1:  # without its end
             prompts.append(prompt)

@@ -199,6 +199,12 @@ def resolve_length(args: argparse.Namespace, context: int) -> None:
         )
 
 
+def limits_of(args) -> dict[str, int]:
+    """How every row of a run is cut: the same prompt in every phase."""
+    room = args.turns * args.max_new_tokens
+    return dict(max_length=args.max_length, max_prompt_length=args.max_length - room)
+
+
 def resolve_defaults(args: argparse.Namespace, algorithm: Algorithm, context: int) -> None:
     """Fill in the flags whose default depends on the model, and check those that must fit it and each other.
 

@@ -141,12 +141,17 @@ def context_of_config(name: str) -> int:
         config = AutoConfig.from_pretrained(name)
     except UNREADABLE as problem:
         raise UserError(f"--model {name} has no config: {first_line(problem)}") from None
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or 10**9
+    return context_in(config)
 
 
 def context_of(lm: nn.Module) -> int:
     """Tokens that a model can read at once; 10**9 where its config names no limit."""
-    return getattr(lm.config.get_text_config(), "max_position_embeddings", None) or 10**9
+    return context_in(lm.config)
+
+
+def context_in(config) -> int:
+    """`context_of` a model with this config."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or 10**9
 
 
 def disable_dropout(lm: nn.Module) -> None:

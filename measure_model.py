@@ -33,7 +33,7 @@ from data import (
 )
 from dialogue import Episode, sample_episodes
 from engine import Parser, UserError, number, pick_device
-from flags import resolve_length
+from flags import limits_of, resolve_length
 from hybrid import HybridModel, forward_rows
 from ppo import Scores, kl_estimate, score_episodes
 from references import ReferenceMixture, reference_logprobs
@@ -287,13 +287,8 @@ def readable(args, tokenizer, examples: list[Example]) -> list[Example]:
         print(f"measured: {len(examples)} of the {n} examples of {name}, those that are held out")
     else:
         print(f"measured: all {n} examples of {name}; the model should not have trained on them")
-    limits = dict(
-        max_length=args.max_length,
-        max_prompt_length=args.max_length - args.turns * args.max_new_tokens,
-    )
     examples = survey.writable(tokenizer, examples, args.strict, print)
-    survey.say_cuts(survey.lengths_of(tokenizer, examples), **limits, say=print)
-    survey.say_unwritten(tokenizer, examples, print)
+    survey.say_read(tokenizer, examples, limits_of(args), print)
     return examples
 
 

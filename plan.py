@@ -6,12 +6,12 @@ changes the run. Left out on purpose: a report that can be switched off line by 
     python train.py --steps 10 --out out-short
 """
 
-import time
 from collections.abc import Callable
 
 import torch
 
 from chat import dialogue_of
+from engine import seconds_of_product
 from runs import Run
 
 GB = 1e9
@@ -83,7 +83,11 @@ def precision_hint(args, device: torch.device, parameters: float) -> str | None:
     """What two matrix products say about --amp bf16 on this machine; None: nothing to change."""
     if parameters < WORTH_A_HINT or args.amp == "fp16":
         return None
-    speedup = seconds_of_product(torch.float32, device) / seconds_of_product(torch.bfloat16, device)
+    n = 256 if device.type == "cpu" else 2048
+    float32, bf16 = [
+        seconds_of_product(n, dtype, device, rounds=3) for dtype in (torch.float32, torch.bfloat16)
+    ]
+    speedup = float32 / bf16
     if args.amp == "no" and speedup > 1.5:
         return f"hint: --amp bf16 multiplies matrices {speedup:.1f} times as fast here"
     if args.amp == "bf16" and speedup < 0.8:
@@ -91,36 +95,23 @@ def precision_hint(args, device: torch.device, parameters: float) -> str | None:
     return None
 
 
-def seconds_of_product(dtype: torch.dtype, device: torch.device) -> float:
-    """The best of three products of two square matrices."""
-    n = 256 if device.type == "cpu" else 2048
-    x, best = torch.ones(n, n, dtype=dtype, device=device), float("inf")
-    for _ in range(3):
-        started = time.perf_counter()
-        (x @ x)[0, 0].item()  # waits for the device
-        best = min(best, time.perf_counter() - started)
-    return best
-
-
 class TimeLeft:
     """How long the rest takes, once a step of each kind was seen. The first of a kind is slow."""
 
     def __init__(self, args, run: Run, say: Callable):
-        self.args, self.run, self.say = args, run, say
-        self.seconds: dict[str, list[float]] = {}
-        self.phases = [run.schedule.phase(step) for step in range(args.steps)]
+        self.run, self.say = run, say
+        phases = [run.schedule.phase(step) for step in range(args.steps)]
+        self.kinds = ["sft" if phase == "sft" else "rl" for phase in phases]  # of each step
+        self.planned = set(self.kinds)  # a buffer may bring others
+        self.seconds: dict[str, list[float]] = {kind: [] for kind in self.planned}
 
     def saw(self, phase: str, seconds: float) -> None:
         """A step was done. Says the estimate once: at the second step of the last kind to come."""
-        kind = "sft" if phase == "sft" else "rl"
-        seen = self.seconds.setdefault(kind, [])
+        seen = self.seconds.setdefault("sft" if phase == "sft" else "rl", [])
         seen.append(seconds)
-        kinds = {"sft" if p == "sft" else "rl" for p in self.phases}
-        if len(seen) != 2 or any(len(self.seconds.get(k, [])) < 2 for k in kinds):
+        if len(seen) != 2 or any(len(self.seconds[k]) < 2 for k in self.planned):
             return
-        left = 0.0
-        for p in self.phases[self.run.step :]:
-            left += min(self.seconds["sft" if p == "sft" else "rl"])
+        left = sum(min(self.seconds[kind]) for kind in self.kinds[self.run.step :])
         if left > 1:
             self.say(f"step {self.run.step}: about {in_words(left)} to go, without evaluations")
 

@@ -23,6 +23,7 @@ from data import (
     load_examples,
     load_pairs,
     load_prompts,
+    pair_options,
     review_pairs,
     split_examples,
     split_pairs,
@@ -40,7 +41,7 @@ from engine import (
     pick_device,
     seed_everything,
 )
-from flags import resolve_defaults
+from flags import limits_of, resolve_defaults
 from hybrid import HybridModel, build_tiny
 from lm import release_files
 from ppo import AdaptiveKLController
@@ -188,24 +189,14 @@ def check_data(args, tokenizer, data: Data) -> None:
     survey.say_shared(data.train, data.held_out, say)
     data.train = survey.writable(tokenizer, data.train, args.strict, say)
     data.held_out = survey.writable(tokenizer, data.held_out, args.strict, say)
-    if data.pairs:
-        data.pairs = survey.comparable(tokenizer, data.pairs, limits, args.strict, say)
-        held_out_pairs = data.held_out_pairs
-        if held_out_pairs:
-            data.held_out_pairs = survey.comparable(
-                tokenizer, held_out_pairs, limits, args.strict, say
-            )
+    data.pairs, data.held_out_pairs = [
+        survey.comparable(tokenizer, pairs, limits, args.strict, say)
+        for pairs in (data.pairs, data.held_out_pairs)
+    ]
     read = [side for pair in data.pairs for side in pair.sides()]
     if args.data is not None:  # else the demonstrations are sides of the pairs
         read = data.train + read
-    survey.say_cuts(survey.lengths_of(tokenizer, read), **limits, say=say)
-    survey.say_unwritten(tokenizer, read, say)
-
-
-def limits_of(args) -> dict[str, int]:
-    """How every row of a run is cut: the same prompt in every phase."""
-    room = args.turns * args.max_new_tokens
-    return dict(max_length=args.max_length, max_prompt_length=args.max_length - room)
+    survey.say_read(tokenizer, read, limits, say)
 
 
 def make_run(args, algorithm, model, tokenizer, data: Data) -> Run:
@@ -275,12 +266,7 @@ def load_reward(args, run: Run, data: Data):
     )
     if args.mixture_data is not None:
         context["mixture_pairs"] = load_pairs(
-            args.mixture_data,
-            encoding=args.encoding,
-            what="--mixture-data",
-            strict=args.strict,
-            raw=args.raw,
-            template_args=args.template_args,
+            args.mixture_data, what="--mixture-data", **pair_options(args)
         )
     reward = build_reward(args.reward, **context)
     probe = run.held_out_prompts[:2]

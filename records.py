@@ -28,8 +28,8 @@ from messages import (
     with_system,
 )
 
-# What a reader counts and says: {n} is how many, {all} how many examples there are.
 SYSTEM_FIELDS = ("system", "system_prompt", "system_message", "system_instruction")
+# What a reader counts and says: {n} is how many, {all} how many examples there are.
 NO_TARGET = "{n} of {all} examples have no target: they serve the reward steps only"
 WEIGHT_0 = "{n} assistant turns of {source} have weight 0: they are read, but not trained"
 UNWANTED = "{n} completions of {source} have label false: their prompts serve the reward steps only"
@@ -219,10 +219,7 @@ def _prompt_of(record: dict, field: str, target_field: str | None, raw: bool) ->
         prompt = "\n\n".join(parts) if parts else prompt
     history, system, tools = _history(record), _system(record), _tools(record)
     if messages is None and not (history or system or tools):
-        turns = None
-        if not raw and prompt.rstrip().endswith("\n\nAssistant:"):
-            turns = from_transcript(prompt)  # for the chat template; the prompt stays as it is
-        return Example(prompt, "", messages=turns, is_chat=not raw)
+        return Example(prompt, "", messages=_turns_of(prompt, raw), is_chat=not raw)
     is_plain = raw and messages is None
     messages = messages or [{"role": "user", "content": prompt}]
     messages = with_system([*history, *messages], system)
@@ -230,6 +227,13 @@ def _prompt_of(record: dict, field: str, target_field: str | None, raw: bool) ->
     args = {"tools": tools} if tools else {}
     dialogue = Example(prompt, "", messages=messages, is_chat=True, template_args=args)
     return replace(dialogue, messages=None, is_chat=False) if is_plain else dialogue
+
+
+def _turns_of(prompt: str, raw: bool) -> list[dict] | None:
+    """The dialogue of a prompt in Anthropic's format, for a chat template; None for others."""
+    if raw or not prompt.rstrip().endswith("\n\nAssistant:"):
+        return None
+    return from_transcript(prompt)
 
 
 def _system(record: dict) -> str:
@@ -405,10 +409,9 @@ def to_pair(record: dict, raw: bool = False) -> Pair:
         if not header:
             shared = "'chosen' and 'rejected' share no transcript that ends in 'Assistant:'"
             raise UserError(f"the record has no prompt, and {shared}")
-        prompt, messages, args = before + header, None, {}
+        prompt, args = before + header, {}
+        messages = _turns_of(prompt, raw)
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-    if messages is None and not raw and prompt.rstrip().endswith("\n\nAssistant:"):
-        messages = from_transcript(prompt)
     is_chat = messages is not None or not raw
     return Pair(prompt, chosen, rejected, fields, messages, is_chat=is_chat, template_args=args)
 

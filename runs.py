@@ -143,11 +143,11 @@ class RunFolder:
             if checkpoint is None and parallel.rank() == 0:
                 print(f"{self.out} has no checkpoint yet: the run starts again")
         self.is_new = checkpoint is None
-        self.saved = {checkpoint}  # the folders that hold the run as it is
+        self.saved = checkpoint  # the folder that holds the run as it is, if any
         if checkpoint is not None:
             load_checkpoint(checkpoint, run)
-            is_measured = parallel.on_main(self._last_evaluation) == run.step
-            if run.step > args.steps or (run.step == args.steps and is_measured):
+            is_done = run.step == args.steps and self._is_measured(run)
+            if run.step > args.steps or is_done:
                 raise UserError(
                     f"--resume {self.out}: the run has done its {run.step} steps; "
                     "give more --steps to go on"
@@ -173,7 +173,7 @@ class RunFolder:
         # On every process: the state of ZeRO's optimiser is spread over them.
         states = {name: thing.state_dict() for name, thing in run.stateful().items()}
         parallel.on_main(save_checkpoint, self.out / name, run, states, self.keep)
-        self.saved = {self.out / name}
+        self.saved = self.out / name
 
     def step_folder(self, run: Run) -> Path:
         return self.out / f"checkpoint-{run.step:06d}"
@@ -186,7 +186,10 @@ class RunFolder:
         the step at which the run was saved before its evaluation failed?"""
         is_last = run.step == self.steps  # killed after `final`, before its evaluation
         is_due = self.is_new or is_last or (every > 0 and run.step % every == 0)
-        return is_due and parallel.on_main(self._last_evaluation) != run.step
+        return is_due and not self._is_measured(run)
+
+    def _is_measured(self, run: Run) -> bool:
+        return parallel.on_main(self._last_evaluation) == run.step
 
     def _last_evaluation(self) -> int:
         rows = read_rows(self.out / "metrics.jsonl")
@@ -224,7 +227,7 @@ class RunFolder:
             return ""  # nothing to save yet
         is_last = run.step == self.steps
         folder = self.out / "final" if is_last else self.step_folder(run)
-        if folder not in self.saved:
+        if folder != self.saved:
             self.save(run, folder.name)
         if is_last:
             return f"; all steps are done, the model is in {folder}"

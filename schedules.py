@@ -120,6 +120,7 @@ class Buffer(Gate):
 
     def __init__(self, examples: list[Example], **options):
         super().__init__(examples, **options)
+        self.numbers = {id(example): i for i, example in enumerate(examples)}
         self.buffer: list[Example] = []
 
     def phase(self, step: int) -> str:
@@ -141,8 +142,7 @@ class Buffer(Gate):
         return {"schedule/hard": self.hard_share, "schedule/buffer": float(len(self.buffer))}
 
     def state_dict(self) -> dict:
-        numbers = {id(example): i for i, example in enumerate(self.examples)}
-        return {"buffer": [numbers[id(example)] for example in self.buffer]}
+        return {"buffer": [self.numbers[id(example)] for example in self.buffer]}
 
     def load_state_dict(self, state: dict) -> None:
         self.buffer = [self.examples[i] for i in state["buffer"]]

@@ -36,6 +36,7 @@ __all__ = [
     "load_pairs",
     "load_prompts",
     "make_reviews",
+    "pair_options",
     "plain_reply",
     "read_records",
     "render_dialogue",
@@ -242,10 +243,14 @@ def json_object(text: str) -> dict:
     return value
 
 
+def pair_options(args) -> dict:
+    """The flags of `add_data_flags` that also hold for preferences, arguments of `load_pairs`."""
+    reading = dict(encoding=args.encoding, strict=args.strict)
+    return dict(**reading, raw=args.raw, template_args=args.template_args)
+
+
 def data_options(args) -> dict:
     """The flags of `add_data_flags` -> keyword arguments of `load_examples`."""
     fields = dict(prompt_field=args.prompt_field, target_field=args.target_field)
-    reading = dict(limit=args.limit, encoding=args.encoding, strict=args.strict)
-    dataset = dict(config=args.data_config, split=args.data_split)
-    writing = dict(raw=args.raw, template_args=args.template_args)
-    return dict(**fields, **reading, **dataset, **writing, prompt_words=args.prompt_words)
+    dataset = dict(config=args.data_config, split=args.data_split, limit=args.limit)
+    return dict(**fields, **dataset, **pair_options(args), prompt_words=args.prompt_words)

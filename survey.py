@@ -19,8 +19,8 @@ from chat import (
     encode_prompt,
     end_ids,
     split_dialogue,
+    unwritten,
 )
-from chat import unwritten as unwritten_of
 from engine import UserError, visible
 from sources import Example, Pair
 
@@ -54,9 +54,6 @@ def comparable(
     ends = end_ids(tokenizer)
 
     def check(pair: Pair) -> None:
-        for side in pair.sides():
-            if dialogue_of(tokenizer, side) is not None:
-                split_dialogue(tokenizer, side)
         chosen, rejected = [
             rows_of(tokenizer, side, **limits, ends=ends)[1] for side in pair.sides()
         ]
@@ -116,6 +113,12 @@ def spread(records: list) -> list:
     return [records[i * len(records) // MOST] for i in range(MOST)]
 
 
+def say_read(tokenizer, examples: list[Example], limits: dict[str, int], say: Callable) -> None:
+    """Say what of the examples the model will not read as it stands in the data."""
+    say_cuts(lengths_of(tokenizer, examples), **limits, say=say)
+    say_unwritten(tokenizer, examples, say)
+
+
 def say_cuts(
     lengths: list[tuple[int, int]], max_length: int, max_prompt_length: int, say: Callable
 ) -> None:
@@ -142,7 +145,7 @@ def say_cuts(
 def say_unwritten(tokenizer, examples: list[Example], say: Callable) -> None:
     """Say what the data hold and the template does not write, and what it writes unasked."""
     looked_at = spread(examples)
-    counts = Counter(name for example in looked_at for name in unwritten_of(tokenizer, example))
+    counts = Counter(name for example in looked_at for name in unwritten(tokenizer, example))
     for name, count in counts.items():
         say(
             f"note: in {count} of {len(looked_at)} examples '{name}' is not written for the model, "

@@ -46,7 +46,7 @@ def test_the_time_left_is_said_once_both_kinds_of_steps_were_seen():
 def test_a_hint_about_bf16_follows_two_products(monkeypatch):
     cpu = torch.device("cpu")
     seconds = {torch.float32: 6.0, torch.bfloat16: 2.0}
-    monkeypatch.setattr(plan, "seconds_of_product", lambda dtype, device: seconds[dtype])
+    monkeypatch.setattr(plan, "seconds_of_product", lambda n, dtype, device, rounds: seconds[dtype])
     no, bf16 = SimpleNamespace(amp="no"), SimpleNamespace(amp="bf16")
     assert "--amp bf16 multiplies matrices 3.0 times as fast" in plan.precision_hint(no, cpu, 1e8)
     assert plan.precision_hint(no, cpu, 1e6) is None and plan.precision_hint(bf16, cpu, 1e8) is None
