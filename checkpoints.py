@@ -7,6 +7,9 @@
                               trainer_state.pt: everything else that the next step depends on
       final/                  the same form, at the end
       best/                   a model alone, the best by --keep-best (best.py)
+      .new/                   a run of --overwrite until its first evaluation has passed
+
+Nothing else in the folder is ever touched.
 
 A checkpoint and config.json are written under another name, flushed to the disk (fsync), renamed.
 A folder is renamed before it is deleted. So a folder called checkpoint-* is complete, whenever the
@@ -20,6 +23,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -32,10 +36,13 @@ import transformers
 from safetensors import SafetensorError
 
 from engine import UserError, first_line
-from hybrid import HybridModel
 
 RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "skipped.jsonl", "final", "best")
 REPLACED = ("final", "best")  # folders that a newer one of the same name replaces
+NEW = ".new"
+STATE = "trainer_state.pt"
+# What a killed process may leave: files and folders that were half written or half deleted
+TEMPORARY = re.compile(rf"\.({'|'.join(RUN_FILES)}|checkpoint-\d+)\.(tmp|old)")
 
 # ---------------------------------------------------------------------------------- files
 
@@ -53,17 +60,18 @@ def discard(path: Path) -> None:
     """Delete a file or folder. It is renamed first, so that a crash never leaves a half-deleted
     folder under this name."""
     renamed = path.with_name(f".{path.name}.old")
-    shutil.rmtree(renamed, ignore_errors=True)
+    remove(renamed)
     os.replace(path, renamed)
     remove(renamed)
 
 
 def remove(path: Path) -> None:
-    """Delete a file, or a folder with all that is in it."""
-    if path.is_dir():
+    """Delete a file, or a folder with all that is in it; of a symbolic link, the link alone.
+    Nothing happens where there is none."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 def flush(path: Path) -> None:
@@ -139,29 +147,79 @@ def forget_after(out: Path, step: int) -> None:
 # ---------------------------------------------------------------------------------- config.json
 
 
-def open_run_folder(out: Path, flags: dict, overwrite: bool) -> None:
-    """Create the folder and config.json. Raises UserError for an old run, unless `overwrite`."""
+def run_paths(out: Path) -> list[Path]:
+    """What a run has written in its folder, as far as it is there."""
+    paths = [*[out / name for name in RUN_FILES], *checkpoints(out)]
+    return [path for path in paths if path.exists() or path.is_symlink()]
+
+
+def check_free(out: Path, overwrite: bool, used: dict[str, Path]) -> None:
+    """Raises UserError unless a new run may be written to `out`.
+
+    An old run needs `overwrite`, and it is not deleted where this run reads from it: `used` are the
+    paths that flags name, by flag. What no run has written is never deleted.
+    """
+    old = run_paths(out)
+    if not old:
+        return
+    if not is_run(out):
+        raise UserError(
+            f"--out {out} holds {old[0].name}, but no run of train.py; give another folder"
+        )
+    if not overwrite:
+        raise UserError(
+            f"--out {out} already holds a run ({old[0].name}); give another folder, "
+            f"--resume {out}, or --overwrite"
+        )
+    for flag, path in used.items():
+        place = path.resolve()
+        for doomed in [out, *old]:
+            if place == doomed.resolve() or (doomed != out and doomed.resolve() in place.parents):
+                raise UserError(
+                    f"{flag} is in the run that --overwrite would delete; give another --out"
+                )
+
+
+def is_run(out: Path) -> bool:
+    """Is the config.json there one of a run (and not, say, of a model)?"""
     try:
-        paths = [*[out / name for name in RUN_FILES], *out.glob("checkpoint-*")]
-        old = [path for path in paths if path.exists()]
-        if old and not overwrite:
-            raise UserError(
-                f"--out {out} already holds a run ({old[0].name}); give another folder, "
-                f"--resume {out}, or --overwrite"
-            )
-        out.mkdir(parents=True, exist_ok=True)
-        for path in old:
-            discard(path)
-        for name in REPLACED:  # recover() must not bring back what a killed --overwrite left
-            shutil.rmtree(out / f".{name}.old", ignore_errors=True)
+        config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "ppo_ratio" in config
+
+
+def open_run_folder(out: Path, flags: dict) -> Path:
+    """Create the folder and config.json. -> where to write: `out`, or `out`/.new beside an old run,
+    until `replace_old_run`."""
+    try:
+        remove(out / NEW)
+        place = out / NEW if run_paths(out) else out
+        place.mkdir(parents=True, exist_ok=True)
         versions = {
             "python": sys.version.split()[0],
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
-        write_config(out, {**flags, "versions": versions, "git_commit": git_commit()})
+        write_config(place, {**flags, "versions": versions, "git_commit": git_commit()})
     except OSError as problem:
         raise UserError(f"--out {out} cannot be written: {problem.strerror or problem}") from None
+    return place
+
+
+def replace_old_run(out: Path) -> None:
+    """Delete the old run, and put what was written to `out`/.new in its place.
+
+    config.json comes last: whenever the process dies, the folder holds the one run or the other.
+    """
+    remove_leftovers(out)
+    for path in run_paths(out):
+        if path.name != "config.json":
+            discard(path)
+    written = sorted((out / NEW).iterdir(), key=lambda path: path.name == "config.json")
+    for path in written:
+        os.replace(path, out / path.name)
+    (out / NEW).rmdir()
 
 
 def write_config(out: Path, config: dict) -> None:
@@ -203,6 +261,7 @@ def save_checkpoint(folder: Path, run, states: dict, keep: int) -> None:
     folders checkpoint-* remain. Raises UserError where the folder cannot be written.
     """
     state = {
+        "fingerprint": run.fingerprint,
         "counters": run.counters(),
         "stateful": states,
         "order": run.order_generator.get_state(),
@@ -211,7 +270,7 @@ def save_checkpoint(folder: Path, run, states: dict, keep: int) -> None:
     }
     with new_folder(folder, keep) as unfinished:
         run.model.save(unfinished, run.tokenizer)
-        torch.save(state, unfinished / "trainer_state.pt")
+        torch.save(state, unfinished / STATE)
 
 
 @contextmanager
@@ -225,16 +284,17 @@ def new_folder(folder: Path, keep: int | None = None):
     unfinished = folder.with_name(f".{folder.name}.tmp")
     replaced = folder.with_name(f".{folder.name}.old")
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        remove(unfinished)
         yield unfinished
         for path in [*unfinished.rglob("*"), unfinished]:
             flush(path)
-        if folder.exists():  # one of REPLACED; recover() repairs a crash between the two renames
-            shutil.rmtree(replaced, ignore_errors=True)
+        # One of REPLACED; recover() repairs a crash between the two renames.
+        if folder.exists() or folder.is_symlink():
+            remove(replaced)
             os.replace(folder, replaced)
         os.replace(unfinished, folder)
         flush(folder.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+        remove(replaced)
         for old in checkpoints(folder.parent)[: -keep if keep else 0]:
             discard(old)
     except (OSError, RuntimeError, SafetensorError) as problem:  # any of them: full disk
@@ -250,21 +310,28 @@ def new_folder(folder: Path, keep: int | None = None):
 
 
 def load_checkpoint(folder: Path, run) -> None:
-    """The inverse: restore in `run`, which has just been prepared. Raises UserError if damaged."""
-    state = _read_state(folder)
-    run.model.load_state_dict(HybridModel.load(str(folder), "checkpoint")[0].state_dict())
-    for name, component in run.stateful().items():
-        component.load_state_dict(state["stateful"][name])
-    run.order_generator.set_state(state["order"])
-    set_random_state(state["rng"])
-    saved = state["reference"]
-    if saved is not None:
-        if run.reference is None or _shapes(run.reference.state_dict()) != _shapes(saved):
-            # It is a copy of the policy, which has replaced a --ref-model of another shape.
-            run.reference = run.model.frozen_copy()
-        run.reference.load_state_dict(saved)
-    for name, value in state["counters"].items():
-        setattr(run, name, value)
+    """Restore in `run` what the next step depends on beside the model, which `prepare` took from
+    this folder. Raises UserError where the file is damaged, or does not fit config.json."""
+    state = read_state(folder)
+    try:
+        for name, component in run.stateful().items():
+            component.load_state_dict(state["stateful"][name])
+        run.order_generator.set_state(state["order"])
+        set_random_state(state["rng"])
+        saved = state["reference"]
+        if saved is not None:
+            if run.reference is None or _shapes(run.reference.state_dict()) != _shapes(saved):
+                # It is a copy of the policy, which has replaced a --ref-model of another shape.
+                run.reference = run.model.frozen_copy()
+            run.reference.load_state_dict(saved)
+        for name, value in state["counters"].items():
+            setattr(run, name, value)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as problem:
+        raise UserError(
+            f"{folder / STATE} does not fit {folder.parent / 'config.json'} "
+            f"({type(problem).__name__}: {first_line(problem)}): one of them was edited, or is of "
+            f"another version; start a new run with --model {folder}"
+        ) from None
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -278,9 +345,13 @@ def newest_checkpoint(out: Path) -> Path | None:
     cannot be read."""
     newest, most = None, -1
     for folder in [*checkpoints(out), out / "final"]:
-        if (folder / "trainer_state.pt").is_file():
+        if (folder / STATE).is_file():
             # Mapped, since only one number is wanted; nothing holds the file afterwards.
-            step = _read_state(folder, mmap=True)["counters"]["step"]
+            state = read_state(folder, mmap=True)
+            try:
+                step = state["counters"]["step"]
+            except (KeyError, TypeError):
+                raise UserError(f"{folder / STATE} has no number of steps; move it away") from None
             if step > most:
                 newest, most = folder, step
     return newest
@@ -288,18 +359,24 @@ def newest_checkpoint(out: Path) -> Path | None:
 
 def recover(out: Path) -> None:
     """Clean up after a killed process: `final` and `best` get their name back if the process died
-    while they were being replaced; half-written and half-deleted files and folders are deleted."""
+    while they were being replaced; what was half written or half deleted is deleted."""
     for name in REPLACED:
         if (out / f".{name}.old" / "config.json").is_file() and not (out / name).exists():
             os.replace(out / f".{name}.old", out / name)
-    for leftover in [*out.glob(".*.old"), *out.glob(".*.tmp")]:
-        remove(leftover)
+    remove(out / NEW)
+    remove_leftovers(out)
 
 
-def _read_state(folder: Path, mmap: bool = False) -> dict:
+def remove_leftovers(out: Path) -> None:
+    for path in list(out.iterdir()):
+        if TEMPORARY.fullmatch(path.name):
+            remove(path)
+
+
+def read_state(folder: Path, mmap: bool = False) -> dict:
     """`mmap`: tensors are read when they are used, and hold the file. Windows and NFS cannot delete
     or rename such a file, and the optimiser would keep it for the whole run."""
-    path = folder / "trainer_state.pt"
+    path = folder / STATE
     try:
         return torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
     except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as problem:

@@ -21,12 +21,20 @@ from engine import AMP_DTYPES, DEFAULT_LR, OPTIMIZERS, SCHEDULERS, Parser, UserE
 from runs import MAY_CHANGE_ON_RESUME, Algorithm, read_config
 
 EXTENSIONS = (schedules, references, dialogue)
-NOT_REMEMBERED = ("resume", "overwrite", "deepspeed", "dry_run")  # --resume does not take them from config.json
+NOT_REMEMBERED = (
+    "resume",
+    "overwrite",
+    "deepspeed",
+    "dry_run",
+    "accept_changes",
+)  # --resume does not take them from config.json
 
 
 def default_rates() -> str:
     """The defaults of --lr, as --help says them."""
-    rates = [f"{optimizer} {tiny:g} and {other:g}" for optimizer, (tiny, other) in DEFAULT_LR.items()]
+    rates = [
+        f"{optimizer} {tiny:g} and {other:g}" for optimizer, (tiny, other) in DEFAULT_LR.items()
+    ]
     return f"for 'tiny' and for other models, {', '.join(rates)}"
 
 
@@ -39,7 +47,9 @@ class Sources(argparse.Action):
 
 def make_parser(algorithms: dict[str, Algorithm]) -> Parser:
     """All flags. `algorithms` is the table of train.py."""
-    parser = Parser("Train any Hugging Face causal LM by alternating supervised fine-tuning and PPO.")
+    parser = Parser(
+        "Train any Hugging Face causal LM by alternating supervised fine-tuning and PPO."
+    )
     count, positive, share = number(int, 1), number(float, 0, above=True), number(float, 0, 1)
     # fmt: off
     add = parser.add_argument_group("model and data").add_argument
@@ -99,6 +109,8 @@ def make_parser(algorithms: dict[str, Algorithm]) -> Parser:
     add("--out", default="out", help="run folder: config, metrics, samples, checkpoints, final model")
     add("--overwrite", action="store_true", help="replace the run that --out holds")
     add("--resume", metavar="OUT", help="go on from the newest checkpoint of this run folder, with its flags")
+    add("--accept-changes", action="store_true",
+        help="resume even where the data, the base model or the reward file is not what the run began with")
     add("--eval-every", type=number(int, 0), default=100,
         help="steps between evaluations; 0 only at the start and the end")
     add("--eval-size", type=count, default=256, help="held-out examples per evaluation")
@@ -140,10 +152,16 @@ def parse_args(argv: list[str] | None, algorithms: dict[str, Algorithm]) -> argp
     if args.overwrite:
         raise UserError("--resume goes on with a run, --overwrite replaces one; say one of the two")
     config = read_config(Path(args.resume))
-    remembered = {name: config.get(name, value) for name, value in vars(args).items() if name not in NOT_REMEMBERED}
+    remembered = {
+        name: config.get(name, value)
+        for name, value in vars(args).items()
+        if name not in NOT_REMEMBERED
+    }
     remembered["out"] = args.resume
     parser.set_defaults(**dict.fromkeys(remembered))  # a flag that is not given again is None
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    given = {
+        name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None
+    }
     given = {name: value for name, value in given.items() if name in remembered}
     if "out" in given and Path(given["out"]).resolve() == Path(args.resume).resolve():
         given["out"] = args.resume
@@ -172,7 +190,9 @@ def spelled(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def check_flags_matter(parser: Parser, args: argparse.Namespace, algorithms: dict[str, Algorithm]) -> None:
+def check_flags_matter(
+    parser: Parser, args: argparse.Namespace, algorithms: dict[str, Algorithm]
+) -> None:
     """Raises UserError for a flag of another algorithm or schedule, and for two flags that say one thing."""
     used_by = {name: (*entry.step_flags, *entry.flags) for name, entry in algorithms.items()}
     used_by |= {name: schedule.flags for name, schedule in schedules.SCHEDULES.items()}
@@ -180,11 +200,17 @@ def check_flags_matter(parser: Parser, args: argparse.Namespace, algorithms: dic
     for flag in dict.fromkeys(flag for flags in used_by.values() for flag in flags):
         if flag not in used_here and getattr(args, flag) != parser.get_default(flag):
             owners = [name for name, flags in used_by.items() if flag in flags]
-            raise UserError(f"{spelled(flag)} belongs to {' and '.join(owners)} and does nothing here; leave it out")
+            raise UserError(
+                f"{spelled(flag)} belongs to {' and '.join(owners)} and does nothing here; leave it out"
+            )
     if args.micro_batch_size is not None and args.grad_accum is not None:
-        raise UserError("--micro-batch-size and --grad-accum say the same in two ways; give one of them")
+        raise UserError(
+            "--micro-batch-size and --grad-accum say the same in two ways; give one of them"
+        )
     if args.schedule in ("gate", "buffer") and args.ppo_ratio != parser.get_default("ppo_ratio"):
-        raise UserError(f"--schedule {args.schedule} follows the scores, not --ppo-ratio; leave that out")
+        raise UserError(
+            f"--schedule {args.schedule} follows the scores, not --ppo-ratio; leave that out"
+        )
 
 
 def resolve_length(args: argparse.Namespace, context: int) -> None:
@@ -192,7 +218,9 @@ def resolve_length(args: argparse.Namespace, context: int) -> None:
     if args.max_length is None:
         args.max_length = min(1024, context)
     if args.max_length > context:
-        raise UserError(f"--max-length {args.max_length} is beyond the model's context of {context} tokens")
+        raise UserError(
+            f"--max-length {args.max_length} is beyond the model's context of {context} tokens"
+        )
     if args.max_new_tokens >= args.max_length:
         raise UserError(
             f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt in --max-length {args.max_length}"
@@ -215,10 +243,14 @@ def resolve_defaults(args: argparse.Namespace, algorithm: Algorithm, context: in
     if args.lr is None:
         for_tiny, for_others = DEFAULT_LR[args.optimizer]
         args.lr = for_tiny if is_tiny else for_others
-    if args.sft_warmup is None:  # a model that has not learnt to write yet has nothing for PPO to improve
+    if (
+        args.sft_warmup is None
+    ):  # a model that has not learnt to write yet has nothing for PPO to improve
         args.sft_warmup = round(0.3 * args.steps) if is_tiny and args.ppo_ratio not in (0, 1) else 0
     if args.micro_batch_size is None:
-        args.micro_batch_size = math.ceil(args.batch_size / (parallel.world() * (args.grad_accum or 1)))
+        args.micro_batch_size = math.ceil(
+            args.batch_size / (parallel.world() * (args.grad_accum or 1))
+        )
     if args.kl_target is not None and (args.kl_coef == 0 or args.kl_horizon < args.batch_size):
         raise UserError(
             "--kl-target needs a --kl-coef above 0 (it is multiplied) and a --kl-horizon of at least the batch, "
@@ -235,19 +267,29 @@ def resolve_defaults(args: argparse.Namespace, algorithm: Algorithm, context: in
             f"give --group-size {algorithm.least_group} or more, such as 4"
         )
     if args.batch_size % args.group_size:
-        raise UserError(f"--group-size {args.group_size}: expected a divisor of --batch-size {args.batch_size}")
+        raise UserError(
+            f"--group-size {args.group_size}: expected a divisor of --batch-size {args.batch_size}"
+        )
     if args.prompts is not None and (args.ppo_ratio == 0 or not algorithm.samples):
-        raise UserError("--prompts are for steps that sample responses, and this run has none; leave it out")
+        raise UserError(
+            "--prompts are for steps that sample responses, and this run has none; leave it out"
+        )
     if args.prompts is not None and args.schedule in ("gate", "buffer"):
         raise UserError(
             f"--schedule {args.schedule} demonstrates the prompts that score badly, and those of --prompts have no "
             "target; leave one of the two out"
         )
     if not algorithm.samples and (args.schedule != "ratio" or args.turns > 1):
-        raise UserError(f"--algorithm {args.algorithm} samples nothing, so it goes with --schedule ratio and one turn")
+        raise UserError(
+            f"--algorithm {args.algorithm} samples nothing, so it goes with --schedule ratio and one turn"
+        )
     for extension in EXTENSIONS:
         extension.check_flags(args)
-    if args.reward is None and args.ppo_ratio != 0 and (algorithm.samples or args.data == "reviews"):
+    if (
+        args.reward is None
+        and args.ppo_ratio != 0
+        and (algorithm.samples or args.data == "reviews")
+    ):
         args.reward = "sentiment"
         if args.data != "reviews" and parallel.rank() == 0:
             print("no --reward was given: it is sentiment, praise minus blame by a word list")

@@ -8,12 +8,15 @@ written. Left out on purpose: the folder of the run (runs.py) and what --resume 
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
+import fingerprint
 import parallel
 import plan
 import survey
+from checkpoints import check_free, read_state
 from data import (
     BatchStream,
     Example,
@@ -41,13 +44,14 @@ from engine import (
     pick_device,
     seed_everything,
 )
+from fingerprint import used_paths
 from flags import limits_of, resolve_defaults
 from hybrid import HybridModel, build_tiny
 from lm import release_files
 from ppo import AdaptiveKLController
 from references import ReferenceMixture, load_references
 from rewards import build_reward
-from runs import Algorithm, Run
+from runs import Algorithm, Run, find_checkpoint
 from schedules import SCHEDULES
 
 
@@ -56,13 +60,22 @@ def prepare(args, algorithm: Algorithm) -> Run:
     device = parallel.start(pick_device(args.device))
     check_amp(args.amp, device)
     seed_everything(args.seed)
+    if args.resume is None:
+        parallel.on_main(check_free, Path(args.out), args.overwrite, used_paths(args))
+    checkpoint = find_checkpoint(args.resume)
     say(plan.device_line(args, device))
     data = load_data(args, algorithm)
     say(plan.data_line(args, len(data.train), len(data.held_out), len(data.pairs)))
-    model, tokenizer = load_policy(args, data.train, device)
+    learns_from = fingerprint.take(args, data)
+    model, tokenizer = load_policy(args, data.train, device, checkpoint)
+    learns_from["tokens of the vocabulary"] = fingerprint.of_vocabulary(tokenizer)
+    if checkpoint is not None:
+        saved = read_state(checkpoint, mmap=True).get("fingerprint")
+        fingerprint.check_unchanged(saved, learns_from, args.accept_changes, say)
     resolve_defaults(args, algorithm, model.max_positions)
     check_data(args, tokenizer, data)
     run = make_run(args, algorithm, model, tokenizer, data)
+    run.checkpoint, run.fingerprint = checkpoint, learns_from
     plan.say_run(args, run, data.train, say)
     if args.reward is not None:  # pure SFT needs none, but measures one that is named
         run.reward = load_reward(args, run, data)
@@ -151,9 +164,14 @@ def say(line: str) -> None:
         print(line)
 
 
-def load_policy(args, train_examples: list[Example], device) -> tuple[HybridModel, object]:
-    """The model that is trained, on its device, and its tokenizer."""
-    if args.model == "tiny":
+def load_policy(
+    args, train_examples: list[Example], device, checkpoint: Path | None
+) -> tuple[HybridModel, object]:
+    """The model that is trained, on its device, and its tokenizer; of a resumed run, both as they
+    were saved, whatever --model and --data have become."""
+    if checkpoint is not None:
+        model, tokenizer = HybridModel.load(str(checkpoint), "--resume")
+    elif args.model == "tiny":
         texts = [example.prompt + example.target for example in train_examples]
         lm, tokenizer = build_tiny(texts, args.seed)
         model = HybridModel(lm)
@@ -268,6 +286,9 @@ def load_reward(args, run: Run, data: Data):
         context["mixture_pairs"] = load_pairs(
             args.mixture_data, what="--mixture-data", **pair_options(args)
         )
+    code = [name for name in used_paths(args) if name.startswith("--reward ")]
+    if args.resume and code:
+        say(f"the reward of this run executes code: {', '.join(code)}")
     reward = build_reward(args.reward, **context)
     probe = run.held_out_prompts[:2]
     with reward.frozen():

@@ -32,6 +32,7 @@ from checkpoints import (  # noqa: F401  (read_rows and checkpoints can be had f
     read_config,
     read_rows,
     recover,
+    replace_old_run,
     save_checkpoint,
     set_random_state,
     write_config,
@@ -87,6 +88,8 @@ class Run:
     limits: dict  # max_length and max_prompt_length: how every row is cut
     update: dict  # keyword arguments of every xxx_step
     sampling: dict  # keyword arguments of sampling and of evaluation
+    checkpoint: Path | None = None  # what --resume goes on from
+    fingerprint: dict = field(default_factory=dict)  # of what it learns from (fingerprint.py)
     reward: object = None  # None: pure SFT that measures no reward
     reference: object = None  # None until RL first starts
     user: object = None  # who answers in a dialogue
@@ -125,27 +128,33 @@ class Run:
         return {name: getattr(self, name) for name in names}
 
 
+def find_checkpoint(resume: str | None) -> Path | None:
+    """The checkpoint that --resume goes on from, once what a crash left is put in order."""
+    if resume is None:
+        return None
+    parallel.on_main(recover, Path(resume))
+    checkpoint = newest_checkpoint(Path(resume))
+    if checkpoint is None and parallel.rank() == 0:
+        print(f"{resume} has no checkpoint yet: the run starts again")
+    return checkpoint
+
+
 class RunFolder:
     """The folder of a run: opened, written and resumed here. Every process calls; process 0 writes.
 
     With --resume, `run` is put back where its newest checkpoint left it; `is_new` says that there
-    was none. Raises UserError rather than write over anything without --overwrite.
+    was none. With --overwrite the old run stays until the first evaluation has passed.
     """
 
     def __init__(self, args, run: Run):
         if args.log != "none":
             require(args.log)
         self.out, self.steps, self.keep = Path(args.resume or args.out), args.steps, args.keep
-        checkpoint = None
-        if args.resume:
-            parallel.on_main(recover, self.out)
-            checkpoint = newest_checkpoint(self.out)
-            if checkpoint is None and parallel.rank() == 0:
-                print(f"{self.out} has no checkpoint yet: the run starts again")
-        self.is_new = checkpoint is None
-        self.saved = checkpoint  # the folder that holds the run as it is, if any
-        if checkpoint is not None:
-            load_checkpoint(checkpoint, run)
+        self.place = self.out  # where it writes
+        self.saved = run.checkpoint  # the folder that holds the run as it is, if any
+        self.is_new = run.checkpoint is None
+        if not self.is_new:
+            load_checkpoint(run.checkpoint, run)
             is_done = run.step == args.steps and self._is_measured(run)
             if run.step > args.steps or is_done:
                 raise UserError(
@@ -157,17 +166,18 @@ class RunFolder:
             changed = {name: getattr(args, name) for name in MAY_CHANGE_ON_RESUME}
             parallel.on_main(write_config, self.out, {**read_config(self.out), **changed})
         else:
-            parallel.on_main(open_run_folder, self.out, vars(args), args.overwrite)
+            self.place = parallel.on_main(open_run_folder, self.out, vars(args))
         # A run that died before its first checkpoint starts again, so nothing of it is kept.
-        parallel.on_main(forget_after, self.out, -1 if self.is_new else run.step)
-        self.log = MetricLog(self.out, args.log if parallel.rank() == 0 else "none", vars(args))
+        parallel.on_main(forget_after, self.place, -1 if self.is_new else run.step)
+        mirror = args.log if parallel.rank() == 0 else "none"
+        self.log = MetricLog(self.out, mirror, vars(args))
 
     def write(self, run: Run, phase: str, metrics: dict[str, float]) -> None:
-        parallel.on_main(self.log.write, run.step, phase, metrics)
+        parallel.on_main(self.log.write, self.place, run.step, phase, metrics)
 
     def write_samples(self, run: Run, samples: list[dict]) -> None:
         rows = [{"step": run.step, **sample} for sample in samples]
-        parallel.on_main(append_rows, self.out / "samples.jsonl", rows)
+        parallel.on_main(append_rows, self.place / "samples.jsonl", rows)
 
     def save(self, run: Run, name: str) -> None:
         # On every process: the state of ZeRO's optimiser is spread over them.
@@ -192,13 +202,16 @@ class RunFolder:
         return parallel.on_main(self._last_evaluation) == run.step
 
     def _last_evaluation(self) -> int:
-        rows = read_rows(self.out / "metrics.jsonl")
+        rows = read_rows(self.place / "metrics.jsonl")
         return max((row["step"] for row in rows if row["phase"] == "eval"), default=-1)
 
     @contextmanager
     def nothing_lost(self, run: Run):
         """Around a step: whatever fails in it ends the run, saved as of the last whole step, and a
         mended run goes on bit by bit. A second Ctrl-C alone saves nothing: it is to be quick."""
+        if self.place != self.out:  # the first evaluation has passed
+            parallel.on_main(replace_old_run, self.out)
+            self.place = self.out
         head = Snapshot(run)
         try:
             yield
@@ -219,6 +232,7 @@ class RunFolder:
     def _save_after_failure(self, run: Run, head: "Snapshot") -> str:
         """Save as of the last whole step. -> what to say of it."""
         go_on = f"mend it and go on with --resume {self.out}"
+        go_on += " (--accept-changes where that changes the data or the reward)"
         if run.step == head.step and head.weights_changed(run):
             return f"; it was in the middle of an update, so the newest checkpoint counts: {go_on}"
         if run.step == head.step:
@@ -315,7 +329,7 @@ class MetricLog:
     """metrics.jsonl is the truth; Weights & Biases or TensorBoard may mirror it, step by step."""
 
     def __init__(self, out: Path, mirror: str, config: dict):
-        self.path, self.mirror = out / "metrics.jsonl", mirror
+        self.mirror = mirror
         if mirror == "wandb":  # WANDB_MODE=offline works
             self.wandb = require("wandb").init(project="hybridtrainer", dir=str(out), config=config)
         if mirror == "tensorboard":
@@ -323,10 +337,10 @@ class MetricLog:
 
             self.tensorboard = SummaryWriter(str(out / "tensorboard"))
 
-    def write(self, step: int, phase: str, metrics: dict[str, float]) -> None:
+    def write(self, out: Path, step: int, phase: str, metrics: dict[str, float]) -> None:
         """A number that is not finite (the loss of a skipped update) is left out: JSON has none."""
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        append_rows(self.path, [{"step": step, "phase": phase, **metrics}])
+        append_rows(out / "metrics.jsonl", [{"step": step, "phase": phase, **metrics}])
         if self.mirror == "wandb":
             self.wandb.log(metrics, step=step)
         if self.mirror == "tensorboard":

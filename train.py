@@ -24,6 +24,7 @@ from data import demonstration_batch
 from engine import NonFiniteReward, learning_rate_factor, one_line_errors
 from evaluate import measure, print_evaluation, print_summary
 from flags import parse_args
+from lock import one_writer
 from plan import TimeLeft
 from ppo import collect_rollout, ppo_step
 from prepare import prepare
@@ -186,7 +187,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     args = parse_args(argv, ALGORITHMS)
     if args.dry_run:
         return cost.print_estimate(args, ALGORITHMS[args.algorithm])
-    with Stop() as stop:
+    with Stop() as stop, one_writer(args.resume or args.out):
         metrics = train(args, stop)
     parallel.finish()
     return metrics

@@ -1,0 +1,125 @@
+"""What a run learns from, as short fingerprints: a resumed run must not learn from something else.
+
+A checkpoint keeps them, and --resume compares: the examples (number and hash), the vocabulary, the
+folders that --model and its like name, and the files that --reward names. Of a large weight file
+only the size and both ends are read. Left out on purpose: a hub id, whose files are in a cache that
+nobody edits; the code of this repository, whose commit is in config.json.
+
+    python train.py --resume out                      # refused if the data file has changed
+    python train.py --resume out --accept-changes     # goes on all the same
+"""
+
+import hashlib
+import re
+from dataclasses import fields
+from pathlib import Path
+
+from engine import UserError
+
+ENDS = 2**20  # bytes that are read of a file's beginning, and of its end
+READ_FLAGS = ("model", "user_model", "data", "prompts", "preference_data", "mixture_data")
+CODE_AND_MODELS = ("--model", "--user-model", "--ref-model", "--reward", "--mixture-data")
+MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja")
+
+
+def digest(parts) -> str:
+    """16 hex digits of some strings, bytes or other things that print alike."""
+    sha = hashlib.sha256()
+    for part in parts:
+        if not isinstance(part, bytes):  # an object without a text of its own prints its address
+            part = re.sub(" at 0x[0-9a-f]+", "", repr(part)).encode("utf-8", "surrogatepass")
+        sha.update(len(part).to_bytes(8, "big") + part)
+    return sha.hexdigest()[:16]
+
+
+def of_files(path: Path) -> str:
+    """A file, or the files of a model folder."""
+    files = [path]
+    if (path / "final").is_dir():  # a run folder stands for its model
+        path = path / "final"
+    if path.is_dir():
+        files = sorted({file for pattern in MODEL_FILES for file in path.glob(pattern)})
+    parts = []
+    for file in files:
+        size = file.stat().st_size
+        with file.open("rb") as opened:
+            start = opened.read(ENDS)
+            opened.seek(max(0, size - ENDS))
+            parts += [file.name, size, start, opened.read()]
+    return digest(parts)
+
+
+def used_paths(args) -> dict[str, Path]:
+    """What the flags name on this disk, by `--flag name`."""
+    words = {f"--{name.replace('_', '-')}": getattr(args, name) for name in READ_FLAGS}
+    # --ref-model may be NAME=PATH:WEIGHT
+    words["--ref-model"] = [re.sub(r"^\w+=|:[0-9.eE+-]+$", "", ref) for ref in args.ref_model or []]
+    words["--reward"] = reward_words(args.reward)
+    found = {}
+    for flag, names in words.items():
+        for name in [names] if isinstance(names, str) else names or []:
+            if name and Path(name).exists():
+                found[f"{flag} {name}"] = Path(name)
+    return found
+
+
+def reward_words(expression: str | None) -> list[str]:
+    """The words of a reward expression that may be paths: `my.py:function`, model('folder')."""
+    return re.split(r"[()'\",=*+]|(?<=\.py):|\s", expression or "")
+
+
+def of_records(records: list) -> list:
+    """How many examples or pairs, and a hash of all that they hold but their place in a file."""
+    names = [f.name for f in fields(records[0]) if f.name != "place"]
+    parts = (tuple(getattr(record, name) for name in names) for record in records)
+    return [len(records), digest(parts)]
+
+
+def take(args, data) -> dict[str, list]:
+    """The fingerprints of a run, by what a person calls the thing. `data` is of prepare.py."""
+    taken = {"examples": of_records([*data.train, *data.held_out])}
+    if data.pairs:
+        taken["preference pairs"] = of_records([*data.pairs, *data.held_out_pairs])
+    for name, path in used_paths(args).items():
+        if name.split()[0] in CODE_AND_MODELS:  # the records of the others are counted above
+            taken[name] = [None, of_files(path)]
+    return taken
+
+
+def of_vocabulary(tokenizer) -> list:
+    vocabulary = tokenizer.get_vocab()
+    return [len(vocabulary), digest(sorted(vocabulary.items()))]
+
+
+def changes(saved: dict[str, list], now: dict[str, list]) -> list[str]:
+    """What differs, a few words each.
+
+    >>> changes({"examples": [400, "a1"], "--model x": [None, "b"]}, {"examples": [440, "c2"]})
+    ['440 examples instead of 400', '--model x is not there']
+    """
+    found = []
+    for name, (count, fingerprint) in saved.items():
+        if name not in now:
+            found.append(f"{name} is not there")
+        elif now[name][0] != count:
+            found.append(f"{now[name][0]} {name} instead of {count}")
+        elif now[name][1] != fingerprint:
+            found.append(f"{name} {'has' if count is None else 'have'} changed")
+    return found + [f"{name} is new" for name in now if name not in saved]
+
+
+def check_unchanged(saved: dict | None, now: dict, accept: bool, say) -> None:
+    """Raises UserError where a resumed run would go on with something else than it began with."""
+    if saved is None:
+        say("note: this checkpoint is of an older version: whether its data changed is not known")
+        return
+    found = changes(saved, now)
+    if not found:
+        return
+    what = "; ".join(found)
+    if not accept:
+        raise UserError(
+            f"--resume: not what this run began with: {what}; give it back, start a new run, or "
+            "go on with --accept-changes"
+        )
+    say(f"note: not what this run began with: {what}")
