@@ -226,21 +226,6 @@ def write_config(out: Path, config: dict) -> None:
     write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
 
 
-def read_config(out: Path) -> dict:
-    """The flags of a run. Raises UserError where there is none."""
-    try:
-        config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        config = None
-    if not isinstance(config, dict) or "ppo_ratio" not in config:
-        raise UserError(
-            f"--resume {out}: nothing to resume there; expected a run folder with a config.json"
-        )
-    if isinstance(config["ppo_ratio"], list):
-        config["ppo_ratio"] = tuple(config["ppo_ratio"])
-    return config
-
-
 def git_commit() -> str | None:
     """The commit of this code, None where there is no git or no repository."""
     if shutil.which("git") is None:

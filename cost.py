@@ -32,11 +32,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import survey
 from engine import UserError, first_line
-from flags import limits_of, resolve_defaults
+from flags import limits_of
 from hybrid import TINY_LM, build_tiny
 from lm import context_in, load_tokenizer
 from plan import disk_line
-from prepare import Data, load_data
+from prepare import Data, load_data, resolve_defaults
 from runs import Algorithm
 
 GIB = 2**30

@@ -21,7 +21,7 @@ import torch
 
 from chat import MARK, cut_prompt, dialogue_of, end_ids, is_special, render, turn_end
 from data import Example, columns_of, decode, encode_prompt, plain_reply, render_dialogue
-from engine import UserError, number
+from engine import UserError
 from generate import sample
 from hybrid import HybridModel
 
@@ -234,19 +234,6 @@ class ModelUser:
 
 
 # ----------------------------------------------------------------------------------------- in a run
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("dialogue")
-    text = (
-        "responses in an episode: above 1 it is a dialogue, with the user turns of the data or "
-        "--user-model"
-    )
-    group.add_argument("--turns", type=number(int, 1), default=1, help=text)
-    text = "a folder or hub id of a causal LM that plays the user"
-    group.add_argument("--user-model", help=text)
-    text = "a score for each response of a dialogue instead of one at its end"
-    group.add_argument("--turn-rewards", action="store_true", help=text)
 
 
 def check_flags(args: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ from torch.nn.functional import logsigmoid
 
 from chat import cut_prompt, encode_demonstration, end_ids, room_for_prompt
 from data import Batch, Pair, load_pairs, make_batch, pair_options
-from engine import Backend, UserError, accumulate, apply_gradients, number
+from engine import Backend, UserError, accumulate, apply_gradients
 from hybrid import HybridModel, forward_rows
 from references import ReferenceMixture, reference_logprobs
 
@@ -41,21 +41,6 @@ class PairBatch(Batch):
 
     def lengths(self) -> torch.Tensor:
         return torch.maximum(*self.attention_mask.sum(1).chunk(2))  # (n,)
-
-
-def add_flags(parser) -> None:
-    group = parser.add_argument_group("dpo")
-    group.add_argument(
-        "--preference-data",
-        help="prompt, chosen and rejected (default: pairs made from the built-in task); without "
-        "--data, SFT learns from the chosen side",
-    )
-    group.add_argument(
-        "--beta",
-        type=number(float, 0, above=True),
-        default=0.1,
-        help="how close to the reference (usual: 0.05 to 0.5; smaller is less close)",
-    )
 
 
 def preference_pairs(args) -> list[Pair]:

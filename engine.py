@@ -1,4 +1,4 @@
-"""What every script needs and no paper describes: errors, flags, devices, optimisers, updates.
+"""What every script needs and no paper describes: devices, precision, optimisers, updates.
 
 Left out on purpose: anything of an algorithm. So `sft.py` and `ppo.py` can be read without this
 file: `accumulate` is "backward over the rows", `apply_gradients` is "optimizer.step()".
@@ -6,115 +6,28 @@ file: `accumulate` is "backward over the rows", `apply_gradients` is "optimizer.
     python -m pytest -q tests/test_engine.py
 """
 
-import argparse
-import io
 import math
 import random
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import parallel
-
-
-class UserError(ValueError):
-    """A mistake that the user can repair. Scripts print one line, `error: ...`, and exit with 2."""
-
-
-class LostUpdates(UserError):
-    """Too many steps in a row without an update."""
-
-
-class NonFiniteReward(UserError):
-    """A score that is not a finite number: an error before the first step, later one lost step."""
-
-
-def first_line(problem: BaseException) -> str:
-    """The first line of an exception's message; the name of its class if the message is empty."""
-    lines = str(problem).strip().splitlines() or [type(problem).__name__]
-    return lines[0].rstrip(".: ")
-
-
-def visible(text: str) -> str:
-    """The text with every character that does not print (line breaks too) as its escape.
-
-    >>> visible("a\\tb\\x1b[2J")
-    'a\\\\tb\\\\x1b[2J'
-    """
-    printable = []
-    for char in text:
-        printable.append(char if char.isprintable() else char.encode("unicode_escape").decode())
-    return "".join(printable)
-
-
-def check_new_folder(out: str) -> None:
-    """Raises UserError unless `out` can be made: no long computation may fail when it is saved."""
-    path = Path(out)
-    if path.exists():
-        raise UserError(f"--out {out} already exists; choose another folder")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {path.absolute().parent} to put it in")
-
-
-def one_line_errors(main: Callable):
-    """`main`, but a UserError becomes one line on stderr, `error: ...`, and exit status 2."""
-
-    def run(argv: list[str] | None = None):
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")  # a console may lack a character of a response
-        try:
-            return main(argv)
-        except UserError as problem:
-            process = f" in process {parallel.rank()}" if parallel.rank() else ""
-            print(f"error{process}: {visible(' '.join(str(problem).split()))}", file=sys.stderr)
-            raise SystemExit(2) from None
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            raise SystemExit(130) from None
-
-    return run
-
-
-class Parser(argparse.ArgumentParser):
-    """Raises UserError for a wrong flag. --help adds a default that the help text does not say."""
-
-    def __init__(self, description: str):
-        super().__init__(description=description, formatter_class=_DefaultsFormatter)
-
-    def error(self, message: str):
-        raise UserError(f"{message} (--help lists the flags)")
-
-
-class _DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action: argparse.Action) -> str:
-        if action.default is None or action.default is False or "(default" in action.help:
-            return action.help
-        return super()._get_help_string(action)
-
-
-def number(kind: type, low: float, high: float = math.inf, above: bool = False):
-    """An argparse type: a finite int or float in low..high (with `above`, low is excluded)."""
-
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or not low <= value <= high or (above and value == low):
-            what = "a whole number" if kind is int else "a number"
-            bounds = f"above {low:g}" if above else f"at least {low:g}"
-            if high < math.inf:
-                bounds += f" and at most {high:g}"
-            raise argparse.ArgumentTypeError(f"expected {what} {bounds}, found {text!r}")
-        return value
-
-    return parse
+from cli import (  # noqa: F401  (errors and flags can be had from here too)
+    LostUpdates,
+    NonFiniteReward,
+    Parser,
+    UserError,
+    check_new_folder,
+    first_line,
+    number,
+    one_line_errors,
+    visible,
+)
 
 
 def seed_everything(seed: int) -> None:
@@ -247,17 +160,6 @@ OPTIMIZERS = {
     "sgd": lambda model, lr: torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9),
     "adafactor": lambda model, lr: torch.optim.Adafactor(model.parameters(), lr=lr),
     "muon": muon_with_adamw,
-}
-
-# The peak learning rate where --lr does not name one: of the built-in model, which starts from
-# nothing, and of one that is pretrained. The units differ: Adam's and Muon's update is about lr per
-# weight, Adafactor's about lr times the size of the weight, SGD's follows the gradient.
-DEFAULT_LR = {
-    "adamw": (3e-3, 1e-5),
-    "adam": (3e-3, 1e-5),
-    "sgd": (2e-1, 1e-3),
-    "adafactor": (3e-2, 1e-3),
-    "muon": (3e-3, 1e-5),
 }
 
 # The share of the peak learning rate, by `progress`: 0 after the warm-up, 1 at the end of the run.

@@ -21,7 +21,7 @@ import re
 import zlib
 from pathlib import Path
 
-from engine import UserError, first_line
+from cli import UserError, first_line
 
 ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
 PACKED = (".gz", ".bz2", ".xz", ".zst")

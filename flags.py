@@ -1,40 +1,47 @@
-"""The command line: every flag that is no extension's own, their defaults, and what a resumed run remembers.
+"""The command line of train.py: every flag, its default, and what a resumed run remembers.
 
-An extension has `add_flags(parser)`, and `check_flags(args)`, which raises UserError for flags that contradict each
-other. An algorithm names the flags that matter to it in its entry of ALGORITHMS (train.py), a schedule in its `flags`:
-a flag of another algorithm or schedule is refused. Left out on purpose: configuration files.
+Nothing here needs torch, so --help and a wrong flag are answered at once. An algorithm names the flags that matter to
+it in its entry of ALGORITHMS (train.py), a schedule in its `flags`: a flag of another algorithm or schedule is refused.
+Left out on purpose: configuration files; defaults that depend on the model (`resolve_defaults` in prepare.py).
 
     python train.py --help
 """
 
 import argparse
-import math
+import json
 import sys
 from pathlib import Path
 
-import dialogue
-import parallel
-import references
-import schedules
-from data import add_data_flags
-from engine import AMP_DTYPES, DEFAULT_LR, OPTIMIZERS, SCHEDULERS, Parser, UserError, number
-from runs import MAY_CHANGE_ON_RESUME, Algorithm, read_config
+from cli import Parser, UserError, number, one_line_errors
+from files import PROMPT_FIELDS, TARGET_FIELDS
 
-EXTENSIONS = (schedules, references, dialogue)
-NOT_REMEMBERED = (
-    "resume",
-    "overwrite",
-    "deepspeed",
-    "dry_run",
-    "accept_changes",
-)  # --resume does not take them from config.json
+# --resume does not take these from config.json
+NOT_REMEMBERED = ("resume", "overwrite", "deepspeed", "dry_run", "accept_changes")
+MAY_CHANGE_ON_RESUME = ("device", "steps", "eval_every", "eval_size", "save_every", "keep", "keep_best", "log")
+
+# The optimisers of --optimizer, and their peak learning rate where --lr does not name one: of the built-in model, which
+# starts from nothing, and of one that is pretrained. The units differ: Adam's and Muon's update is about lr per weight,
+# Adafactor's about lr times the size of the weight, SGD's follows the gradient.
+DEFAULT_LR = {
+    "adamw": (3e-3, 1e-5),
+    "adam": (3e-3, 1e-5),
+    "sgd": (2e-1, 1e-3),
+    "adafactor": (3e-2, 1e-3),
+    "muon": (3e-3, 1e-5),
+}
+
+# Arguments of `apply_chat_template` that are no arguments of a template
+RESERVED = {"conversation", "messages", "add_generation_prompt", "continue_final_message", "tokenize", "chat_template"}
+RESERVED |= {"padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"}
+RESERVED |= {"tokenizer_kwargs"}
+
+# Argparse types that many flags have
+count, positive, share = number(int, 1), number(float, 0, above=True), number(float, 0, 1)
 
 
 def default_rates() -> str:
     """The defaults of --lr, as --help says them."""
-    rates = [
-        f"{optimizer} {tiny:g} and {other:g}" for optimizer, (tiny, other) in DEFAULT_LR.items()
-    ]
+    rates = [f"{optimizer} {tiny:g} and {other:g}" for optimizer, (tiny, other) in DEFAULT_LR.items()]
     return f"for 'tiny' and for other models, {', '.join(rates)}"
 
 
@@ -45,12 +52,9 @@ class Sources(argparse.Action):
         setattr(args, self.dest, values[0] if len(values) == 1 else values)
 
 
-def make_parser(algorithms: dict[str, Algorithm]) -> Parser:
-    """All flags. `algorithms` is the table of train.py."""
-    parser = Parser(
-        "Train any Hugging Face causal LM by alternating supervised fine-tuning and PPO."
-    )
-    count, positive, share = number(int, 1), number(float, 0, above=True), number(float, 0, 1)
+def make_parser(algorithms: dict | None = None, schedules: dict | None = None) -> Parser:
+    """All flags. Where the tables of train.py and schedules.py are not given, any name of either is taken."""
+    parser = Parser("Train any Hugging Face causal LM by alternating supervised fine-tuning and PPO.")
     # fmt: off
     add = parser.add_argument_group("model and data").add_argument
     add("--model", default="tiny", help="'tiny' (built here, 1 M parameters), a local folder, or a hub id such as gpt2")
@@ -61,7 +65,8 @@ def make_parser(algorithms: dict[str, Algorithm]) -> Parser:
         help="prompts for the steps with a reward, read like --data; their targets are not trained (default: --data)")
     add_data_flags(parser.add_argument_group("how --data is read"))
     add = parser.add_argument_group("training").add_argument
-    add("--algorithm", choices=tuple(algorithms), default="ppo", help="the algorithm that alternates with SFT")
+    add("--algorithm", choices=algorithms, metavar="{ppo,grpo,dpo}", default="ppo",
+        help="the algorithm that alternates with SFT")
     add("--steps", type=count, default=700, help="steps of the loop, SFT and PPO together")
     add("--batch-size", type=count, default=32,
         help="demonstrations of an SFT step, episodes of a PPO step, pairs of a DPO step; of all processes together")
@@ -71,9 +76,9 @@ def make_parser(algorithms: dict[str, Algorithm]) -> Parser:
     add("--max-length", type=number(int, 2),
         help="tokens of prompt and response together (default: 1024, or the model's context)")
     add("--lr", type=positive, help=f"peak learning rate (usual with adamw: 1e-6 to 1e-3; default: {default_rates()})")
-    add("--optimizer", choices=tuple(OPTIMIZERS), default="adamw",
+    add("--optimizer", choices=tuple(DEFAULT_LR), default="adamw",
         help="torch's own; muon takes the matrices, AdamW the rest")
-    add("--scheduler", choices=tuple(SCHEDULERS), default="linear",
+    add("--scheduler", choices=("constant", "linear", "cosine", "wsd"), default="linear",
         help="learning rate after its warm-up; wsd decays in the last fifth")
     add("--warmup-steps", type=number(int, 0), default=20, help="steps over which the learning rate rises")
     add("--max-grad-norm", type=positive, default=1.0, help="gradient clipping")
@@ -110,7 +115,7 @@ def make_parser(algorithms: dict[str, Algorithm]) -> Parser:
     add("--overwrite", action="store_true", help="replace the run that --out holds")
     add("--resume", metavar="OUT", help="go on from the newest checkpoint of this run folder, with its flags")
     add("--accept-changes", action="store_true",
-        help="resume even where the data, the base model or the reward file is not what the run began with")
+        help="resume even where data, base model or reward file are not what the run began with")
     add("--eval-every", type=number(int, 0), default=100,
         help="steps between evaluations; 0 only at the start and the end")
     add("--eval-size", type=count, default=256, help="held-out examples per evaluation")
@@ -123,7 +128,7 @@ def make_parser(algorithms: dict[str, Algorithm]) -> Parser:
         help="of model, data order, sampling, random and NumPy (for rewards that draw): the same seed, the same run")
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cuda, mps or cpu")
-    add("--amp", choices=tuple(AMP_DTYPES), default="no",
+    add("--amp", choices=("no", "bf16", "fp16"), default="no",
         help="compute in bf16 or fp16 (with loss scaling); weights and losses stay float32")
     add("--gradient-checkpointing", action="store_true",
         help="recompute activations in the backward pass: less memory, a third more time")
@@ -133,35 +138,133 @@ def make_parser(algorithms: dict[str, Algorithm]) -> Parser:
         help="DeepSpeed configuration with ZeRO stage 1 or 2, under torchrun (optional package)")
     add("--dry-run", action="store_true", help="print the memory that this run would take on 1 to 8 devices, and exit")
     # fmt: on
-    for extension in EXTENSIONS:
-        extension.add_flags(parser)
-    for algorithm in algorithms.values():
-        if algorithm.add_flags is not None:
-            algorithm.add_flags(parser)
+    add_extension_flags(parser, schedules)
     return parser
 
 
-def parse_args(argv: list[str] | None, algorithms: dict[str, Algorithm]) -> argparse.Namespace:
-    """The flags of a run; with --resume those of its config.json and what may change."""
+# fmt: off
+def add_extension_flags(parser: Parser, schedules: dict | None = None) -> None:
+    """The flags of schedules.py, references.py, dialogue.py and dpo.py, a group for each."""
+    add = parser.add_argument_group("schedule").add_argument
+    add("--schedule", choices=schedules, metavar="{ratio,gate,buffer,mix}", default="ratio",
+        help="what each step learns from; ratio: by --ppo-ratio; gate, buffer: SFT on prompts that score low; mix: "
+        "both losses in one update")
+    add("--ppo-ratio", type=ratio, default=0.5,
+        help="share of the steps that are PPO (GRPO, DPO): 0 pure SFT, 1 pure PPO, 0.1:0.9 a ramp; with --schedule mix "
+        "the weight of RL; gate and buffer do not use it")
+    add("--sft-warmup", type=number(int, 0),
+        help="SFT steps before the first PPO step (default: 30%% of a mixed run of 'tiny', else 0)")
+    add("--threshold", type=number(float, -1e9), default=0.0,
+        help="gate, buffer: a prompt whose responses all score below this is hard")
+    add = parser.add_argument_group("references").add_argument
+    add("--ref-model", action="append", metavar="REF",
+        help="reference of the KL penalty, a folder or hub id; or several times NAME=PATH:WEIGHT, for their mixture "
+        "(default: the policy when PPO first starts)")
+    add("--ref-refresh", type=number(int, 0), default=0, help="renew the reference every N PPO steps; 0 never does")
+    add("--ref-ema", type=share, default=0.0,
+        help="after every PPO step: reference = x * reference + (1 - x) * policy (usual: 0.99; 0: the reference does "
+        "not move)")
+    add_dialogue_flags(parser)
+    add = parser.add_argument_group("dpo").add_argument
+    add("--preference-data",
+        help="prompt, chosen and rejected (default: pairs made from the built-in task); without --data, SFT learns "
+        "from the chosen side")
+    add("--beta", type=positive, default=0.1,
+        help="how close to the reference (usual: 0.05 to 0.5; smaller is less close)")
+
+
+def add_data_flags(group) -> None:
+    """How a source is read: the flags that train.py, data.py and evaluate.py share."""
+    add = group.add_argument
+    add("--data-config", help="configuration of a hub dataset, such as wikitext-2-raw-v1")
+    add("--data-split", default="train", help="split of a hub dataset; a tenth is held out by hash")
+    add("--prompt-field", help=f"field with the prompt (default: {', '.join(PROMPT_FIELDS)})")
+    add("--target-field", help=f"field with the target (default: {', '.join(TARGET_FIELDS)})")
+    add("--prompt-words", type=count, default=12, help="plain text: the first N words are the prompt")
+    add("--encoding", default="utf-8", help="encoding of a local file")
+    add("--limit", type=count, help="read at most N records")
+    add("--strict", action="store_true",
+        help="stop at the first record that cannot be used; else such records are left out")
+    add("--raw", action="store_true",
+        help="records of prompt and target as plain text, not through the model's chat template")
+    add("--template-args", type=json_object, metavar="JSON",
+        help="arguments of the chat template, such as '{\"enable_thinking\": false}'")
+
+
+def add_dialogue_flags(parser: Parser) -> None:
+    """Episodes of several turns: the flags that train.py and evaluate.py share."""
+    add = parser.add_argument_group("dialogue").add_argument
+    add("--turns", type=count, default=1,
+        help="responses in an episode: above 1 it is a dialogue, with the user turns of the data or --user-model")
+    add("--user-model", help="a folder or hub id of a causal LM that plays the user")
+    add("--turn-rewards", action="store_true", help="a score for each response of a dialogue instead of one at its end")
+# fmt: on
+
+
+def ratio(text: str) -> float | tuple[float, float]:
+    """An argparse type: `0.5`, or a ramp `0.1:0.9`."""
+    numbers = [share(end) for end in text.split(":")]
+    if len(numbers) > 2:
+        raise argparse.ArgumentTypeError(f"expected a number or start:end, found {text!r}")
+    return numbers[0] if len(numbers) == 1 else tuple(numbers)
+
+
+def json_object(text: str) -> dict:
+    """An argparse type: a JSON object."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as problem:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid JSON ({problem})") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, found {text!r}")
+    reserved = sorted(RESERVED & set(value))
+    if reserved:
+        raise argparse.ArgumentTypeError(f"{', '.join(reserved)} is set by the program itself")
+    return value
+
+
+def pair_options(args) -> dict:
+    """The flags of `add_data_flags` that also hold for preferences, arguments of `load_pairs`."""
+    return dict(encoding=args.encoding, strict=args.strict, raw=args.raw, template_args=args.template_args)
+
+
+def data_options(args) -> dict:
+    """The flags of `add_data_flags` -> keyword arguments of `load_examples`."""
+    fields = dict(prompt_field=args.prompt_field, target_field=args.target_field)
+    dataset = dict(config=args.data_config, split=args.data_split, limit=args.limit)
+    return dict(**fields, **dataset, **pair_options(args), prompt_words=args.prompt_words)
+
+
+# ---------------------------------------------------------------------------------- read them
+
+
+@one_line_errors
+def answer_early(argv: list[str] | None = None) -> None:
+    """Print --help, or the error of a wrong flag, and exit. It returns where there is neither."""
+    parse_args(argv)
+
+
+def parse_args(
+    argv: list[str] | None, algorithms: dict | None = None, schedules: dict | None = None
+) -> argparse.Namespace:
+    """The flags of a run; with --resume those of its config.json and what may change.
+
+    Raises UserError. What depends on the tables of train.py and schedules.py is checked where they are given.
+    """
     argv = join_metric(sys.argv[1:] if argv is None else argv)
-    parser = make_parser(algorithms)
+    parser = make_parser(algorithms, schedules)
     args = parser.parse_args(argv)
     if args.resume is None:
-        check_flags_matter(parser, args, algorithms)
+        if algorithms is not None and schedules is not None:
+            check_flags_matter(parser, args, algorithms, schedules)
         return args
     if args.overwrite:
         raise UserError("--resume goes on with a run, --overwrite replaces one; say one of the two")
     config = read_config(Path(args.resume))
-    remembered = {
-        name: config.get(name, value)
-        for name, value in vars(args).items()
-        if name not in NOT_REMEMBERED
-    }
+    remembered = {name: config.get(name, value) for name, value in vars(args).items() if name not in NOT_REMEMBERED}
     remembered["out"] = args.resume
     parser.set_defaults(**dict.fromkeys(remembered))  # a flag that is not given again is None
-    given = {
-        name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None
-    }
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     given = {name: value for name, value in given.items() if name in remembered}
     if "out" in given and Path(given["out"]).resolve() == Path(args.resume).resolve():
         given["out"] = args.resume
@@ -172,6 +275,19 @@ def parse_args(argv: list[str] | None, algorithms: dict[str, Algorithm]) -> argp
                 "leave the flag out"
             )
     return argparse.Namespace(**{**vars(args), **remembered, **given})
+
+
+def read_config(out: Path) -> dict:
+    """The flags of a run. Raises UserError where there is none."""
+    try:
+        config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = None
+    if not isinstance(config, dict) or "ppo_ratio" not in config:
+        raise UserError(f"--resume {out}: nothing to resume there; expected a run folder with a config.json")
+    if isinstance(config["ppo_ratio"], list):
+        config["ppo_ratio"] = tuple(config["ppo_ratio"])
+    return config
 
 
 def join_metric(argv: list[str]) -> list[str]:
@@ -190,27 +306,19 @@ def spelled(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def check_flags_matter(
-    parser: Parser, args: argparse.Namespace, algorithms: dict[str, Algorithm]
-) -> None:
+def check_flags_matter(parser: Parser, args: argparse.Namespace, algorithms: dict, schedules: dict) -> None:
     """Raises UserError for a flag of another algorithm or schedule, and for two flags that say one thing."""
     used_by = {name: (*entry.step_flags, *entry.flags) for name, entry in algorithms.items()}
-    used_by |= {name: schedule.flags for name, schedule in schedules.SCHEDULES.items()}
+    used_by |= {name: schedule.flags for name, schedule in schedules.items()}
     used_here = {*used_by[args.algorithm], *used_by[args.schedule]}
     for flag in dict.fromkeys(flag for flags in used_by.values() for flag in flags):
         if flag not in used_here and getattr(args, flag) != parser.get_default(flag):
             owners = [name for name, flags in used_by.items() if flag in flags]
-            raise UserError(
-                f"{spelled(flag)} belongs to {' and '.join(owners)} and does nothing here; leave it out"
-            )
+            raise UserError(f"{spelled(flag)} belongs to {' and '.join(owners)} and does nothing here; leave it out")
     if args.micro_batch_size is not None and args.grad_accum is not None:
-        raise UserError(
-            "--micro-batch-size and --grad-accum say the same in two ways; give one of them"
-        )
+        raise UserError("--micro-batch-size and --grad-accum say the same in two ways; give one of them")
     if args.schedule in ("gate", "buffer") and args.ppo_ratio != parser.get_default("ppo_ratio"):
-        raise UserError(
-            f"--schedule {args.schedule} follows the scores, not --ppo-ratio; leave that out"
-        )
+        raise UserError(f"--schedule {args.schedule} follows the scores, not --ppo-ratio; leave that out")
 
 
 def resolve_length(args: argparse.Namespace, context: int) -> None:
@@ -218,9 +326,7 @@ def resolve_length(args: argparse.Namespace, context: int) -> None:
     if args.max_length is None:
         args.max_length = min(1024, context)
     if args.max_length > context:
-        raise UserError(
-            f"--max-length {args.max_length} is beyond the model's context of {context} tokens"
-        )
+        raise UserError(f"--max-length {args.max_length} is beyond the model's context of {context} tokens")
     if args.max_new_tokens >= args.max_length:
         raise UserError(
             f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt in --max-length {args.max_length}"
@@ -231,65 +337,3 @@ def limits_of(args) -> dict[str, int]:
     """How every row of a run is cut: the same prompt in every phase."""
     room = args.turns * args.max_new_tokens
     return dict(max_length=args.max_length, max_prompt_length=args.max_length - room)
-
-
-def resolve_defaults(args: argparse.Namespace, algorithm: Algorithm, context: int) -> None:
-    """Fill in the flags whose default depends on the model, and check those that must fit it and each other.
-
-    `context` is the number of tokens that the model can look at together.
-    """
-    is_tiny = args.model == "tiny"
-    resolve_length(args, context)
-    if args.lr is None:
-        for_tiny, for_others = DEFAULT_LR[args.optimizer]
-        args.lr = for_tiny if is_tiny else for_others
-    if (
-        args.sft_warmup is None
-    ):  # a model that has not learnt to write yet has nothing for PPO to improve
-        args.sft_warmup = round(0.3 * args.steps) if is_tiny and args.ppo_ratio not in (0, 1) else 0
-    if args.micro_batch_size is None:
-        args.micro_batch_size = math.ceil(
-            args.batch_size / (parallel.world() * (args.grad_accum or 1))
-        )
-    if args.kl_target is not None and (args.kl_coef == 0 or args.kl_horizon < args.batch_size):
-        raise UserError(
-            "--kl-target needs a --kl-coef above 0 (it is multiplied) and a --kl-horizon of at least the batch, "
-            f"{args.batch_size}"
-        )
-    if args.batch_size < parallel.world():
-        raise UserError(
-            f"--batch-size {args.batch_size} counts all {parallel.world()} processes together; "
-            "give each at least one row"
-        )
-    if args.group_size < algorithm.least_group:
-        raise UserError(
-            f"--algorithm {args.algorithm} compares responses to one prompt: "
-            f"give --group-size {algorithm.least_group} or more, such as 4"
-        )
-    if args.batch_size % args.group_size:
-        raise UserError(
-            f"--group-size {args.group_size}: expected a divisor of --batch-size {args.batch_size}"
-        )
-    if args.prompts is not None and (args.ppo_ratio == 0 or not algorithm.samples):
-        raise UserError(
-            "--prompts are for steps that sample responses, and this run has none; leave it out"
-        )
-    if args.prompts is not None and args.schedule in ("gate", "buffer"):
-        raise UserError(
-            f"--schedule {args.schedule} demonstrates the prompts that score badly, and those of --prompts have no "
-            "target; leave one of the two out"
-        )
-    if not algorithm.samples and (args.schedule != "ratio" or args.turns > 1):
-        raise UserError(
-            f"--algorithm {args.algorithm} samples nothing, so it goes with --schedule ratio and one turn"
-        )
-    for extension in EXTENSIONS:
-        extension.check_flags(args)
-    if (
-        args.reward is None
-        and args.ppo_ratio != 0
-        and (algorithm.samples or args.data == "reviews")
-    ):
-        args.reward = "sentiment"
-        if args.data != "reviews" and parallel.rank() == 0:
-            print("no --reward was given: it is sentiment, praise minus blame by a word list")

@@ -33,7 +33,7 @@ from data import (
 )
 from dialogue import Episode, sample_episodes
 from engine import Parser, UserError, number, pick_device
-from flags import limits_of, resolve_length
+from flags import add_dialogue_flags, limits_of, resolve_length
 from hybrid import HybridModel, forward_rows
 from ppo import Scores, kl_estimate, score_episodes
 from references import ReferenceMixture, reference_logprobs
@@ -215,7 +215,7 @@ def add_flags(parser: Parser) -> None:
     what = "of sampling: the same seed, the same responses"
     add("--seed", type=number(int, 0, 2**32 - 2), default=0, help=what)
     add("--device", default="auto", help="auto, cuda, mps or cpu")
-    dialogue.add_flags(parser)
+    add_dialogue_flags(parser)
     add_data_flags(parser.add_argument_group("with --model: how --data is read"))
 
 

@@ -7,14 +7,18 @@ written. Left out on purpose: the folder of the run (runs.py) and what --resume 
     python train.py --help
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+import dialogue
 import fingerprint
 import parallel
 import plan
+import references
+import schedules
 import survey
 from checkpoints import check_free, read_state
 from data import (
@@ -45,7 +49,7 @@ from engine import (
     seed_everything,
 )
 from fingerprint import used_paths
-from flags import limits_of, resolve_defaults
+from flags import DEFAULT_LR, limits_of, resolve_length
 from hybrid import HybridModel, build_tiny
 from lm import release_files
 from ppo import AdaptiveKLController
@@ -186,6 +190,64 @@ def load_policy(
         options = {"use_reentrant": False}
         model.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     return model, tokenizer
+
+
+def resolve_defaults(args, algorithm: Algorithm, context: int) -> None:
+    """Fill in the flags whose default depends on the model; check what must fit it and each other.
+
+    `context` is the number of tokens that the model can look at together. Raises UserError.
+    """
+    is_tiny = args.model == "tiny"
+    resolve_length(args, context)
+    if args.lr is None:
+        for_tiny, for_others = DEFAULT_LR[args.optimizer]
+        args.lr = for_tiny if is_tiny else for_others
+    if args.sft_warmup is None:
+        # A model that has not learnt to write yet has nothing for PPO to improve.
+        args.sft_warmup = round(0.3 * args.steps) if is_tiny and args.ppo_ratio not in (0, 1) else 0
+    if args.micro_batch_size is None:
+        parts = parallel.world() * (args.grad_accum or 1)
+        args.micro_batch_size = math.ceil(args.batch_size / parts)
+    if args.kl_target is not None and (args.kl_coef == 0 or args.kl_horizon < args.batch_size):
+        raise UserError(
+            "--kl-target needs a --kl-coef above 0 (it is multiplied) and a --kl-horizon of at "
+            f"least the batch, {args.batch_size}"
+        )
+    if args.batch_size < parallel.world():
+        raise UserError(
+            f"--batch-size {args.batch_size} counts all {parallel.world()} processes together; "
+            "give each at least one row"
+        )
+    if args.group_size < algorithm.least_group:
+        raise UserError(
+            f"--algorithm {args.algorithm} compares responses to one prompt: "
+            f"give --group-size {algorithm.least_group} or more, such as 4"
+        )
+    if args.batch_size % args.group_size:
+        raise UserError(
+            f"--group-size {args.group_size}: expected a divisor of --batch-size {args.batch_size}"
+        )
+    if args.prompts is not None and (args.ppo_ratio == 0 or not algorithm.samples):
+        raise UserError(
+            "--prompts are for steps that sample responses, and this run has none; leave it out"
+        )
+    if args.prompts is not None and args.schedule in ("gate", "buffer"):
+        raise UserError(
+            f"--schedule {args.schedule} demonstrates the prompts that score badly, and those of "
+            "--prompts have no target; leave one of the two out"
+        )
+    if not algorithm.samples and (args.schedule != "ratio" or args.turns > 1):
+        raise UserError(
+            f"--algorithm {args.algorithm} samples nothing, so it goes with --schedule ratio and "
+            "one turn"
+        )
+    for extension in (schedules, references, dialogue):
+        extension.check_flags(args)
+    wants_reward = args.ppo_ratio != 0 and (algorithm.samples or args.data == "reviews")
+    if args.reward is None and wants_reward:
+        args.reward = "sentiment"
+        if args.data != "reviews":
+            say("no --reward was given: it is sentiment, praise minus blame by a word list")
 
 
 def check_data(args, tokenizer, data: Data) -> None:

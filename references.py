@@ -90,22 +90,6 @@ def reference_logprobs(
 # ----------------------------------------------------------------------------------------- in a run
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("references")
-    text = (
-        "reference of the KL penalty, a folder or hub id; or several times NAME=PATH:WEIGHT, for "
-        "their mixture (default: the policy when PPO first starts)"
-    )
-    group.add_argument("--ref-model", action="append", metavar="REF", help=text)
-    text = "renew the reference every N PPO steps; 0 never does"
-    group.add_argument("--ref-refresh", type=number(int, 0), default=0, help=text)
-    text = (
-        "after every PPO step: reference = x * reference + (1 - x) * policy (usual: 0.99; 0: the "
-        "reference does not move)"
-    )
-    group.add_argument("--ref-ema", type=number(float, 0, 1), default=0.0, help=text)
-
-
 def check_flags(args: argparse.Namespace) -> None:
     """Raises UserError for flags that would move several references."""
     if (args.ref_ema or args.ref_refresh) and len(args.ref_model or []) > 1:

@@ -29,7 +29,6 @@ from checkpoints import (  # noqa: F401  (read_rows and checkpoints can be had f
     newest_checkpoint,
     open_run_folder,
     random_state,
-    read_config,
     read_rows,
     recover,
     replace_old_run,
@@ -38,10 +37,9 @@ from checkpoints import (  # noqa: F401  (read_rows and checkpoints can be had f
     write_config,
 )
 from engine import LostUpdates, UserError
+from flags import MAY_CHANGE_ON_RESUME, read_config
 from hybrid import HybridModel
 
-MAY_CHANGE_ON_RESUME = ("device", "steps", "eval_every", "eval_size", "save_every", "keep", "log")
-MAY_CHANGE_ON_RESUME += ("keep_best",)
 MAX_LOST = 10  # steps in a row without an update, after which the run ends
 
 
@@ -53,7 +51,6 @@ class Algorithm:
     step: Callable  # its xxx_step(model, batch, optimizer, **options) -> metrics: the updates
     step_flags: tuple[str, ...] = ()  # flags that `step` takes as keyword arguments
     flags: tuple[str, ...] = ()  # other flags that matter to it, and not to every algorithm
-    add_flags: Callable | None = None  # adds flags of its own to the command line
     preference_pairs: Callable | None = None  # (args) -> the pairs that it learns from
     measure: Callable | None = None  # (run, args) -> more metrics of an evaluation, `eval/...`
     least_group: int = 1  # --group-size must be at least this

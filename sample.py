@@ -15,9 +15,10 @@ import transformers
 
 from chat import cut_prompt, decode, encode_prompt, end_ids
 from engine import Parser, UserError, number, one_line_errors, pick_device
+from flags import json_object
 from generate import generate
 from hybrid import HybridModel
-from sources import Example, json_object
+from sources import Example
 
 RESET = "/reset"
 

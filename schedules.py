@@ -15,13 +15,12 @@ SCHEDULES.
     python train.py --schedule gate --threshold 0.2 --out out-gate2
 """
 
-import argparse
 import math
 
 import torch
 
 from data import Example
-from engine import UserError, number
+from engine import UserError
 
 
 def is_ppo_step(
@@ -186,43 +185,6 @@ def leave_out(rollout, examples: list[Example], chosen: list[Example]) -> None:
 
 
 # ---------------------------------------------------------------------------------- flags
-
-
-def ratio(text: str) -> float | tuple[float, float]:
-    """`0.5`, or a ramp `0.1:0.9`."""
-    numbers = [number(float, 0, 1)(end) for end in text.split(":")]
-    if len(numbers) > 2:
-        raise argparse.ArgumentTypeError(f"expected a number or start:end, found {text!r}")
-    return numbers[0] if len(numbers) == 1 else tuple(numbers)
-
-
-def add_flags(parser) -> None:
-    group = parser.add_argument_group("schedule")
-    group.add_argument(
-        "--schedule",
-        choices=tuple(SCHEDULES),
-        default="ratio",
-        help="what each step learns from; ratio: by --ppo-ratio; gate, buffer: SFT on prompts that "
-        "score low; mix: both losses in one update",
-    )
-    group.add_argument(
-        "--ppo-ratio",
-        type=ratio,
-        default=0.5,
-        help="share of the steps that are PPO (GRPO, DPO): 0 pure SFT, 1 pure PPO, 0.1:0.9 a ramp; "
-        "with --schedule mix the weight of RL; gate and buffer do not use it",
-    )
-    group.add_argument(
-        "--sft-warmup",
-        type=number(int, 0),
-        help="SFT steps before the first PPO step (default: 30%% of a mixed run of 'tiny', else 0)",
-    )
-    group.add_argument(
-        "--threshold",
-        type=number(float, -1e9),
-        default=0.0,
-        help="gate, buffer: a prompt whose responses all score below this is hard",
-    )
 
 
 def check_flags(args) -> None:

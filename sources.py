@@ -7,8 +7,6 @@ Token ids and batches are in data.py. Left out on purpose: endless corpora, clea
     python data.py examples/my_data.jsonl        # print what a source becomes
 """
 
-import argparse
-import json
 import random
 import sys
 from collections import Counter
@@ -16,17 +14,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import parallel
-from engine import UserError, number
-from files import PROMPT_FIELDS, TARGET_FIELDS, placed_records, read_records
+from engine import UserError
+from files import placed_records, read_records
+from flags import add_data_flags, data_options, pair_options
 from messages import plain_reply, render_dialogue
 from records import NO_TARGET, Example, Pair, to_examples, to_pair, to_prompts, without_target
 from reviews import BLAME, PRAISE, review_texts, with_judgements
 
-# Arguments of `apply_chat_template` that are no arguments of a template
-RESERVED = {"conversation", "messages", "add_generation_prompt", "continue_final_message"}
-RESERVED |= {"tokenize", "chat_template", "padding", "truncation", "max_length", "return_tensors"}
-RESERVED |= {"return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"}
-# What belongs to records is offered here too.
+# What belongs to records, and the flags by which a source is read, are offered here too.
 __all__ = [
     "Example",
     "Pair",
@@ -208,49 +203,3 @@ def review_pairs(examples: list[Example], seed: int = 0) -> list[Pair]:
         if praising != blaming:
             pairs.append(Pair(example.prompt, praising, blaming))
     return pairs
-
-
-def add_data_flags(group) -> None:
-    """How a source is read: the flags that `train.py` and `data.py` share."""
-    add = group.add_argument
-    add("--data-config", help="configuration of a hub dataset, such as wikitext-2-raw-v1")
-    add("--data-split", default="train", help="split of a hub dataset; a tenth is held out by hash")
-    add("--prompt-field", help=f"field with the prompt (default: {', '.join(PROMPT_FIELDS)})")
-    add("--target-field", help=f"field with the target (default: {', '.join(TARGET_FIELDS)})")
-    words_help = "plain text: the first N words are the prompt"
-    add("--prompt-words", type=number(int, 1), default=12, help=words_help)
-    add("--encoding", default="utf-8", help="encoding of a local file")
-    add("--limit", type=number(int, 1), help="read at most N records")
-    strict_help = "stop at the first record that cannot be used; else such records are left out"
-    add("--strict", action="store_true", help=strict_help)
-    raw_help = "records of prompt and target as plain text, not through the model's chat template"
-    add("--raw", action="store_true", help=raw_help)
-    args_help = "arguments of the chat template, such as '{\"enable_thinking\": false}'"
-    add("--template-args", type=json_object, metavar="JSON", help=args_help)
-
-
-def json_object(text: str) -> dict:
-    """An argparse type: a JSON object."""
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as problem:
-        raise argparse.ArgumentTypeError(f"{text!r} is not valid JSON ({problem})") from None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"expected a JSON object, found {text!r}")
-    reserved = sorted(RESERVED & set(value))
-    if reserved:
-        raise argparse.ArgumentTypeError(f"{', '.join(reserved)} is set by the program itself")
-    return value
-
-
-def pair_options(args) -> dict:
-    """The flags of `add_data_flags` that also hold for preferences, arguments of `load_pairs`."""
-    reading = dict(encoding=args.encoding, strict=args.strict)
-    return dict(**reading, raw=args.raw, template_args=args.template_args)
-
-
-def data_options(args) -> dict:
-    """The flags of `add_data_flags` -> keyword arguments of `load_examples`."""
-    fields = dict(prompt_field=args.prompt_field, target_field=args.target_field)
-    dataset = dict(config=args.data_config, split=args.data_split, limit=args.limit)
-    return dict(**fields, **dataset, **pair_options(args), prompt_words=args.prompt_words)

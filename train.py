@@ -9,6 +9,11 @@ update, or a rollout and PPO's updates on it (or what --algorithm names). All st
 one optimiser, one step counter. Left out on purpose: a Trainer, callbacks, configuration files.
 """
 
+from flags import answer_early, parse_args
+
+if __name__ == "__main__":
+    answer_early()  # --help and wrong flags, before torch is loaded, which takes seconds
+
 import argparse
 import sys
 import time
@@ -23,14 +28,13 @@ import parallel
 from data import demonstration_batch
 from engine import NonFiniteReward, learning_rate_factor, one_line_errors
 from evaluate import measure, print_evaluation, print_summary
-from flags import parse_args
 from lock import one_writer
 from plan import TimeLeft
 from ppo import collect_rollout, ppo_step
 from prepare import prepare
 from references import follow_policy, renew_reference
 from runs import Algorithm, ProgressBar, Run, RunFolder, Stop
-from schedules import is_ppo_step, leave_out  # noqa: F401  (the rule of --ppo-ratio is public here)
+from schedules import SCHEDULES, is_ppo_step, leave_out  # noqa: F401  (is_ppo_step is public here)
 from sft import sft_step
 
 
@@ -168,7 +172,6 @@ ALGORITHMS = {
         dpo.dpo_step,
         step_flags=("beta",),
         flags=("preference_data",),
-        add_flags=dpo.add_flags,
         preference_pairs=dpo.preference_pairs,
         measure=dpo.measure_pairs,
     ),
@@ -184,7 +187,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if not sys.stderr.isatty():  # a log needs no bar of the weights that are loaded
         transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    args = parse_args(argv, ALGORITHMS)
+    args = parse_args(argv, ALGORITHMS, SCHEDULES)
     if args.dry_run:
         return cost.print_estimate(args, ALGORITHMS[args.algorithm])
     with Stop() as stop, one_writer(args.resume or args.out):

@@ -12,7 +12,6 @@ from data import Example, load_examples, render_dialogue
 from dialogue import (
     Episode,
     ModelUser,
-    add_flags,
     check_flags,
     load_user,
     sample_episodes,
@@ -20,6 +19,7 @@ from dialogue import (
     text_between,
 )
 from engine import UserError
+from flags import add_dialogue_flags
 from hybrid import HybridModel
 from ppo import collect_rollout, ppo_step
 from runs import read_rows
@@ -302,7 +302,7 @@ def test_questions_without_answers_serve_ppo_alone(tmp_path, capsys):
 
 def test_flags_are_read_checked_and_name_the_user(tiny_folder):
     parser = argparse.ArgumentParser()
-    add_flags(parser)
+    add_dialogue_flags(parser)
     run = dict(schedule="ratio", max_new_tokens=10, max_length=40)
     one = argparse.Namespace(**vars(parser.parse_args([])), **run)
     check_flags(one)

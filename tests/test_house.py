@@ -114,7 +114,8 @@ def test_imports_point_one_way():
 
 
 def test_an_extension_is_named_in_few_places():
-    """Whoever deletes dpo.py or grpo.py deletes an import and an entry in train.py, and no more."""
+    """Whoever deletes dpo.py or grpo.py deletes an import and an entry in train.py, and its flags
+    in flags.py."""
     for name in ("dpo", "grpo"):
         users = {file for file in FILES if f"{name}.py" in imports_of(file)}
         assert users == {"train.py"}

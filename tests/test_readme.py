@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 import compare
 import evaluate
-from flags import parse_args
+from flags import make_parser
 from runs import read_rows
 from train import ALGORITHMS, main
 
@@ -85,16 +85,7 @@ def test_every_link_points_to_something(name):
 
 
 def flags_of_train() -> list[argparse.Action]:
-    seen = []
-    original = argparse.ArgumentParser.parse_args
-    argparse.ArgumentParser.parse_args = lambda self, argv=None: (
-        seen.extend(self._actions) or original(self, argv)
-    )
-    try:
-        parse_args([], ALGORITHMS)
-    finally:
-        argparse.ArgumentParser.parse_args = original
-    return [action for action in seen if action.dest != "help"]
+    return [action for action in make_parser()._actions if action.dest != "help"]
 
 
 def test_every_flag_is_used_and_explained():
@@ -220,13 +211,14 @@ def test_the_padding_exercise_is_caught_by_the_test_that_it_names(tmp_path):
     ), done.stdout
 
 
-def test_the_fork_in_the_documents_is_what_stands_in_train_py():
-    dpo, grpo = (
+def test_the_fork_in_the_documents_is_what_stands_in_train_py_and_in_flags_py():
+    dpo, grpo, flags = (
         [line[1:] for line in diff.splitlines()]
         for diff in re.findall(
             r"```diff\n(.*?)```", section(DOCS["extensions.md"], "A new algorithm"), re.DOTALL
-        )[:2]
+        )[:3]
     )
+    assert "\n".join(flags) in (ROOT / "flags.py").read_text(encoding="utf-8")
     lines = (ROOT / "train.py").read_text(encoding="utf-8").splitlines()
     assert len(dpo) <= 10 and all(line in lines for line in dpo + grpo)
     for line in lines:  # and nothing about DPO stands elsewhere

@@ -12,10 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from data import Example, make_batch
 from engine import UserError
+from flags import make_parser
 from hybrid import HybridModel, forward_rows
 from references import (
     ReferenceMixture,
-    add_flags,
     check_flags,
     follow_policy,
     load_references,
@@ -93,11 +93,9 @@ def test_flags_are_read():
 
 
 def flags_of(text: str) -> argparse.Namespace:
-    """The flags of references.py as they are said, and those that it reads of a run."""
-    parser = argparse.ArgumentParser()
-    add_flags(parser)
+    """The flags as they are said, with those that references.py reads of a run."""
     run = dict(model="it", ppo_ratio=0.5, max_length=40, amp="no", compile=False)
-    return argparse.Namespace(**vars(parser.parse_args(text.split())), **run)
+    return argparse.Namespace(**{**vars(make_parser().parse_args(text.split())), **run})
 
 
 def test_what_the_flags_name_is_loaded(tiny, tiny_folder):

@@ -14,6 +14,7 @@ import parallel
 from data import encode_prompt
 from engine import Parser, UserError
 from files import placed_records, read_records, unwrapped
+from flags import json_object
 from messages import from_transcript, render_dialogue, to_messages
 from records import to_prompts
 from sources import (
@@ -21,7 +22,6 @@ from sources import (
     Pair,
     add_data_flags,
     data_options,
-    json_object,
     load_examples,
     load_pairs,
     load_prompts,
