@@ -162,9 +162,13 @@ def check_free(out: Path, overwrite: bool, used: dict[str, Path]) -> None:
     old = run_paths(out)
     if not old:
         return
-    if not is_run(out):
+    config = read_json(out / "config.json")
+    if "model_type" in config:
+        raise UserError(f"--out {out} holds a model, and no run; give another folder")
+    if "ppo_ratio" not in config:
         raise UserError(
-            f"--out {out} holds {old[0].name}, but no run of train.py; give another folder"
+            f"--out {out} already holds a run ({old[0].name}), but none of train.py; give another "
+            "folder"
         )
     if not overwrite:
         raise UserError(
@@ -180,13 +184,13 @@ def check_free(out: Path, overwrite: bool, used: dict[str, Path]) -> None:
                 )
 
 
-def is_run(out: Path) -> bool:
-    """Is the config.json there one of a run (and not, say, of a model)?"""
+def read_json(path: Path) -> dict:
+    """An object of a JSON file; empty where there is none."""
     try:
-        config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        read = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and "ppo_ratio" in config
+        return {}
+    return read if isinstance(read, dict) else {}
 
 
 def open_run_folder(out: Path, flags: dict) -> Path:

@@ -14,7 +14,7 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from engine import UserError
+from cli import UserError
 
 ENDS = 2**20  # bytes that are read of a file's beginning, and of its end
 READ_FLAGS = ("model", "user_model", "data", "prompts", "preference_data", "mixture_data")

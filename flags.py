@@ -19,6 +19,7 @@ from files import PROMPT_FIELDS, TARGET_FIELDS
 NOT_REMEMBERED = ("resume", "overwrite", "deepspeed", "dry_run", "accept_changes")
 MAY_CHANGE_ON_RESUME = ("device", "steps", "eval_every", "eval_size", "save_every", "keep", "keep_best", "log")
 
+SEVERAL = ("data", "prompts")  # flags with several words
 # The optimisers of --optimizer, and their peak learning rate where --lr does not name one: of the built-in model, which
 # starts from nothing, and of one that is pretrained. The units differ: Adam's and Muon's update is about lr per weight,
 # Adafactor's about lr times the size of the weight, SGD's follows the gradient.
@@ -260,8 +261,7 @@ def parse_args(
         return args
     if args.overwrite:
         raise UserError("--resume goes on with a run, --overwrite replaces one; say one of the two")
-    config = read_config(Path(args.resume))
-    remembered = {name: config.get(name, value) for name, value in vars(args).items() if name not in NOT_REMEMBERED}
+    remembered = {n: v for n, v in read_flags(Path(args.resume), parser).items() if n not in NOT_REMEMBERED}
     remembered["out"] = args.resume
     parser.set_defaults(**dict.fromkeys(remembered))  # a flag that is not given again is None
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
@@ -275,6 +275,41 @@ def parse_args(
                 "leave the flag out"
             )
     return argparse.Namespace(**{**vars(args), **remembered, **given})
+
+
+def read_flags(out: Path, parser: Parser) -> dict:
+    """The flags of a run by its config.json, each checked as if it had been typed. Raises UserError."""
+    config, file = read_config(out), out / "config.json"
+    known = vars(parser.parse_args([]))
+    said = {name: value for name, value in config.items() if name in known}
+    words = []
+    for name, value in said.items():
+        words += typed(name, value)
+    try:
+        flags = vars(parser.parse_args(words))
+    except UserError as problem:
+        raise UserError(f"{file}: {problem}") from None
+    for name, value in said.items():
+        if flags[name] != value:
+            raise UserError(f"{file}: {name} is {value!r}, which {spelled(name)} cannot be")
+    return flags
+
+
+def typed(name: str, value) -> list[str]:
+    """A flag of config.json as the words of a command line: `lr`, 0.1 -> `--lr=0.1`."""
+    if value is None or value is False:
+        return []
+    if value is True:
+        return [spelled(name)]
+    if isinstance(value, tuple):  # a ramp
+        value = ":".join(str(share) for share in value)
+    if isinstance(value, dict):
+        value = json.dumps(value)
+    if isinstance(value, list) and name == "ref_model":
+        return [f"{spelled(name)}={item}" for item in value]
+    if isinstance(value, list) and name in SEVERAL:
+        return [spelled(name), *map(str, value)]
+    return [f"{spelled(name)}={value}"]
 
 
 def read_config(out: Path) -> dict:

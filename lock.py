@@ -12,7 +12,7 @@ import os
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from engine import UserError
+from cli import UserError
 
 if os.name == "nt":
     import msvcrt

@@ -49,7 +49,7 @@ from engine import (
     seed_everything,
 )
 from fingerprint import used_paths
-from flags import DEFAULT_LR, limits_of, resolve_length
+from flags import DEFAULT_LR, NOT_REMEMBERED, limits_of, read_config, resolve_length
 from hybrid import HybridModel, build_tiny
 from lm import release_files
 from ppo import AdaptiveKLController
@@ -66,6 +66,8 @@ def prepare(args, algorithm: Algorithm) -> Run:
     seed_everything(args.seed)
     if args.resume is None:
         parallel.on_main(check_free, Path(args.out), args.overwrite, used_paths(args))
+    else:
+        say_remembered(args)
     checkpoint = find_checkpoint(args.resume)
     say(plan.device_line(args, device))
     data = load_data(args, algorithm)
@@ -160,6 +162,17 @@ def without_prompts_of(records: list, held_out: list, what: str) -> list:
         n_left = len(records) - len(kept)
         say(f"note: {n_left} {what} are not trained: their prompts are held out")
     return kept or records
+
+
+def say_remembered(args) -> None:
+    """What a person should know of the config.json of a run that is resumed."""
+    config = read_config(Path(args.resume))
+    missing = [name for name in vars(args) if name not in config and name not in NOT_REMEMBERED]
+    if missing:
+        say(f"note: {args.resume}/config.json lacks {', '.join(missing)}: the defaults are taken")
+    code = [name for name in used_paths(args) if name.startswith("--reward ")]
+    if code:
+        say(f"this run executes the code of {', '.join(code)}")
 
 
 def say(line: str) -> None:
@@ -348,9 +361,6 @@ def load_reward(args, run: Run, data: Data):
         context["mixture_pairs"] = load_pairs(
             args.mixture_data, what="--mixture-data", **pair_options(args)
         )
-    code = [name for name in used_paths(args) if name.startswith("--reward ")]
-    if args.resume and code:
-        say(f"the reward of this run executes code: {', '.join(code)}")
     reward = build_reward(args.reward, **context)
     probe = run.held_out_prompts[:2]
     with reward.frozen():
