@@ -55,7 +55,7 @@ def is_running(pid: int) -> bool:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc; SIGKILL is handled on Linux")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("unregistered", [0, 3])  # seconds between a start and `running.add`
+@pytest.mark.parametrize("unregistered", [0, 2])  # seconds between a start and `running.add`
 def test_children_end_with_their_parent(tmp_path, number, unregistered):
     files = [tmp_path / name for name in "abcd"]
     if unregistered:  # the lock lets one child start at a time
@@ -71,7 +71,8 @@ def test_children_end_with_their_parent(tmp_path, number, unregistered):
         parent.send_signal(number)
     parent.send_signal(number)  # an impatient user: the second one must not stop the first
     code = parent.wait(timeout=20)
-    assert code == {signal.SIGTERM: 128 + 15}.get(number, -number)
+    # Once the children have ended, the second SIGTERM may end the parent as any process.
+    assert code in ((128 + 15, -15) if number == signal.SIGTERM else (-number,))
     assert wait_until(lambda: not any(map(is_running, pids)), seconds=5)
     assert not any(file.exists() for file in files[2:]), "what was in the queue is not begun"
 
