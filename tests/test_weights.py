@@ -23,7 +23,7 @@ import sample
 import train
 from engine import UserError
 from hybrid import HybridModel
-from lm import WITH_REPORT, check_weights, load_lm
+from lm import COMPUTED, WITH_REPORT, check_weights, load_lm
 from rewards import build_reward
 
 BERT = dict(
@@ -262,3 +262,10 @@ def test_a_reward_model_may_have_a_new_head_and_no_new_body(bert, copy, tiny_fol
         load(wide)
     with pytest.raises(UserError, match=r"holds 11 weights .* that GPT2ForSequenceClass"):
         load(copy("layer", with_third_layer))
+
+
+def test_the_masks_of_old_files_are_told_from_weights_with_a_similar_name():
+    old = ["h.0.attn.bias", "transformer.h.11.attn.attention.masked_bias", "x.rotary_emb.inv_freq"]
+    assert all(map(COMPUTED.search, [*old, "attention.bias", "embeddings.position_ids"]))
+    weights = ["h.2.c_attn.bias", "attention.query.bias", "attn.bias.lora_A", "inv_freq_scale"]
+    assert not any(map(COMPUTED.search, weights))
