@@ -3,7 +3,8 @@
 An exception here, Ctrl-C (SIGINT) and SIGTERM end the children. SIGKILL cannot be handled, but on
 Linux the kernel then ends them (`man 2 prctl`, PR_SET_PDEATHSIG). On other systems they go on after
 a SIGKILL of this process: end them by hand before you repeat the command.
-Left out on purpose: children of children.
+Left out on purpose: children of children. train.py has none but the workers of torch.compile, which
+end by themselves when they lose their parent, and a short call of git.
 
     python compare.py --out compare            # end it as you like: no train.py goes on
 """
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 from engine import UserError
 
@@ -34,39 +36,46 @@ class Children:
         self.lock = threading.Lock()
         self.running: set[subprocess.Popen] = set()
         self.is_over = False
-        self.handler = None  # of SIGTERM, what stood there before
+        self.handlers: dict = {}  # of the two signals, what stood there before
 
     def __enter__(self) -> "Children":
         if threading.current_thread() is threading.main_thread():  # only it may set handlers
-            self.handler = signal.signal(signal.SIGTERM, stop)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, stop)
         return self
 
     def __exit__(self, kind, problem, traceback) -> None:
-        if kind is not None:
-            self.end()
-        if self.handler is not None:
-            signal.signal(signal.SIGTERM, self.handler)
+        try:
+            if self.handlers:
+                ignore_signals()
+        finally:
+            if kind is not None:
+                self.end()
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
 
-    def run(self, command: list[str], environment: dict) -> subprocess.CompletedProcess:
-        """Run a command to its end. Raises UserError once the children have been ended."""
-        with self.lock:
-            if self.is_over:
-                raise UserError("interrupted")
-            child = subprocess.Popen(
-                command,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                encoding="utf-8",
-                errors="replace",
-                preexec_fn=None if LIBC is None else end_with(os.getpid()),
-            )
-            self.running.add(child)
-        stdout, stderr = child.communicate()
+    def run(self, command: list[str], environment: dict, log: Path) -> int:
+        """Run a command to its end; its output goes to `log`. -> the exit status.
+
+        Raises UserError once the children have been ended.
+        """
+        with open(log, "wb") as file:
+            # The lock: whoever ends the children waits until a child that starts can be found.
+            with self.lock:
+                if self.is_over:
+                    raise UserError("interrupted")
+                preparation = None if LIBC is None else end_with(os.getpid())
+                outputs = dict(stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+                child = subprocess.Popen(
+                    command, env=environment, preexec_fn=preparation, **outputs
+                )
+                self.running.add(child)
+            status = child.wait()
         with self.lock:
             self.running.remove(child)
-        return subprocess.CompletedProcess(command, child.returncode, stdout, stderr)
+            if self.is_over:
+                raise UserError("interrupted")
+        return status
 
     def end(self) -> None:
         """End all children, and start no other one."""
@@ -76,8 +85,17 @@ class Children:
                 child.kill()  # at once: after SIGTERM, train.py would finish its step and save
 
 
+def ignore_signals() -> None:
+    """A second Ctrl-C or SIGTERM must not stop the end of the children halfway."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def stop(number: int, frame) -> None:
-    """SIGTERM leaves `with` blocks as Ctrl-C does."""
+    """The first signal leaves `with` blocks by an exception; the others are ignored."""
+    ignore_signals()
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
     raise SystemExit(128 + number)
 
 

@@ -3,15 +3,15 @@
     python compare.py --seeds 5 --out compare                                # the built-in task
     python compare.py --out compare-mine -- --model gpt2 --data examples/my_data.jsonl
 
-What follows `--` goes to train.py as it is. Every step of every arm is ONE update on one batch
+What follows `--` goes to train.py. Every step of every arm is ONE update on one batch
 (`--ppo-epochs 1 --minibatches 1`, unless you give others): equal steps are equal updates on equally
 many rows. The table also has what sampling takes: tokens and seconds. Every arm is tuned over the
 same learning rates and KL coefficients, on seed 0, which is not reported; --select says by what.
 
 `--tax` adds the perplexity of the model before training and of every final model on a text that the
 runs did not train on. The same command continues an interrupted comparison. A complete run is not
-repeated, also when seeds, rates or coefficients are added. No train.py goes on after compare.py has
-ended, however it ended (children.py).
+repeated, also when seeds, rates or coefficients are added; one that failed is. What a run printed
+is in its log. No train.py goes on after compare.py has ended, however it ended (children.py).
 
 The table has means and 95 % intervals (Student's t over seeds). compare.json has every number.
 pareto.png shows the reward against the held-out NLL along training, a line for each arm: up and to
@@ -20,9 +20,7 @@ the left is better. Left out on purpose: a winner.
 
 import itertools
 import json
-import math
 import os
-import statistics
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,20 +28,21 @@ from typing import NamedTuple
 
 import transformers
 
+import flags
 from children import Children
 from engine import Parser, UserError, check_new_folder, number, one_line_errors
 from evaluate import perplexity, whole_texts
 from health import load_pyplot
 from runs import read_config, read_rows
+from tables import at_equal_reward, markdown, pareto
+from train import ALGORITHMS
 
-# Student's t, 97.5 %, by degrees of freedom (0 to 9)
-T_975 = [math.nan, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
-COUNTS = ("PPO steps", "sampled tokens", "seconds")
-TABLE_COLUMNS = ("eval/nll", "eval/reward", "eval/reward/", "eval/kl", "perplexity elsewhere")
-TABLE_COLUMNS += ("eval/fluent_and_positive", "eval/distinct", "eval/distinct_2")
-TABLE_COLUMNS += ("eval/response_length", *COUNTS)  # "eval/reward/" stands for every leaf
-SET_HERE = ("--steps", "--seed", "--out", "--lr", "--kl-coef", "--ppo-ratio")
-SET_HERE += ("--resume", "--overwrite", "--dry-run")  # flags that may not follow `--`
+# Flags of train.py that may not follow `--`
+SET_HERE = ("steps", "seed", "out", "lr", "kl_coef", "ppo_ratio", "resume", "overwrite", "dry_run")
+
+
+class RunFailed(UserError):
+    """A run of train.py that ended with an error."""
 
 
 class Job(NamedTuple):
@@ -56,7 +55,12 @@ class Job(NamedTuple):
 
     def folder(self, out: Path) -> Path:
         arm = self.arm.replace(", ", "-").replace(" ", "-").lower()
-        return out / f"{arm}-seed{self.seed}-lr{self.lr:g}-kl{self.kl_coef:g}"
+        return out / f"{arm}-seed{self.seed}-lr{exact(self.lr)}-kl{exact(self.kl_coef)}"
+
+
+def exact(value: float) -> str:
+    """The shortest text that means this number and no other one: no two share a folder."""
+    return f"{value:g}" if float(f"{value:g}") == value else repr(value)
 
 
 def arms(steps: int) -> dict[str, list[str]]:
@@ -87,15 +91,6 @@ def summarise(rows: list[dict], batch_size: int) -> dict:
     }
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """The mean and half of its 95 % interval, which is NaN for one value."""
-    n = len(values)
-    mean = statistics.mean(values)
-    if n == 1:
-        return mean, math.nan
-    return mean, T_975[n - 1] * statistics.stdev(values) / math.sqrt(n)
-
-
 def utility(summary: dict, select: str) -> float:
     """What tuning maximises: a metric, or (the default) the reward minus the held-out NLL."""
     if select == "reward-nll":
@@ -106,102 +101,6 @@ def utility(summary: dict, select: str) -> float:
             f"--select {select} is no metric of these runs; they have reward-nll, {metrics}"
         )
     return summary[select]
-
-
-def columns_in(summaries: list[dict]) -> list[str]:
-    """TABLE_COLUMNS that some run has; the leaves of the reward by name, if there are several."""
-    names = list(dict.fromkeys(name for summary in summaries for name in summary))
-    columns = []
-    for column in TABLE_COLUMNS:
-        if column == "eval/reward/":
-            leaves = [name for name in names if name.startswith(column)]
-            columns += leaves if len(leaves) > 1 else []
-        elif column in names:
-            columns.append(column)
-    return columns
-
-
-def cell(values: list[float], is_count: bool) -> str:
-    """One cell of the table: mean ± half of the 95 % interval."""
-    if not values:
-        return "-"
-    mean, half = interval(values)
-    digits = 0 if is_count or abs(mean) >= 100 else 2
-    text = f"{mean:,.{digits}f}"
-    if math.isnan(half) or half == 0:
-        return text
-    return f"{text} ± {half:,.{digits}f}"
-
-
-def markdown(results: dict[str, list[dict]]) -> str:
-    """A row for the model before training, a row for each arm, a column for each measurement."""
-    results = {"before training": [run["before"] for run in results["hybrid"]], **results}
-    columns = columns_in([run for runs in results.values() for run in runs])
-    head = [name.removeprefix("eval/") for name in columns]
-    lines = [f"| arm | {' | '.join(head)} |", "|---" * (len(columns) + 1) + "|"]
-    for arm, runs in results.items():
-        cells = []
-        for name in columns:
-            values = [run[name] for run in runs if name in run]
-            cells.append(cell(values, is_count=name in COUNTS))
-        lines.append(f"| {arm} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def mean_curve(runs: list[dict]) -> list[tuple[float, float]]:
-    """(NLL, reward) at every evaluation, the mean over seeds."""
-    curve = []
-    for points in zip(*[run["curve"] for run in runs]):  # the same evaluation of every run
-        _, nll, reward = zip(*points)
-        curve.append((statistics.mean(nll), statistics.mean(reward)))
-    return curve
-
-
-def nll_at_reward(curve: list[tuple[float, float]], reward: float) -> float | None:
-    """The NLL where a curve of (NLL, reward) first reaches that reward, linearly interpolated."""
-    for (nll, low), (next_nll, high) in itertools.pairwise(curve):
-        if low < reward <= high:
-            return nll + (next_nll - nll) * (reward - low) / (high - low)
-    return None
-
-
-def at_equal_reward(results: dict[str, list[dict]]) -> str:
-    """One line: the held-out NLL of the PPO arms where they have the reward of the final hybrid."""
-    nll, reward = mean_curve(results["hybrid"])[-1]
-    others = []
-    for arm in ("PPO", "SFT, then PPO"):
-        arm_nll = nll_at_reward(mean_curve(results[arm]), reward)
-        others.append(f"{arm}: {'never there' if arm_nll is None else f'{arm_nll:.2f}'}")
-    return (
-        f"Held-out NLL at the reward with which the hybrid ends ({reward:.2f}): "
-        f"hybrid: {nll:.2f}; {'; '.join(others)}."
-    )
-
-
-def pareto(results: dict[str, list[dict]], path: Path) -> None:
-    """Reward against held-out NLL along training, the mean over seeds.
-
-    A large dot is the end of an arm, a small dot the end of one seed, a cross the model before
-    training. The cross is left out where it is far away, as it is for random weights.
-    """
-    pyplot = load_pyplot("compare")
-    figure, axis = pyplot.subplots(figsize=(6.4, 4.4), layout="constrained")
-    sft_nll = statistics.mean(run["eval/nll"] for run in results["SFT"])
-    is_near = mean_curve(results["hybrid"])[0][0] < 1.5 * sft_nll
-    for arm, runs in results.items():
-        curve = mean_curve(runs)[0 if is_near else 1 :]
-        [line] = axis.plot(*zip(*curve), ".-", markersize=2, linewidth=1.2, label=arm)
-        color = line.get_color()
-        axis.plot(*curve[-1], "o", color=color, markersize=7)
-        for run in runs:
-            axis.plot(run["eval/nll"], run["eval/reward"], ".", color=color, markersize=5)
-    if is_near:
-        axis.plot(*curve[0], "kx", label="before training")
-    axis.set_xlabel("held-out NLL, nats a token (less is better)")
-    axis.set_ylabel("reward (more is better)")
-    axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 def is_complete(folder: Path, steps: int) -> bool:
@@ -226,22 +125,34 @@ def make_folder(out: Path, command: dict) -> None:
         )
 
 
+def command_line(job: Job, args, train_flags: list[str]) -> list[str]:
+    """The flags of train.py for this job."""
+    words = ["--steps", args.steps, "--eval-every", max(1, args.steps // 10), "--save-every", 0]
+    words += ["--reward", "sentiment", "--ppo-epochs", 1, "--minibatches", 1, *train_flags]
+    words += [*arms(args.steps)[job.arm], "--seed", job.seed, "--lr", job.lr]
+    words += ["--kl-coef", job.kl_coef, "--out", job.folder(Path(args.out)), "--overwrite"]
+    return list(map(str, words))
+
+
 def train_once(job: Job, args, train_flags: list[str], children: Children) -> dict:
-    """Run train.py for this job, unless its folder is complete. Returns the summary of the run."""
+    """Run train.py for this job, unless its folder is complete. Returns the summary of the run.
+
+    Raises RunFailed where train.py fails, UserError where there is nothing to compare.
+    """
     folder = job.folder(Path(args.out))
     is_new = not is_complete(folder, args.steps)
     if is_new:
-        flags = ["--steps", args.steps, "--eval-every", max(1, args.steps // 10)]
-        flags += ["--save-every", 0, "--reward", "sentiment", "--ppo-epochs", 1, "--minibatches", 1]
-        flags += [*train_flags, *arms(args.steps)[job.arm], "--seed", job.seed, "--lr", job.lr]
-        flags += ["--kl-coef", job.kl_coef, "--out", folder, "--overwrite"]
-        command = [sys.executable, str(Path(__file__).with_name("train.py")), *map(str, flags)]
+        program = [sys.executable, str(Path(__file__).with_name("train.py"))]
         threads = max(1, (os.cpu_count() or 1) // args.jobs)
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        done = children.run(command, environment)
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or ["no error message"]
-            raise UserError(f"{' '.join(command[1:])} ended with: {lines[-1]}")
+        # Unbuffered: the last line of the log is the last one that was written.
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+        log = Path(f"{folder}.log")  # not inside: train.py replaces the folder
+        status = children.run([*program, *command_line(job, args, train_flags)], environment, log)
+        if status != 0:
+            lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            reason = f"ended by signal {-status}" if status < 0 else [log.name, *lines][-1]
+            what = f"seed {job.seed}, lr {exact(job.lr)}, kl-coef {exact(job.kl_coef)}"
+            raise RunFailed(f"{job.arm} ({what}) failed, see {log}: {reason}")
     print(f"{'done' if is_new else 'found'}: {folder.name}", flush=True)
     summary = summarise(read_rows(folder / "metrics.jsonl"), read_config(folder)["batch_size"])
     if any(None in point for point in summary["curve"]):
@@ -266,26 +177,41 @@ def run_all(args, train_flags: list[str]) -> tuple[list, dict[str, Job], list]:
     """Tune, then run every seed, `--jobs` runs at a time.
 
     Returns the pairs (job, summary) of tuning, the best job of each arm, the pairs of the seeds.
-    With one learning rate and one KL coefficient nothing is tuned.
+    With one learning rate and one KL coefficient nothing is tuned. When a run fails, the others go
+    on, and only then UserError is raised. But none starts before one has ended well: a mistake of
+    the command stops all of them.
     """
-    names = list(arms(args.steps))
+    names, ended, failed = list(arms(args.steps)), [], []
 
-    def run(job: Job) -> dict:
-        return train_once(job, args, train_flags, children)
+    def run(job: Job) -> dict | None:
+        if failed and not ended:
+            return None
+        try:
+            summary = train_once(job, args, train_flags, children)
+        except RunFailed as problem:
+            failed.append(problem)
+            print(problem, flush=True)
+            return None
+        ended.append(job)
+        return summary
+
+    def run_each(jobs: list[Job]) -> list[tuple[Job, dict]]:
+        finished = list(zip(jobs, pool.map(run, jobs)))
+        if failed:
+            more = f" (and {len(failed) - 1} more failed)" if len(failed) > 1 else ""
+            raise UserError(f"{failed[0]}{more}")
+        return finished
 
     # The children are the inner context: it ends them before the pool waits for its threads.
     with ThreadPoolExecutor(args.jobs) as pool, Children() as children:
         grid = tuning_grid(args)
         best = {job.arm: job for job in grid}
-        tuned = []
-        if len(grid) > len(names):
-            tuned = list(zip(grid, pool.map(run, grid)))
-            for arm in names:
-                utilities = {job: utility(s, args.select) for job, s in tuned if job.arm == arm}
-                best[arm] = max(utilities, key=utilities.get)
+        tuned = run_each(grid) if len(grid) > len(names) else []
+        for arm in names if tuned else ():
+            utilities = {job: utility(s, args.select) for job, s in tuned if job.arm == arm}
+            best[arm] = max(utilities, key=utilities.get)
         jobs = [best[arm]._replace(seed=seed) for arm in names for seed in range(1, args.seeds + 1)]
-        finished = list(zip(jobs, pool.map(run, jobs)))
-    return tuned, best, finished
+        return tuned, best, run_each(jobs)
 
 
 def add_tax(finished: list, out: Path, elsewhere: list) -> None:
@@ -317,8 +243,8 @@ def write_report(args, argv: list[str], tuned: list, best: dict[str, Job], finis
     (out / "compare.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     chosen = []
     for arm, job in best.items():
-        kl = "" if arm == "SFT" else f", kl-coef {job.kl_coef:g}"
-        chosen.append(f"{arm}: lr {job.lr:g}{kl}")
+        kl = "" if arm == "SFT" else f", kl-coef {exact(job.kl_coef)}"
+        chosen.append(f"{arm}: lr {exact(job.lr)}{kl}")
     how = f"Tuned on seed 0 by {args.select}" if tuned else "Not tuned"
     text = (
         f"{markdown(results)}\n\n{args.steps} steps, {args.seeds} seeds, mean and 95 % interval. "
@@ -348,13 +274,25 @@ def parse_args(argv: list[str]):
         end = argv.index("--")
         own, train_flags = argv[:end], argv[end + 1 :]
     args = parser.parse_args(own)
-    for flag in train_flags:
-        if flag.split("=")[0] in SET_HERE:
+    for name in ("lrs", "kl_coefs"):  # equal numbers are one job; `+ 0.0` makes 0 of -0
+        setattr(args, name, list(dict.fromkeys(value + 0.0 for value in getattr(args, name))))
+    check_train_flags(args, train_flags)
+    return args, train_flags
+
+
+def check_train_flags(args, train_flags: list[str]) -> None:
+    """Raises UserError for a flag that is set here, and for what train.py would refuse."""
+    parser = flags.make_parser(ALGORITHMS)
+    parser.set_defaults(**dict.fromkeys(vars(parser.parse_args([]))))  # None: not given
+    given = vars(parser.parse_args(flags.join_metric(train_flags)))  # `--step=5` is --steps too
+    for name in SET_HERE:
+        if given[name] is not None:
             raise UserError(
-                f"{flag} is not for train.py here: the arms differ in it, "
+                f"{flags.spelled(name)} is not for train.py here: the arms differ in it, "
                 "or compare has a flag of its own for it"
             )
-    return args, train_flags
+    for job in tuning_grid(args):
+        flags.parse_args(command_line(job, args, train_flags), ALGORITHMS)
 
 
 @one_line_errors

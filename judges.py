@@ -21,12 +21,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from data import Example, encode_prompt, encode_target
 from engine import UserError, first_line
-from lm import context_of, load_lm
+from lm import UNLOADABLE, WITH_REPORT, check_no_adapter, check_weights, context_of, load_lm
 
 BATCH_SIZE = 16  # texts that a model reads together
 MAX_LENGTH = 1024  # tokens; a longer text loses its beginning, so the end is always read
@@ -36,21 +35,18 @@ MAX_LENGTH = 1024  # tokens; a longer text loses its beginning, so the end is al
 
 def load_judge(auto_class, name: str, device) -> tuple[torch.nn.Module, object]:
     """A frozen model and its own tokenizer from a folder or hub id. Raises UserError."""
-    options = dict(dtype=torch.float32, output_loading_info=True)
+    check_no_adapter(f"reward model {name}", name)
     try:
-        model, report = auto_class.from_pretrained(name, **options)
+        model, report = auto_class.from_pretrained(name, **WITH_REPORT)
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as problem:
+    except UNLOADABLE as problem:
         raise UserError(
             f"reward model {name} cannot be loaded ({first_line(problem)}); "
             "give a folder, or a hub id and a network"
         ) from None
-    missing = [key for key in report["missing_keys"] if not key.startswith("pooler")]
-    if missing:
-        raise UserError(
-            f"reward model {name} lacks the weights {', '.join(sorted(missing)[:3])}: "
-            "it was not trained for this use"
-        )
+    # A body is read from any model, and nobody asks its pooler, which is all its head.
+    is_body = auto_class is AutoModel
+    check_weights(f"reward model {name}", model, report, other_head=True, new_head=is_body)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # the mask hides it
     tokenizer.truncation_side, tokenizer.padding_side = "left", "right"

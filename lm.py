@@ -10,6 +10,7 @@ Left out on purpose: encoder-decoder models, quantised weights, a list of known 
 
 import inspect
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +33,14 @@ from engine import UserError, first_line
 TINY_LM = dict(vocab_size=512, max_position_embeddings=256, hidden_size=192)
 TINY_LM |= dict(intermediate_size=512, num_hidden_layers=2, num_attention_heads=4)
 UNREADABLE = (OSError, ValueError, KeyError, ImportError)  # raised by transformers
+UNLOADABLE = (*UNREADABLE, TypeError, RuntimeError, SafetensorError)  # the same, for weights
+# A weight of another shape would be an error that names none; `check_weights` names it.
+WITH_REPORT = dict(dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
+# Names of PEFT and AdapterHub, and masks, frequencies and positions that releases of transformers
+# before the fifth saved and this one computes (gpt2 and Pythia on the hub have them).
+ADAPTER = re.compile(r"lora_|adapter|^base_model\.")
+COMPUTED = re.compile(r"(^|\.)(attn|attention)\.(masked_)?bias$|inv_freq$|position_ids$")
+MERGE_ADAPTER = "merge it into its model (merge_and_unload of PEFT), then name the merged folder"
 SAVE_TOKENIZER = "save one beside the weights with tokenizer.save_pretrained"
 CAP_NAMES = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
@@ -48,6 +57,7 @@ def load_lm(name: str, what: str = "model") -> tuple[nn.Module, PreTrainedTokeni
     is_local = folder.exists() or folder.is_absolute() or name.startswith((".", "/", "~"))
     if (folder / "final" / "config.json").is_file():
         raise UserError(f"{what} {name} is a run folder; its model is in {folder / 'final'}")
+    check_no_adapter(f"{what} {name}", name)
     if is_local and not (folder / "config.json").is_file():
         expected = "expected a Hugging Face model folder with a config.json, found none there"
         raise UserError(f"{what} {name}: {expected}")
@@ -55,8 +65,8 @@ def load_lm(name: str, what: str = "model") -> tuple[nn.Module, PreTrainedTokeni
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     load = AutoModelForCausalLM.from_pretrained
     try:
-        lm, report = load(name, dtype=torch.float32, output_loading_info=True)
-    except (*UNREADABLE, TypeError, RuntimeError, SafetensorError) as problem:
+        lm, report = load(name, **WITH_REPORT)
+    except UNLOADABLE as problem:
         reason = first_line(problem)
         if is_local:
             raise UserError(f"{what} {name} cannot be read as a causal LM: {reason}") from None
@@ -65,13 +75,63 @@ def load_lm(name: str, what: str = "model") -> tuple[nn.Module, PreTrainedTokeni
             advice += ", or use the built-in --model tiny"
         failure = "is no local folder and could not be fetched from the Hugging Face hub"
         raise UserError(f"{what} {name} {failure} ({reason}); {advice}") from None
-    missing = sorted(report["missing_keys"])
-    if missing:
-        count = f"{len(missing)} of its weights ({', '.join(missing[:3])} ...)"
-        raise UserError(f"{what} {name} lacks {count}; is it a causal LM, and complete?")
+    check_weights(f"{what} {name}", lm, report)
     tokenizer = load_tokenizer(name, what)
     check_tokenizer(f"{what} {name}", lm, tokenizer)
     return lm, tokenizer
+
+
+def check_no_adapter(what: str, name: str) -> None:
+    """Raises UserError for the folder of an adapter, which transformers leaves out without PEFT."""
+    if (Path(name) / "adapter_config.json").is_file():
+        raise UserError(f"{what} has an adapter_config.json: {MERGE_ADAPTER}")
+
+
+def check_weights(
+    what: str, model: nn.Module, report: dict, *, other_head: bool = False, new_head: bool = False
+) -> None:
+    """Raises UserError unless the files held every weight of the model, and no other one.
+
+    transformers leaves out what a model does not use and draws what it lacks, without an error.
+    `report` is its loading info. With `other_head` the files may hold a head that the model has
+    not; with `new_head` they may lack its head, or have one of another shape.
+    """
+    # The body is `base_model` without a pooler, which is for a head and often not saved. A name
+    # is of the body if it begins, behind the prefix of the body, like one there. So an additional
+    # layer is of the body. A body with other names is refused too: then its weights are missing.
+    body = {name.split(".")[0] for name in model.base_model.state_dict()} - {"pooler"}
+
+    def is_head(name: str) -> bool:
+        return name.removeprefix(f"{model.base_model_prefix}.").split(".")[0] not in body
+
+    unused = {name for name in report["unexpected_keys"] if not COMPUTED.search(name)}
+    adapter = {name for name in unused if ADAPTER.search(name)}
+    if adapter:
+        raise UserError(f"{what} holds {_listed(adapter)} of an adapter: {MERGE_ADAPTER}")
+    missing = set(report["missing_keys"])
+    shapes = {name: (tuple(found), tuple(own)) for name, found, own in report["mismatched_keys"]}
+    if new_head:
+        missing = {name for name in missing if not is_head(name)}
+        shapes = {name: both for name, both in shapes.items() if not is_head(name)}
+    if other_head:
+        unused = {name for name in unused if not is_head(name)}
+    kind = type(model).__name__
+    if missing:
+        advice = "it was not trained for this use, or is incomplete"
+        raise UserError(f"{what} lacks {_listed(missing)} of {kind}: {advice}")
+    if shapes:
+        found, own = shapes[min(shapes)]
+        example = f"the first is {found} in the files, {own} by config.json"
+        raise UserError(f"{what} has {_listed(shapes)} of another shape: {example}")
+    if unused:
+        advice = "its config.json is of another model, or it is no model of this kind"
+        raise UserError(f"{what} holds {_listed(unused)} that {kind} does not use: {advice}")
+
+
+def _listed(names) -> str:
+    """`24 weights (a, b, c, ...)`."""
+    first = [*sorted(names)[:3], *(["..."] if len(names) > 3 else [])]
+    return f"{len(names)} weight{'s' if len(names) > 1 else ''} ({', '.join(first)})"
 
 
 def release_files(model: nn.Module) -> None:

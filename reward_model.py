@@ -18,7 +18,6 @@ import sys
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -35,10 +34,7 @@ from engine import (
     pick_device,
 )
 from judges import batched_logits, sequence_logits, tokenize
-from lm import build_tiny, disable_dropout
-
-LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError)
-LOADING_ERRORS += (SafetensorError,)
+from lm import UNLOADABLE, WITH_REPORT, build_tiny, check_no_adapter, check_weights, disable_dropout
 
 
 def reward_model_loss(chosen_scores: torch.Tensor, rejected_scores: torch.Tensor) -> torch.Tensor:
@@ -63,15 +59,17 @@ def load_backbone(name: str, pairs: list[Pair], seed: int):
     if name == "tiny":
         model, tokenizer = tiny_classifier(pairs, seed)
     else:
-        options = dict(num_labels=1, dtype=torch.float32, ignore_mismatched_sizes=True)
+        check_no_adapter(f"--model {name}", name)
+        load = AutoModelForSequenceClassification.from_pretrained
         try:
-            model = AutoModelForSequenceClassification.from_pretrained(name, **options)
+            model, report = load(name, num_labels=1, **WITH_REPORT)
             tokenizer = AutoTokenizer.from_pretrained(name)
-        except LOADING_ERRORS as problem:
+        except UNLOADABLE as problem:
             raise UserError(
                 f"--model {name} cannot be loaded as a classifier ({first_line(problem)}); "
                 "give a folder, a hub id, or tiny"
             ) from None
+        check_weights(f"--model {name}", model, report, other_head=True, new_head=True)
     if hasattr(model, "score"):
         # The initialisation of a decoder's head (Stiennon et al. 2009.01325; N+ 2403.17031).
         torch.nn.init.normal_(model.score.weight, std=(model.score.weight.shape[1] + 1) ** -0.5)

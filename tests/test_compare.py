@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import compare
 import evaluate
+import tables
 import train
 from compare import main
 from engine import UserError
@@ -23,13 +25,10 @@ from runs import read_rows
 
 
 def test_intervals_are_students():
-    assert compare.interval([1.0, 3.0]) == (
-        2.0,
-        pytest.approx(12.71),
-    )  # s = sqrt 2, sqrt n = sqrt 2
-    mean, half = compare.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert tables.interval([1.0, 3.0]) == (2.0, pytest.approx(12.71))  # s = sqrt 2, sqrt n = sqrt 2
+    mean, half = tables.interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert mean == 3 and half == pytest.approx(2.776 * math.sqrt(2.5) / math.sqrt(5))
-    assert math.isnan(compare.interval([7.0])[1])
+    assert math.isnan(tables.interval([7.0])[1])
 
 
 def test_the_arms_differ_in_their_schedule_alone():
@@ -68,8 +67,8 @@ def test_a_summary_counts_what_was_sampled():
 
 def test_the_table_shows_the_leaves_where_there_are_several():
     run = {"eval/nll": 1.0, "eval/reward": 2.0, "eval/reward/a": 3.0}
-    assert compare.columns_in([run]) == ["eval/nll", "eval/reward"]
-    assert compare.columns_in([run | {"eval/reward/b": 4.0}, {"eval/kl": 0.0}]) == [
+    assert tables.columns_in([run]) == ["eval/nll", "eval/reward"]
+    assert tables.columns_in([run | {"eval/reward/b": 4.0}, {"eval/kl": 0.0}]) == [
         "eval/nll",
         "eval/reward",
         "eval/reward/a",
@@ -87,7 +86,7 @@ def test_the_nll_at_equal_reward_is_read_off_the_mean_curves():
         "PPO": runs([(2.0, 0.0), (3.0, 1.0)]),  # half of the way
         "SFT, then PPO": runs([(2.0, 0.0), (1.0, 0.4)]),
     }
-    assert compare.at_equal_reward(results).endswith(
+    assert tables.at_equal_reward(results).endswith(
         "(0.50): hybrid: 1.60; PPO: 2.50; SFT, then PPO: never there."
     )
 
@@ -97,10 +96,10 @@ def trained(tmp_path, monkeypatch) -> list[str]:
     """Runs happen in this process: no time for imports. -> the --out of each."""
     folders = []
 
-    def run_here(children, command, environment):
+    def run_here(children, command, environment, log):
         train.main(command[2:])
         folders.append(command[command.index("--out") + 1])
-        return subprocess.CompletedProcess(command, 0)
+        return 0
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(compare.Children, "run", run_here)
@@ -199,6 +198,154 @@ def test_the_tax_is_the_perplexity_elsewhere(tmp_path, trained, tiny_folder):
             count += len(target)
         assert said["perplexity elsewhere"] == pytest.approx(math.exp(total / count), rel=1e-5)
     assert "perplexity elsewhere" in (tmp_path / "c" / "compare.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "words, named",
+    [
+        ("--steps 5", "--steps"),
+        ("--steps=5", "--steps"),
+        ("--step 5", "--steps"),
+        ("--ste=5", "--steps"),
+        ("--batch-size 4 --see 1", "--seed"),
+        ("--ou x", "--out"),
+        ("--lr 1", "--lr"),
+        ("--kl-coe 0", "--kl-coef"),
+        ("--ppo-ra 0.5", "--ppo-ratio"),
+        ("--res x", "--resume"),
+        ("--overw", "--overwrite"),
+        ("--dry", "--dry-run"),
+        ("--keep-best -eval/nll --seed=0", "--seed"),
+    ],
+)
+def test_a_flag_that_is_set_here_is_refused_however_it_is_spelt(words, named):
+    with pytest.raises(UserError, match=rf"^{named} is not for train.py here"):
+        compare.parse_args(["--", *words.split()])
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--nonsense 3", "unrecognized arguments: --nonsense 3"),
+        ("--s 3", "ambiguous option: --s"),
+        ("--batch-size", "--batch-size: expected one argument"),
+        ("--temperature 0", "--temperature: expected a number"),
+        ("--limit 4 -- --steps 5", "unrecognized arguments"),
+        ("--limit 4 --", "unrecognized arguments"),
+        ("word", "unrecognized arguments: word"),
+        ("--beta 0.3", "--beta belongs to dpo and does nothing here"),
+        ("--micro-batch-size 2 --grad-accum 2", "say the same in two ways"),
+        ("--schedule gate", "--schedule gate follows the scores, not --ppo-ratio"),
+    ],
+)
+def test_what_train_would_refuse_is_refused_before_it_starts(words, message):
+    with pytest.raises(UserError, match=message) as caught:
+        compare.parse_args(["--out", "c", "--", *words.split()])
+    assert "\n" not in str(caught.value)
+
+
+def test_flags_of_train_pass_through_as_they_are():
+    words = "--keep-best -eval/nll --sft-warm 3 --batch-size=4 --data a.jsonl b.jsonl".split()
+    args, train_flags = compare.parse_args(["--steps", "10", "--", *words])
+    assert train_flags == words and args.steps == 10
+    line = compare.command_line(compare.Job("hybrid", 3, 1e-3, 0.02), args, train_flags)
+    assert line[line.index("--keep-best") :][: len(words)] == words
+
+
+def test_equal_numbers_are_one_job_and_different_ones_have_different_folders():
+    words = "--lrs 1e-4 0.0001 1.00000001e-4 1e-4 --kl-coefs 0.1 .1 -0.0 0 0.10000000000000001"
+    args, _ = compare.parse_args(words.split())
+    assert args.lrs == [1e-4, 1.00000001e-4] and args.kl_coefs == [0.1, 0.0]
+    assert not str(args.kl_coefs[1]).startswith("-")
+    jobs = compare.tuning_grid(args)
+    assert len(jobs) == 2 + 3 * 4 and len(set(jobs)) == len(jobs)
+    assert len({job.folder(Path("c")) for job in jobs}) == len(jobs)
+    # The names that ordinary numbers have always had
+    for lr, kl, name in (
+        (1e-3, 0.05, "lr0.001-kl0.05"),
+        (3e-5, 0.0, "lr3e-05-kl0"),
+        (2.0, 1e-7, "lr2-kl1e-07"),
+        (1.00000001e-4, 0.1 + 0.2, "lr0.000100000001-kl0.30000000000000004"),
+    ):
+        folder = compare.Job("SFT, then PPO", 4, lr, kl).folder(Path("c"))
+        assert folder == Path("c") / f"sft-then-ppo-seed4-{name}"
+    numbers = [math.nextafter(1e-3, 1), 1e-3, math.nextafter(1e-3, 0), 0.0010000004, 1e22, 1e22 * 3]
+    assert all(float(compare.exact(number)) == number for number in numbers)
+
+
+@pytest.fixture
+def pretended(tmp_path, monkeypatch):
+    """Runs that only write metrics. -> the names of those that were begun, and a dict: the start
+    of a name -> the exit status and the log of a run that fails."""
+    trained, failing = [], {}
+
+    def run(children, command, environment, log):
+        folder = Path(command[command.index("--out") + 1])
+        steps = int(command[command.index("--steps") + 1])
+        trained.append(folder.name)
+        for prefix, (status, text) in failing.items():
+            if folder.name.startswith(prefix):
+                log.write_text(text)
+                return status
+        (folder / "final").mkdir(parents=True)
+        (folder / "config.json").write_text('{"batch_size": 4, "ppo_ratio": 0.5}')
+        rows = [
+            {"step": step, "phase": "eval", "eval/nll": 3.0 - step, "eval/reward": 0.5 * step}
+            for step in (0, steps)
+        ]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return 0
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare.Children, "run", run)
+    monkeypatch.setattr(compare, "load_pyplot", lambda what: None)
+    monkeypatch.setattr(compare, "pareto", lambda results, path: None)
+    return trained, failing
+
+
+def test_a_run_that_fails_is_one_line_and_the_others_are_kept(pretended, capsys):
+    trained, failing = pretended
+    bar = "train: 10%\rtrain: 20%\n"
+    failing["ppo-"] = (1, f"{bar}Traceback\n  File x\nRuntimeError: out of memory at 7\n\n")
+    command = "--out c --seeds 2 --steps 2 --lrs 1e-3 --kl-coefs 0.1 --jobs 1".split()
+    with pytest.raises(SystemExit) as caught:
+        main(command)
+    out, err = capsys.readouterr()
+    log = Path("c") / "ppo-seed1-lr0.001-kl0.1.log"
+    line = (
+        f"PPO (seed 1, lr 0.001, kl-coef 0.1) failed, see {log}: RuntimeError: out of memory at 7"
+    )
+    assert err == f"error: {line} (and 1 more failed)\n" and caught.value.code == 2
+    assert {line, line.replace("seed 1", "seed 2").replace("seed1", "seed2")} < {*out.splitlines()}
+    assert len(trained) == 8 and out.count("done: ") == 6
+    assert not (Path("c") / "compare.json").exists()
+    trained.clear()
+    failing.clear()
+    failing["ppo-seed2"] = (-9, "step 3\n")
+    with pytest.raises(SystemExit):
+        main(command)
+    assert trained == ["ppo-seed1-lr0.001-kl0.1", "ppo-seed2-lr0.001-kl0.1"]
+    assert capsys.readouterr().err.endswith("ppo-seed2-lr0.001-kl0.1.log: ended by signal 9\n")
+    failing.clear()
+    trained.clear()
+    report = main(command)
+    assert trained == ["ppo-seed2-lr0.001-kl0.1"]
+    assert {arm: len(runs) for arm, runs in report["runs"].items()} == dict.fromkeys(
+        ("SFT", "PPO", "SFT, then PPO", "hybrid"), 2
+    )
+
+
+def test_a_mistake_of_the_command_is_not_repeated_by_every_run(pretended, capsys):
+    trained, failing = pretended
+    failing[""] = (2, "error: --data nowhere.jsonl does not exist\n")
+    with pytest.raises(SystemExit):
+        main("--out c --seeds 2 --steps 2 --jobs 1".split())
+    assert trained == ["sft-seed0-lr0.001-kl0.02"]
+    log = Path("c") / "sft-seed0-lr0.001-kl0.02.log"
+    what = f"SFT (seed 0, lr 0.001, kl-coef 0.02) failed, see {log}"
+    assert capsys.readouterr().err == (
+        f"error: {what}: error: --data nowhere.jsonl does not exist\n"
+    )
 
 
 @pytest.mark.slow
