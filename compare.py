@@ -33,7 +33,9 @@ from children import Children
 from engine import Parser, UserError, check_new_folder, number, one_line_errors
 from evaluate import perplexity, whole_texts
 from health import load_pyplot
+from lock import one_writer
 from runs import read_config, read_rows
+from schedules import SCHEDULES
 from tables import at_equal_reward, markdown, pareto
 from train import ALGORITHMS
 
@@ -282,7 +284,7 @@ def parse_args(argv: list[str]):
 
 def check_train_flags(args, train_flags: list[str]) -> None:
     """Raises UserError for a flag that is set here, and for what train.py would refuse."""
-    parser = flags.make_parser(ALGORITHMS)
+    parser = flags.make_parser(ALGORITHMS, SCHEDULES)
     parser.set_defaults(**dict.fromkeys(vars(parser.parse_args([]))))  # None: not given
     given = vars(parser.parse_args(flags.join_metric(train_flags)))  # `--step=5` is --steps too
     for name in SET_HERE:
@@ -292,7 +294,7 @@ def check_train_flags(args, train_flags: list[str]) -> None:
                 "or compare has a flag of its own for it"
             )
     for job in tuning_grid(args):
-        flags.parse_args(command_line(job, args, train_flags), ALGORITHMS)
+        flags.parse_args(command_line(job, args, train_flags), ALGORITHMS, SCHEDULES)
 
 
 @one_line_errors
@@ -306,10 +308,11 @@ def main(argv: list[str] | None = None) -> dict:
     elsewhere = whole_texts(args.tax) if args.tax else []
     # Every run depends on these two. New seeds, rates or coefficients only add runs.
     make_folder(Path(args.out), {"steps": args.steps, "train.py": train_flags})
-    tuned, best, finished = run_all(args, train_flags)
-    if elsewhere:
-        add_tax(finished, Path(args.out), elsewhere)
-    return write_report(args, argv, tuned, best, finished)
+    with one_writer(args.out):
+        tuned, best, finished = run_all(args, train_flags)
+        if elsewhere:
+            add_tax(finished, Path(args.out), elsewhere)
+        return write_report(args, argv, tuned, best, finished)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import tables
 import train
 from compare import main
 from engine import UserError
+from lock import one_writer
 from runs import read_rows
 
 
@@ -401,3 +402,16 @@ def test_what_cannot_be_compared_is_one_line_before_any_run(tmp_path, monkeypatc
     assert "--steps is not for train.py here" in refused("--out d2 -- --steps 9")
     assert "go together" in refused("--perplexity gpt2", evaluate.main)
     assert "a command of its own: python compare.py" in refused("compare --seeds 2", evaluate.main)
+
+
+def test_two_comparisons_do_not_share_a_folder(tmp_path, capsys):
+    out = tmp_path / "c"
+    out.mkdir()
+    flags = ["--steps", "3", "--out", str(out)]
+    (out / "command.json").write_text(
+        json.dumps({"steps": 3, "train.py": []}, indent=1) + "\n", encoding="utf-8"
+    )
+    with one_writer(str(out)), pytest.raises(SystemExit):
+        main(flags)
+    assert f"{out} is in use" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["command.json"]
