@@ -91,33 +91,37 @@ def of_vocabulary(tokenizer) -> list:
     return [len(vocabulary), digest(sorted(vocabulary.items()))]
 
 
-def changes(saved: dict[str, list], now: dict[str, list]) -> list[str]:
-    """What differs, a few words each.
+def changes(saved: dict[str, list], now: dict[str, list]) -> dict[str, str]:
+    """What differs, each in a few words.
 
     >>> changes({"examples": [400, "a1"], "--model x": [None, "b"]}, {"examples": [440, "c2"]})
-    ['440 examples instead of 400', '--model x is not there']
+    {'examples': '440 examples instead of 400', '--model x': '--model x is not there'}
     """
-    found = []
+    found = {}
     for name, (count, fingerprint) in saved.items():
         if name not in now:
-            found.append(f"{name} is not there")
+            found[name] = f"{name} is not there"
         elif now[name][0] != count:
-            found.append(f"{now[name][0]} {name} instead of {count}")
+            found[name] = f"{now[name][0]} {name} instead of {count}"
         elif now[name][1] != fingerprint:
-            found.append(f"{name} {'has' if count is None else 'have'} changed")
-    return found + [f"{name} is new" for name in now if name not in saved]
+            found[name] = f"{name} {'has' if count is None else 'have'} changed"
+    return found | {name: f"{name} is new" for name in now if name not in saved}
 
 
-def check_unchanged(saved: dict | None, now: dict, accept: bool, say) -> None:
-    """Raises UserError where a resumed run would go on with something else than it began with."""
+def check_unchanged(saved: dict | None, now: dict, accept: bool, mended: bool, say) -> None:
+    """Raises UserError where a resumed run would go on with something else than it began with.
+
+    `accept` allows it. `mended`: the run ended by a failure, so its reward may have been mended.
+    What is allowed is said all the same.
+    """
     if saved is None:
         say("note: this checkpoint is of an older version: whether its data changed is not known")
         return
     found = changes(saved, now)
     if not found:
         return
-    what = "; ".join(found)
-    if not accept:
+    what = "; ".join(found.values())
+    if not accept and not (mended and all(name.startswith("--reward ") for name in found)):
         raise UserError(
             f"--resume: not what this run began with: {what}; give it back, start a new run, or "
             "go on with --accept-changes"

@@ -55,7 +55,7 @@ from lm import release_files
 from ppo import AdaptiveKLController
 from references import ReferenceMixture, load_references
 from rewards import build_reward
-from runs import Algorithm, Run, find_checkpoint
+from runs import FAILED, Algorithm, Run, find_checkpoint
 from schedules import SCHEDULES
 
 
@@ -77,7 +77,8 @@ def prepare(args, algorithm: Algorithm) -> Run:
     learns_from["tokens of the vocabulary"] = fingerprint.of_vocabulary(tokenizer)
     if checkpoint is not None:
         saved = read_state(checkpoint, mmap=True).get("fingerprint")
-        fingerprint.check_unchanged(saved, learns_from, args.accept_changes, say)
+        may_be_mended = FAILED in read_config(Path(args.resume))
+        fingerprint.check_unchanged(saved, learns_from, args.accept_changes, may_be_mended, say)
     resolve_defaults(args, algorithm, model.max_positions)
     check_data(args, tokenizer, data)
     run = make_run(args, algorithm, model, tokenizer, data)

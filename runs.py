@@ -40,6 +40,7 @@ from engine import LostUpdates, UserError
 from flags import MAY_CHANGE_ON_RESUME, read_config
 from hybrid import HybridModel
 
+FAILED = "ended_by_a_failure"  # in config.json: the code of the reward may be mended
 MAX_LOST = 10  # steps in a row without an update, after which the run ends
 
 
@@ -161,7 +162,9 @@ class RunFolder:
             check_metric(run, args)
         if args.resume:
             changed = {name: getattr(args, name) for name in MAY_CHANGE_ON_RESUME}
-            parallel.on_main(write_config, self.out, {**read_config(self.out), **changed})
+            config = {**read_config(self.out), **changed}
+            config.pop(FAILED, None)
+            parallel.on_main(write_config, self.out, config)
         else:
             self.place = parallel.on_main(open_run_folder, self.out, vars(args))
         # A run that died before its first checkpoint starts again, so nothing of it is kept.
@@ -219,6 +222,7 @@ class RunFolder:
             if parallel.world() > 1 and not isinstance(problem, UserError):
                 raise  # the other processes may wait elsewhere, and a save needs them all
             saved = self._save_after_failure(run, head)
+            parallel.on_main(write_config, self.out, {**read_config(self.out), FAILED: True})
             if isinstance(problem, UserError):
                 raise UserError(f"{problem}{saved}") from None
             if isinstance(problem, SystemExit):
@@ -229,7 +233,6 @@ class RunFolder:
     def _save_after_failure(self, run: Run, head: "Snapshot") -> str:
         """Save as of the last whole step. -> what to say of it."""
         go_on = f"mend it and go on with --resume {self.out}"
-        go_on += " (--accept-changes where that changes the data or the reward)"
         if run.step == head.step and head.weights_changed(run):
             return f"; it was in the middle of an update, so the newest checkpoint counts: {go_on}"
         if run.step == head.step:
