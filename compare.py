@@ -33,7 +33,7 @@ import transformers
 from children import Children
 from engine import Parser, UserError, check_new_folder, number, one_line_errors
 from evaluate import perplexity, whole_texts
-from health import load_pyplot
+from plot import load_pyplot
 from runs import read_config, read_rows
 
 # Student's t, 97.5 %, by degrees of freedom (0 to 9)
