@@ -32,8 +32,8 @@ import flags
 from children import Children
 from engine import Parser, UserError, check_new_folder, number, one_line_errors
 from evaluate import perplexity, whole_texts
-from health import load_pyplot
 from lock import one_writer
+from plot import load_pyplot
 from runs import read_config, read_rows
 from schedules import SCHEDULES
 from tables import at_equal_reward, markdown, pareto

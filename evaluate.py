@@ -24,10 +24,11 @@ from data import Example, load_examples, make_batch
 from engine import NonFiniteReward, Parser, UserError, one_line_errors, pick_device, visible
 from flags import spelled
 from health import RULES as RULES  # importable from here
-from health import plot, verdict
+from health import metric_rows, verdict
 from hybrid import HybridModel
 from measure_model import add_flags, evaluate, measure_model
 from measure_model import diversity as diversity  # importable from here
+from plot import draw
 from runs import read_rows
 from sft import held_out_nll
 
@@ -146,14 +147,6 @@ def perplexity(name: str, examples: list[Example]) -> float:
     return math.exp(held_out_nll(model, batch, micro_batch_size=8))
 
 
-def rows_of(out: str) -> list[dict]:
-    """The rows of a run folder's metrics.jsonl. Raises UserError if there are none."""
-    rows = read_rows(Path(out) / "metrics.jsonl")
-    if not rows:
-        raise UserError(f"{out} holds no metrics.jsonl with a complete line")
-    return rows
-
-
 def check_flags(parser: Parser, args) -> None:
     """Raises UserError where nothing is asked for, or flags do not go together."""
     if not any((args.health, args.plot, args.perplexity, args.model)):
@@ -197,11 +190,9 @@ def main(argv: list[str] | None = None) -> None:
         result = perplexity(args.perplexity, whole_texts(args.data))
         print(f"perplexity {result:.2f} a token on {' '.join(args.data)}")
     if args.health is not None:
-        print(verdict(rows_of(args.health)))
+        print(verdict(metric_rows(Path(args.health) / "metrics.jsonl")))
     if args.plot is not None:
-        path = Path(args.plot) / "curves.png"
-        plot(rows_of(args.plot), path)
-        print(path)
+        print(draw(Path(args.plot)))
 
 
 if __name__ == "__main__":

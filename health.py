@@ -1,12 +1,13 @@
-"""Is a run healthy? A verdict in one line, and the curves of a run, both from its metrics.jsonl.
+"""Is a run healthy? A verdict in one line, from its metrics.jsonl.
 
     python evaluate.py --health out           # one line: healthy, or what to suspect and why
-    python evaluate.py --plot out             # out/curves.png (needs matplotlib)
 
-Left out on purpose: limits that a user can set. A rule reports a metric that is far outside the
-healthy range in docs/metrics.md.
+Left out on purpose: limits that a user can set, the repair of a damaged file. A rule reports a
+metric that is far outside the healthy range in docs/metrics.md.
 """
 
+import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,7 +43,7 @@ RULES = [
      "all responses score alike, so there is nothing to learn: does --reward fit the data?"),
     ("ppo/var_explained", below(-1),
      "the value head is worse than a constant: raise --vf-coef"),
-    ("ppo/response_length", lambda first, last: not 0.5 < last / first < 2,
+    ("ppo/response_length", lambda first, last: not 0.5 * first <= last <= 2 * first,
      "the responses changed their length twofold: the reward likes length or silence"),
     ("ppo/eos_rate", below(0.1),
      "hardly any response ends by itself: raise --max-new-tokens, or EOS is not trained"),
@@ -59,6 +60,52 @@ RULES = [
 ]  # fmt: skip
 TRENDS = ("ppo/score", "ppo/kl", "ppo/entropy", "ppo/clipfrac", "ppo/var_explained")
 TRENDS += ("ppo/response_length", "sft/loss")
+
+
+def metric_rows(path: Path) -> list[dict]:
+    """The rows of a metrics.jsonl: in each a step, a phase, and numbers. A last line without its
+    line break was cut off by a crash, and is left out.
+
+    Raises UserError, with file and line, for a file that a run did not write like that.
+    """
+    if not path.is_file():
+        raise UserError(f"{path.parent} holds no {path.name}; name the folder of a run")
+    lines = path.read_bytes().split(b"\n")[:-1]
+    if not lines:
+        raise UserError(f"{path} has no complete line yet: no step was recorded")
+    rows = []
+    for n, line in enumerate(lines, start=1):
+        problem = None
+        try:
+            rows.append(json.loads(line))
+            problem = problem_of(rows[-1])
+        except (ValueError, RecursionError):
+            problem = "is not JSON"
+        if problem is not None:
+            raise UserError(f"{path}:{n}: the line {problem}; the file is damaged there: remove it")
+    return rows
+
+
+def problem_of(row) -> str | None:
+    """What is wrong with a row, as the end of a sentence about its line; None for a good row."""
+    if not isinstance(row, dict):
+        return f"holds {json.dumps(row)[:40]}, expected an object"
+    for name in ("step", "phase"):
+        if name not in row:
+            return f"has no {name!r}"
+    if not isinstance(row["phase"], str):
+        return f"has the phase {json.dumps(row['phase'])[:40]}, expected a text"
+    for name, value in row.items():
+        if name != "phase" and not is_finite_number(value):
+            return f"has {name!r}: {json.dumps(value)[:40]}, expected a finite number"
+    return None
+
+
+def is_finite_number(value) -> bool:
+    """Of what JSON can hold: no text, no null, no true, no NaN, no whole number beyond floats."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) <= sys.float_info.max
 
 
 def as_ppo(row: dict) -> dict:
@@ -146,44 +193,5 @@ def verdict(rows: list[dict]) -> str:
     suspicions = broken_rules(rows) + falling_reward(rows) + bad_evaluations(rows)
     answer = f"suspect {'; '.join(suspicions)}" if suspicions else "healthy"
     if steps < MIN_STEPS:
-        answer = f"too short for a verdict ({steps} steps; it needs {MIN_STEPS})"
+        answer = f"too short to tell (steps: {steps}; a verdict needs {MIN_STEPS})"
     return f"verdict: {answer} {summary_of(rows)}"
-
-
-def load_pyplot(what: str):
-    """matplotlib.pyplot, drawing to files only. Raises UserError where it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError(f"{what} needs the package matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def plot(rows: list[dict], path: Path) -> None:
-    """The curves of a run as a PNG: reward, NLL, KL, length, and the leaves of the reward."""
-    pyplot = load_pyplot("--plot")
-    panels = {
-        "reward": ["ppo/score", "eval/reward"],
-        "NLL": ["sft/loss", "eval/nll"],
-        "KL, nats a response": ["ppo/kl", "eval/kl"],
-        "length, tokens": ["ppo/response_length", "eval/response_length"],
-    }
-    if len(leaves_of(rows)) > 1:
-        panels["reward, by leaf"] = leaves_of(rows)
-    size = (8, 1.8 * len(panels))
-    figure, axes = pyplot.subplots(len(panels), sharex=True, figsize=size, layout="constrained")
-    for axis, (title, names) in zip(axes, panels.items()):
-        for name in names:
-            points = [(row["step"], row[name]) for row in rows if name in row]
-            style = "o-" if name.startswith("eval/") else "-"
-            if points:
-                axis.plot(*zip(*points), style, markersize=3, linewidth=1, label=name)
-        axis.set_ylabel(title)
-        if axis.lines:
-            axis.legend(fontsize=7)
-    axes[-1].set_xlabel("step")
-    figure.savefig(path, dpi=80)
-    pyplot.close(figure)

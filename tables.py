@@ -11,7 +11,7 @@ import math
 import statistics
 from pathlib import Path
 
-from health import load_pyplot
+from plot import load_pyplot
 
 # Student's t, 97.5 %, by degrees of freedom (0 to 9)
 T_975 = [math.nan, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]

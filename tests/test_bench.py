@@ -1,18 +1,22 @@
 """bench.py and cost.py: their counts against independent ones; no assertion depends on speed."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SHARED
+from conftest import ROOT, SHARED, build_lm
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import cost
+from activations import FakeModel
 from hybrid import HybridModel
+from sources import make_reviews
 from train import main
 
 SMALL = "--layers 2 --width 64 --vocab 256 --batch 4 --prompt-len 6 --response-len 5".split()
@@ -115,9 +119,7 @@ def test_a_dry_run_prints_the_estimate_writes_nothing_and_never_loads_the_weight
         (tmp_path / "away").rename(tiny_folder / "model.safetensors")
     printed = capsys.readouterr().out
     assert (
-        "8 devices, 2 rows at a time on each" in printed
-        and "ZeRO-2" in printed
-        and not (tmp_path / "out").exists()
+        "8 devices, each: " in printed and "ZeRO-2" in printed and not (tmp_path / "out").exists()
     )
     caches = []
     for micro in ("1", "64"):
@@ -128,7 +130,7 @@ def test_a_dry_run_prints_the_estimate_writes_nothing_and_never_loads_the_weight
     )
     main(["--dry-run", "--ppo-ratio", "0"])
     printed = capsys.readouterr().out
-    assert "reference 0," in printed and "sampled" not in printed
+    assert "reference 0," in printed and "cache 0," in printed
 
 
 def test_sizes_are_read_from_the_config_alone(shared):
@@ -143,44 +145,112 @@ def test_sizes_are_read_from_the_config_alone(shared):
 
 def test_the_estimate_follows_its_formula():
     sizes = cost.Sizes(parameters=1000.0, layers=2, width=10, kv_width=5, vocab=100)
-    held = cost.memory(sizes, rows=3, sampled=6, length=20, response=4)
+    rows, kept = cost.Rows(columns=60, answers=12, sampled=120), [300.0, 17.0]
+    held = cost.memory(sizes, rows, kept)
     expected = {
+        "program": 0,
         "weights": 4000,
         "reference": 4000,
-        "gradients": 4000,
         "Adam": 8000,
         "buckets": 0,
         "bf16 copies": 0,
+        "gradients": 4000,
     }
-    expected |= {"activations": 85 * 2 * 10 * 60, "logits": 12 * 100 * 12, "cache": 8 * 2 * 5 * 120}
-    assert held == {**expected, "peak": 20000 + 102000 + 14400}
-    assert (
-        cost.memory(sizes, rows=3, sampled=3, length=20, response=4, devices=4, zero=2)["Adam"]
-        == 3000
-    )
-    assert (
-        cost.memory(sizes, rows=3, sampled=0, length=20, response=4, references=0)["reference"] == 0
-    )
+    # 12 tokens: 12 V c = 14400 for the scores; 4 V c + 4 V W = 8800 is less
+    expected |= {"activations": 317 * 60, "logits": 14400, "cache": 8 * 2 * 5 * 120, "holes": 0}
+    assert held == {**expected, "peak": 16000 + 317 * 60 + 14400}
+    # the gradients of one micro-batch wait for those of the next
+    parts = cost.memory(sizes, rows._replace(in_parts=True), kept)
+    assert parts["peak"] == held["peak"] + 4000
+    few = cost.memory(sizes, rows._replace(columns=1, answers=1, sampled=0), kept)
+    assert few["logits"] == 400 + 4000 and few["peak"] == 16000 + 317 + 4400
+    assert cost.memory(sizes, rows, kept, devices=4, zero=2)["Adam"] == 3000
+    assert cost.memory(sizes, rows, kept, references=0)["reference"] == 0
+    # without a head: the gradients or the cache are what is largest
+    alone = sizes._replace(vocab=0)
+    assert cost.memory(alone, cost.Rows(1, 1), kept)["peak"] == 16000 + 4000
+    assert cost.memory(alone, cost.Rows(1, 1, sampled=500), kept)["peak"] == 16000 + 40000
+    # a process: of two tensors one is below 32 MiB, and half of it is a hole
+    columns = 2**20
+    held = cost.memory(sizes, cost.Rows(columns, 1), [40.0, 31.0], program=7.0)
+    assert held["program"] == 7 and held["holes"] == 31 * columns / 2
+    assert held["peak"] == 16007 + 71 * columns + held["logits"] + held["holes"]
+    repeated = cost.memory(sizes, rows, kept, checkpointing=True)
+    assert repeated["activations"] == 4 * 10 * 60 * 2 + 317 * 60 / 2
 
 
-def test_the_activations_are_those_that_autograd_keeps():
-    """Bytes saved for backward, by torch hooks: 85 per token, layer and width of a Llama block."""
-    from conftest import build_lm
+def test_the_rows_of_an_estimate_are_those_of_the_largest_micro_batch():
+    # Eight equal rows of 9 + 4 tokens, of which the model reads 12.
+    equal = cost.Kind([[(9, 4)]] * 8)
+    assert cost.largest_rows(equal, 8, 8, True) == cost.Rows(8 * 12, 8 * 4)
+    assert cost.largest_rows(equal, 8, 3, True) == cost.Rows(3 * 12, 3 * 4, in_parts=True)
+    # One long row and seven short ones: packed they are two rows, padded they are eight.
+    ragged = cost.Kind([[(90, 11)]] + [[(9, 2)]] * 7)
+    assert cost.largest_rows(ragged, 8, 8, True).columns == 2 * 100
+    assert cost.largest_rows(ragged, 8, 8, False).columns == 8 * 100
+    assert cost.largest_rows(ragged, 8, 1, True) == cost.Rows(100, 11, in_parts=True)
+    # Episodes: two updates a pass, half of the batch each; the cache holds the whole batch.
+    episodes = cost.Kind([[(9, 6)]] * 8, minibatches=2, new_tokens=6)
+    assert cost.largest_rows(episodes, 8, 8, True) == cost.Rows(4 * 14, 24, False, 8 * 15)
+    pairs = cost.Kind([[(9, 4), (9, 2)]] * 6)  # two rows each
+    assert cost.largest_rows(pairs, 3, 3, False) == cost.Rows(6 * 12, 3 * 6)
 
-    layers, width, tokens = 4, 256, 4 * 64
-    shape = dict(
-        hidden_size=width, intermediate_size=688, num_hidden_layers=layers, num_key_value_heads=4
-    )
-    model = HybridModel(build_lm("llama", **shape)).train()
-    weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
-    def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = (tensor, tensor.untyped_storage().nbytes())
-        return tensor
+@pytest.mark.parametrize("amp", [None, torch.bfloat16])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2", "bloom"])
+def test_the_activations_are_those_that_autograd_keeps(model_type, amp):
+    """Counted without data, against what a real forward of packed rows keeps, by torch hooks."""
+    lm = build_lm(model_type)
+    model = HybridModel(lm).train()
+    counted = FakeModel(lm.config)
+    assert counted.parameters() == sum(p.numel() for p in lm.parameters())
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
-    ids = torch.randint(3, 60, (4, 65))
-    response = (torch.arange(65) > 63).expand(4, -1)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(ids, torch.ones_like(ids).bool(), response)
-    saved = sum(size for pointer, (_, size) in kept.items() if pointer not in weights)
-    assert saved / (layers * width * tokens) == pytest.approx(85, rel=0.03)
+    def saved(rows: int) -> int:
+        kept = {}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = (tensor, storage.nbytes())
+            return tensor
+
+        inputs = {"input_ids": torch.randint(3, 60, (rows, 31))}
+        if model.can_pack:  # two texts in a row
+            inputs["position_ids"] = torch.cat([torch.arange(15), torch.arange(16)]).repeat(rows, 1)
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with hooks, torch.autocast("cpu", amp, enabled=amp is not None):
+            lm.base_model(**inputs, use_cache=False)
+        return sum(size for pointer, (_, size) in kept.items() if pointer not in weights)
+
+    real = (saved(7) - saved(4)) / 3 / 31
+    assert sum(counted.kept(31, amp)) == pytest.approx(real, rel=0.02)
+
+
+def test_a_mixture_of_experts_is_estimated_and_that_is_said(tmp_path, capsys):
+    sizes, model = cost.model_of("", build_lm("minimax").config)
+    kept = cost.kept_bytes(sizes, model, 20, "no")
+    assert sum(kept) == pytest.approx(85 * 2 * 32, rel=0.02)
+    assert "taken to be 85 bytes a token" in capsys.readouterr().out
+
+
+def test_what_a_dry_run_says_is_what_the_run_takes(tmp_path):
+    """Peak memory of a real run in a process of its own, where a third of it is activations."""
+    if not Path("/proc/self/status").is_file():
+        pytest.skip("no /proc here that knows the peak of a process")
+    reviews = [example.prompt + example.target for example in make_reviews(600)]
+    lines = []
+    for i in range(0, len(reviews), 12):
+        lines.append(json.dumps({"prompt": "the", "target": " " + " ".join(reviews[i : i + 12])}))
+    (tmp_path / "long.jsonl").write_text("\n".join(lines) + "\n")
+    flags = f"--ppo-ratio 0 --batch-size 24 --steps 2 --data {tmp_path / 'long.jsonl'} --out "
+    flags += f"{tmp_path / 'out'} --eval-size 1 --eval-every 0 --save-every 0 --max-new-tokens 2"
+    code = "import sys, train; train.main([*sys.argv[1:], '--dry-run']); train.main(sys.argv[1:]); "
+    code += "print(open('/proc/self/status').read())"
+    argv = [sys.executable, "-c", code, *flags.split(), "--device", "cpu"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = float(re.search(r"peak ([\d.]+)$", done.stdout, re.MULTILINE)[1])
+    program = float(re.search(r"program ([\d.]+),", done.stdout)[1])
+    measured = int(re.search(r"VmHWM:\s+(\d+) kB", done.stdout)[1]) / 2**20
+    assert said == pytest.approx(measured, rel=0.35)
+    assert measured > 1.5 * program  # else the check above would be of the process alone

@@ -1,6 +1,7 @@
 """Runs that are killed, interrupted, starved of disk or fed with NaN: nothing is lost, and the
 end is that of an undisturbed run."""
 
+import doctest
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import time
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import FAST, ROOT
@@ -23,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import dpo
 import engine
 import hybrid
+import plot
 import runs
 import train
 from engine import UserError
@@ -824,7 +827,7 @@ def test_the_verdict_reads_the_held_out_numbers_too():
     assert verdict([]) == "verdict: nothing was recorded"
     assert verdict(rows[:2] * 15).startswith("verdict: healthy")
     short = verdict(rows[:2] * 14)
-    assert short.startswith("verdict: too short for a verdict (28 steps; it needs 30) (ppo/score")
+    assert short.startswith("verdict: too short to tell (steps: 28; a verdict needs 30) (ppo/score")
 
 
 def test_health_and_plot_commands(tmp_path, capsys):
@@ -839,13 +842,156 @@ def test_health_and_plot_commands(tmp_path, capsys):
         assert caught.value.code == 2
 
 
-def test_the_curves_are_drawn(tmp_path):
-    pytest.importorskip("matplotlib", reason="optional: pip install matplotlib")
-    (tmp_path / "metrics.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in healthy_rows())
-    )
-    evaluate_main(["--plot", str(tmp_path)])
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("[1, 2]", "holds [1, 2], expected an object"),
+        ("null", "holds null, expected an object"),
+        ('"ppo"', 'holds "ppo", expected an object'),
+        ('{"step": 3', "is not JSON"),
+        ("", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ('{"phase": "sft", "sft/loss": 2}', "has no 'step'"),
+        ('{"step": 3, "sft/loss": 2}', "has no 'phase'"),
+        ('{"step": 3, "phase": null}', "has the phase null, expected a text"),
+        ('{"step": "3", "phase": "sft"}', "has 'step': \"3\", expected a finite number"),
+        ('{"step": 3, "phase": "ppo", "ppo/kl": "2.5"}', "has 'ppo/kl': \"2.5\", expected"),
+        ('{"step": 3, "phase": "ppo", "ppo/kl": null}', "has 'ppo/kl': null, expected"),
+        ('{"step": 3, "phase": "ppo", "ppo/kl": NaN}', "has 'ppo/kl': NaN, expected"),
+        ('{"step": 3, "phase": "ppo", "ppo/kl": -Infinity}', "has 'ppo/kl': -Infinity, expected"),
+        ('{"step": 3, "phase": "ppo", "ppo/kl": true}', "has 'ppo/kl': true, expected"),
+        ('{"step": 3, "phase": "ppo", "ppo/kl": [1]}', "has 'ppo/kl': [1], expected"),
+        ('{"step": 3, "phase": "ppo", "ppo/kl": 1' + "0" * 400 + "}", "has 'ppo/kl': 1000"),
+    ],
+)
+@pytest.mark.parametrize("flag", ["--health", "--plot"])
+def test_a_damaged_row_is_one_line_with_its_place(tmp_path, capsys, flag, line, message):
+    if flag == "--plot":
+        pytest.importorskip("matplotlib", reason="optional: pip install matplotlib")
+    rows = [json.dumps(row) for row in healthy_rows()]
+    rows[16] = line
+    (tmp_path / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+    with pytest.raises(SystemExit) as caught:
+        evaluate_main([flag, str(tmp_path)])
+    err = capsys.readouterr().err
+    assert caught.value.code == 2 and err.count("\n") == 1 and len(err) < 400
+    assert f"metrics.jsonl:17: the line {message}" in err and "remove it" in err
+
+
+def health_of(folder: Path, text: str, capsys) -> str:
+    (folder / "metrics.jsonl").write_text(text)
+    evaluate_main(["--health", str(folder)])
+    return capsys.readouterr().out
+
+
+def test_odd_rows_of_a_whole_file_get_one_line(tmp_path, capsys):
+    def lines(*rows: dict) -> str:
+        return "".join(json.dumps(row) + "\n" for row in rows)
+
+    bare = [{"step": step, "phase": "ppo"} for step in range(1, 40)]  # no metric at all
+    assert health_of(tmp_path, lines(*bare), capsys) == "verdict: healthy (skipped updates 0)\n"
+    for n, rows in ((1, healthy_rows()[:1]), (0, healthy_rows()[-1:] * 50), (29, bare[:29])):
+        said = health_of(tmp_path, lines(*rows), capsys)
+        assert said.startswith(f"verdict: too short to tell (steps: {n}; a verdict needs 30)")
+        assert said.count("\n") == 1
+    silent = [row | {"ppo/response_length": 0} for row in bare]  # 0 divides nothing
+    assert health_of(tmp_path, lines(*silent), capsys).startswith("verdict: healthy")
+    longer = [row | {"ppo/response_length": 0 if row["step"] < 20 else 9} for row in bare]
+    assert "changed their length" in health_of(tmp_path, lines(*longer), capsys)
+    mine = [{"step": row["step"], "phase": "a b/c", "a b/c/kl": 80.0} for row in bare]
+    assert "the KL is above 50" in health_of(tmp_path, lines(*mine), capsys)
+    torn = lines(*bare) + '{"step": 40, "pha'  # a crash: the last line is not complete
+    assert health_of(tmp_path, torn, capsys).startswith("verdict: healthy")
+    for text in ("", '{"step": 1, "pha'):
+        with pytest.raises(SystemExit):
+            health_of(tmp_path, text, capsys)
+        assert "has no complete line yet" in capsys.readouterr().err
+
+
+# ---- curves
+
+
+def test_smooth_curves_are_means_over_both_sides():
+    rng = np.random.default_rng(3)
+    for n in (1, 2, 24, 25, 77):
+        values = rng.normal(size=n)
+        for i, found in enumerate(plot.smooth(values)):
+            half = min(i, n // plot.SMOOTH)
+            assert found == pytest.approx(np.mean(values[i - half : i + half + 1]))
+
+
+def test_bands_are_whole_phases_or_coarse_where_they_alternate():
+    assert doctest.testmod(plot).failed == 0
+    phases = ["sft"] * 300 + ["ppo", "sft"] * 200 + ["ppo"] * 100 + ["ppo", "mine"] * 2
+    rows = [{"step": step + 1, "phase": phase} for step, phase in enumerate(phases)]
+    rows.insert(100, {"step": 100, "phase": "eval"})
+    assert plot.bands(rows) == [
+        (0, 300, "SFT"),
+        (300, 700, "SFT and PPO"),
+        (700, 801, "PPO"),
+        (801, 804, "PPO and MINE"),
+    ]
+    assert plot.bands(rows[100:101]) == [] and plot.bands([]) == []
+
+
+def figure_of(rows: list[dict], path: Path, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason="optional: pip install matplotlib")
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+    plot.plot(rows, path, "here")
+    figure = pyplot.gcf()
+    monkeypatch.undo()
+    pyplot.close(figure)
+    return figure
+
+
+def test_the_curves_of_each_phase_are_drawn_and_explained(tmp_path, monkeypatch):
+    update = {"grpo/group_std": 0.3, "grpo/kl_loss": 0.1}
+    pairs = {"dpo/loss": 0.6, "dpo/chosen_reward": 0.1, "dpo/rejected_reward": -0.2}
+    rows = [row | pairs if row["phase"] == "dpo" else row for row in healthy_rows()]
+    rows = [row | update if row["phase"] == "ppo" else row for row in rows]
+    rows = [row | {"step": step} for step, row in enumerate(rows, start=1)]
+    figure = figure_of(rows, tmp_path / "curves.png", monkeypatch)
     assert (tmp_path / "curves.png").stat().st_size > 10_000
+    assert figure.get_suptitle() == "Run here: 30 SFT, 30 PPO, 30 DPO steps"
+    said = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert {"faint line: every step", "line: the same, smoothed", "dots: evaluations"} <= set(said)
+    assert "shaded: SFT and PPO and DPO steps" in said
+    labels = {}  # of each panel: what its legend names
+    for axis in figure.axes:
+        labels[axis.get_ylabel()] = [text.get_text() for text in axis.get_legend().get_texts()]
+        box = axis.get_legend().get_window_extent()
+        assert box.x0 >= axis.get_window_extent().x1, "beside the curves, not over them"
+        assert len(axis.collections) == len(said) - 3, "all bands of a kind are one object"
+    assert figure.axes[-1].get_xlabel() == "step"
+    assert labels["NLL, nats a token"] == ["sft/loss", "eval/nll"]
+    assert ["grpo/group_std"] in labels.values() and ["grpo/kl_loss"] in labels.values()
+    assert ["dpo/chosen_reward", "dpo/rejected_reward"] in labels.values()
+    # a raw curve is faint, a smoothed one is not, an evaluation has dots
+    raw, smoothed, evaluations = figure.axes[1].lines
+    assert raw.get_alpha() < 0.5 and smoothed.get_alpha() is None
+    assert raw.get_linewidth() < smoothed.get_linewidth() and evaluations.get_marker() == "o"
+    assert np.allclose(smoothed.get_ydata(), plot.smooth(raw.get_ydata()))
+
+
+def test_eight_thousand_rows_are_drawn_in_seconds(tmp_path, monkeypatch):
+    rows = []
+    for step in range(1, 8001):
+        rows.append({"step": step, "phase": "sft", "sft/loss": 2.0})
+        if step > 2400 and step % 2:
+            rows[-1] = {"step": step, "phase": "ppo", "ppo/score": 0.5, "ppo/kl": 2.0}
+    started = time.perf_counter()
+    figure = figure_of(rows, tmp_path / "curves.png", monkeypatch)
+    drawn = sum(len(c.get_paths()) for axis in figure.axes for c in axis.collections)
+    assert drawn == 2 * len(figure.axes)  # SFT, then both: not a span for each row
+    assert time.perf_counter() - started < 60
+
+
+def test_a_run_with_nothing_to_draw_is_one_line(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="optional: pip install matplotlib")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "phase": "mine", "mine/x": 2}\n')
+    with pytest.raises(SystemExit):
+        evaluate_main(["--plot", str(tmp_path)])
+    assert "has no metric that --plot draws" in capsys.readouterr().err
 
 
 def test_a_missing_matplotlib_says_what_to_install(tmp_path, capsys, monkeypatch):
