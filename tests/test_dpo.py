@@ -355,10 +355,34 @@ def test_the_same_scores_of_turns_in_other_columns_have_no_advantage(monkeypatch
     assert not seen[0].advantages.any()
 
 
+def test_a_step_compares_the_sums_of_rows_within_their_group(monkeypatch):
+    """Two prompts, three responses each; the second response has no score."""
+    mask = torch.tensor(
+        [[0, 1, 1, 0], [0] * 4, [0, 0, 1, 0], [0, 1, 1, 1], [0, 1, 0, 1], [0, 1] * 2]
+    )
+    rewards = torch.zeros(6, 4)
+    rewards[:, 3] = torch.tensor([0.7, 0.0, -0.4, 1.1, 2.3, -0.2])
+    rewards[:, 1] = torch.tensor([0.5, 0.0, 0.0, -0.3, 0.1, 0.4])
+    zero, mask = torch.zeros(6, 4), mask.bool()
+    rollout = Rollout(zero.long(), mask | True, mask, zero, zero, zero, rewards, zero, zero)
+    seen = []
+    monkeypatch.setattr("grpo.update_epochs", lambda m, r, o, f, **kw: seen.append((r, kw)) or {})
+    metrics = grpo_step(None, rollout, None, group_size=3)
+    grpo_step(None, rollout, None, group_size=3, ppo_epochs=3, minibatches=4, target_kl=0.5)
+    sums = [0.8, 2.4, 0.2]  # of the second group; the first has 1.2 and -0.4
+    mean = sum(sums) / 3
+    std = math.sqrt(sum((x - mean) ** 2 for x in sums) / 3)
+    expected = torch.tensor([1.0, 0.0, -1.0, *[(x - mean) / std for x in sums]])[:, None] * mask
+    torch.testing.assert_close(seen[0][0].advantages, expected, atol=1e-5, rtol=0)
+    assert metrics == {"grpo/group_std": pytest.approx(std)}, "only of the group that is complete"
+    assert seen[0][1] == dict(ppo_epochs=1, minibatches=1)
+    assert seen[1][1] == dict(ppo_epochs=3, minibatches=4, target_kl=0.5)
+
+
 def test_grpo_loss_is_the_papers_objective_token_by_token():
     generator = torch.Generator().manual_seed(0)
     new, old, ref = (torch.randn(3, 5, generator=generator) * 0.3 for _ in range(3))
-    advantages = torch.tensor([1.0, -1.0, 0.5])[:, None].expand(3, 5)
+    advantages = torch.tensor([1.3, -0.9, 0.4])[:, None].expand(3, 5)
     mask = torch.tensor([[0, 1, 1, 0, 0], [0, 0, 1, 1, 1], [0, 1, 0, 0, 0]]).bool()
     total = 0.0
     for b in range(3):
@@ -371,6 +395,9 @@ def test_grpo_loss_is_the_papers_objective_token_by_token():
                 total += -min(ratio * a, clipped * a) + 0.04 * (math.exp(d) - d - 1)
     loss, stats = grpo_loss(new, old, ref, advantages, mask)
     assert loss.item() == pytest.approx(total / mask.sum().item(), rel=1e-5)
+    policy_loss, other = loss.item() - 0.04 * stats["kl_loss"].item(), 0.7
+    loss, _ = grpo_loss(new, old, ref, advantages, mask, kl_coef=other)
+    assert loss.item() == pytest.approx(policy_loss + other * stats["kl_loss"].item(), rel=1e-5)
     assert stats["kl_loss"].item() == pytest.approx(
         kl_estimate(new, ref, "k3")[mask].mean().item(), rel=1e-5
     )
