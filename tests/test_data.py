@@ -252,7 +252,7 @@ def test_a_hash_is_that_of_the_published_example():
         ([0.3, 0.1, 0.9], 0.1, [1]),  # nobody below the limit: the smallest
         ([0.3, 0.2, 0.9, 0.2], 0.1, [1, 3]),
         ([0.03, 0.02, 0.09], 0.1, [1]),  # nobody above it
-        ([0.03, 0.1], 0.1, [0]),
+        ([0.03, 0.05, 0.1], 0.1, [0, 1]),
     ],
 )
 def test_the_side_of_a_prompt_by_its_hash(hashes, holdout, held_out, monkeypatch):
@@ -358,6 +358,14 @@ def test_the_command_says_what_a_file_becomes(tmp_path, capsys):
         re.fullmatch(r"30 examples, \d of them held out, 0 without a target", counts)
         and "touch, as in 'Was ist 0?Eine Zahl'" in note
     )
+
+
+def test_the_command_reads_the_reviews_or_a_source_of_several_words(capsys, tmp_path):
+    main(["--limit", "30"])
+    assert "30 examples, " in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "nowhere"), "a", "b", "c"])
+    assert "nowhere" in capsys.readouterr().err
 
 
 def test_the_command_fits_rows_into_the_context_of_a_model(tmp_path, capsys, tiny_folder):

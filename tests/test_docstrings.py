@@ -37,6 +37,8 @@ def test_a_function_called_by_hand_does_what_the_command_does(module):
     """A default in a signature is the default of the flag of that name."""
     flags = vars(parse_args([], ALGORITHMS)) | PAPER.get(module.__name__, {})
     functions = inspect.getmembers(module, inspect.isfunction)
+    for _, kind in inspect.getmembers(module, inspect.isclass):
+        functions += inspect.getmembers(kind, inspect.isfunction)
     defaults = [
         (name, key, parameter.default)
         for name, function in functions

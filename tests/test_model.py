@@ -8,6 +8,7 @@ from conftest import ARCHITECTURES, build_lm, ragged_batch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hybrid
+import parallel
 from data import make_batch
 from engine import UserError
 from hybrid import HybridModel, forward_rows, masked_mean
@@ -313,6 +314,21 @@ def test_rows_in_micro_batches_come_back_in_their_order(model, size):
     )
 
 
+def test_a_process_without_rows_gets_the_scores_of_the_others(monkeypatch):
+    """As the second of two processes sees it, where the first has all rows."""
+    model, gathered = HybridModel(build_lm("llama")), []
+    batch = make_batch(None, *ragged_batch(rows=3), max_length=32)
+    expected = forward_rows(model, batch, 2)
+    monkeypatch.setattr(parallel, "world", lambda: 2)
+    monkeypatch.setattr(parallel, "share", lambda rows: rows)
+    monkeypatch.setattr(parallel, "gather", lambda rows: gathered.extend(rows) or rows)
+    forward_rows(model, batch, 2)
+    monkeypatch.setattr(parallel, "share", lambda rows: rows[:0])
+    monkeypatch.setattr(parallel, "gather", lambda rows: rows + gathered)
+    for x, y in zip(forward_rows(model, batch, 2), expected, strict=True):
+        torch.testing.assert_close(x, y)
+
+
 def test_a_precision_is_used_where_it_is_asked_for_and_scores_stay_float32(model):
     batch = make_batch(None, *ragged_batch(rows=3), max_length=32)
     inputs = batch.input_ids, batch.attention_mask, batch.response_mask
@@ -341,6 +357,17 @@ def test_saved_folder_is_a_plain_hugging_face_folder(tiny, tmp_path):
     assert all(
         torch.equal(x, y) for x, y in zip(model.parameters(), again.parameters(), strict=True)
     )
+
+
+def test_two_models_are_merged_in_equal_parts_into_a_folder_that_has_to_be_named(
+    tiny_folder, tmp_path, capsys
+):
+    merge = ["merge", str(tiny_folder), str(tiny_folder)]
+    hybrid.main([*merge, "--out", str(tmp_path / "merged")])
+    assert f"0.5 x {tiny_folder} + 0.5 x {tiny_folder}" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as caught:
+        hybrid.main(merge)
+    assert caught.value.code == 2 and "--out" in capsys.readouterr().err
 
 
 def test_weights_are_loaded_as_float32_even_if_saved_in_half(tiny, tmp_path):
