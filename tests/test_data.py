@@ -75,6 +75,7 @@ def test_truncation_takes_the_prompts_left_then_the_targets_right():
         ([[]], [[1]], 8, "row 0 has an empty prompt"),
         ([[1]], [[]], 8, "empty response"),
         ([[1]], [[1]], 1, "max_length is 1"),
+        ([[1]], [[1], [2]], 8, "zip"),
     ],
 )
 def test_rows_that_cannot_be_scored_are_refused(prompts, responses, length, message):
@@ -349,14 +350,15 @@ def test_reviews_are_deterministic_parse_and_are_mixed():
 
 def test_the_command_says_what_a_file_becomes(tmp_path, capsys):
     (tmp_path / "d.csv").write_text(
-        "id,Frage,Antwort\n" + "".join(f"{i},Was ist {i}?,Eine Zahl\n" for i in range(30))
+        "id,Frage,Antwort\n" + "".join(f"{i},Wofür ist {i}?,Eine Zahl\n" for i in range(30)),
+        encoding="utf-8",
     )
     main([str(tmp_path / "d.csv"), "--prompt-field", "Frage", "--target-field", "Antwort"])
     *records, counts, note = capsys.readouterr().out.splitlines()
-    assert len(records) == 3 and '"prompt": "Was ist 0?"' in records[0]
+    assert len(records) == 3 and '"prompt": "Wofür ist 0?"' in records[0]
     assert (
         re.fullmatch(r"30 examples, \d of them held out, 0 without a target", counts)
-        and "touch, as in 'Was ist 0?Eine Zahl'" in note
+        and "touch, as in 'Wofür ist 0?Eine Zahl'" in note
     )
 
 
@@ -385,6 +387,8 @@ def test_the_command_fits_rows_into_the_context_of_a_model(tmp_path, capsys, tin
     main([*argv, "--max-length", "20", "--max-new-tokens", "19"])
     out = capsys.readouterr().out
     assert "prompt 1 tokens, " in out and "answer 19 tokens, " in out
+    main([*argv, "--max-length", "3", "--max-new-tokens", "2"])
+    assert "prompt 1 tokens, " in capsys.readouterr().out
     for flags in ("--max-length 20 --max-new-tokens 20", "--max-new-tokens 64", "--max-length 1"):
         with pytest.raises(SystemExit) as caught:
             main([*argv, *flags.split()])

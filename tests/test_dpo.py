@@ -254,6 +254,9 @@ def test_where_preferences_come_from(tmp_path):
         raw=False, template_args={},
     )  # fmt: skip
     assert [pair.prompt for pair in preference_pairs(args)] == ["q0", "q1", "q2"]
+    args.preference_data = str(tmp_path / "none.jsonl")
+    with pytest.raises(UserError, match="--preference-data .*none.jsonl"):
+        preference_pairs(args)
     args.preference_data = None
     assert preference_pairs(args) == []
     args.data = "reviews"

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import ARCHITECTURES, build_lm, ragged_batch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import hybrid
 import parallel
@@ -365,6 +365,13 @@ def test_two_models_are_merged_in_equal_parts_into_a_folder_that_has_to_be_named
     merge = ["merge", str(tiny_folder), str(tiny_folder)]
     hybrid.main([*merge, "--out", str(tmp_path / "merged")])
     assert f"0.5 x {tiny_folder} + 0.5 x {tiny_folder}" in capsys.readouterr().out
+    # Weights of equal shapes, read by another number of heads
+    config = AutoConfig.from_pretrained(tiny_folder, n_head=4)
+    other = HybridModel(AutoModelForCausalLM.from_config(config))
+    other.save(tmp_path / "four", AutoTokenizer.from_pretrained(tiny_folder))
+    with pytest.raises(SystemExit):
+        hybrid.main([*merge[:2], str(tmp_path / "four"), "--out", str(tmp_path / "m")])
+    assert "n_head is 2 in one, 4 in the other" in capsys.readouterr().err
     with pytest.raises(SystemExit) as caught:
         hybrid.main(merge)
     assert caught.value.code == 2 and "--out" in capsys.readouterr().err
