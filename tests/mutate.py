@@ -29,22 +29,34 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# The tests of each file, pure functions first: most mutants die within a second. Nothing here may
-# look at the text of the code: a mutant is noticed by what it does.
-MERGES = [
-    f"test_runs.py::test_{name}"
-    for name in ("merging_is_the_average_and_tied_weights_stay_tied", "the_merge_command")
-]
+MERGING = "test_runs.py::test_merging_is_the_average_and_tied_weights_stay_tied"
+MERGE_COMMAND = "test_runs.py::test_the_merge_command"
+MIXING = "test_schedules.py::test_mixed_gradient_is_the_weighted_sum_of_the_two"
+# The tests of each file, pure functions first: most mutants die within a second. None of them looks
+# at the text of the code: a mutant is noticed by what it does.
 NEAREST = {
-    "ppo.py": ["test_ppo_math.py", "test_docstrings.py", "test_steps.py", "test_dialogue.py"],
+    "ppo.py": [
+        "test_ppo_math.py",
+        "test_docstrings.py",
+        MIXING,
+        "test_steps.py",
+        "test_dialogue.py",
+    ],
     "grpo.py": ["test_dpo.py", "test_docstrings.py"],
     "dpo.py": ["test_dpo.py", "test_docstrings.py"],
     "sft.py": ["test_docstrings.py", "test_steps.py", "test_model.py"],
     "generate.py": ["test_generate.py", "test_docstrings.py"],
-    "hybrid.py": ["test_docstrings.py", "test_model.py", *MERGES, "test_generate.py"],
+    "hybrid.py": [
+        "test_docstrings.py",
+        "test_model.py",
+        MERGING,
+        MERGE_COMMAND,
+        "test_generate.py",
+    ],
     "data.py": ["test_data.py", "test_docstrings.py", "test_survey.py", "test_chat.py"],
 }
-# Loaded once; each mutant is tested in a fork. Nothing of the repository: the fork loads that.
+# What most tests load, loaded once: each mutant is tested in a fork of this process, which loads
+# the files of the repository itself.
 PRELOAD = ["datasets", "numpy.testing", "torch", "transformers.integrations.mistral"]
 PRELOAD += [f"transformers.models.{name}.modeling_{name}" for name in ("gpt2", "llama")]
 SWAPS = {}  # class of the operator -> how it is written, what it becomes
