@@ -31,6 +31,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 MERGING = "test_runs.py::test_merging_is_the_average_and_tied_weights_stay_tied"
 MERGE_COMMAND = "test_runs.py::test_the_merge_command"
+DEVICES = "test_machines.py::test_no_tensor_is_made_where_the_model_is_not"
 MIXING = "test_schedules.py::test_mixed_gradient_is_the_weighted_sum_of_the_two"
 # The tests of each file, pure functions first: most mutants die within a second. None of them looks
 # at the text of the code: a mutant is noticed by what it does.
@@ -39,18 +40,20 @@ NEAREST = {
         "test_ppo_math.py",
         "test_docstrings.py",
         MIXING,
+        DEVICES,
         "test_steps.py",
         "test_dialogue.py",
     ],
-    "grpo.py": ["test_dpo.py", "test_docstrings.py"],
-    "dpo.py": ["test_dpo.py", "test_docstrings.py"],
-    "sft.py": ["test_docstrings.py", "test_steps.py", "test_model.py"],
-    "generate.py": ["test_generate.py", "test_docstrings.py"],
+    "grpo.py": ["test_dpo.py", "test_docstrings.py", DEVICES],
+    "dpo.py": ["test_dpo.py", "test_docstrings.py", DEVICES],
+    "sft.py": ["test_docstrings.py", DEVICES, "test_steps.py", "test_model.py"],
+    "generate.py": ["test_generate.py", "test_docstrings.py", DEVICES],
     "hybrid.py": [
         "test_docstrings.py",
         "test_model.py",
         MERGING,
         MERGE_COMMAND,
+        DEVICES,
         "test_generate.py",
     ],
     "data.py": ["test_data.py", "test_docstrings.py", "test_survey.py", "test_chat.py"],
