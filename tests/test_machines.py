@@ -50,7 +50,7 @@ def test_no_tensor_is_made_where_the_model_is_not(model, tiny, monkeypatch):
     batch = make_batch(None, *ragged_batch(), max_length=32)
     rollout, pairs, prompts = random_rollout(model), pair_batch(model), ragged_batch()[0]
     optimizer, size = torch.optim.SGD(model.parameters(), lr=1e-3), {"micro_batch_size": 3}
-    policy, tokenizer = HybridModel(tiny[0]), tiny[1]
+    policy, tokenizer, hidden = HybridModel(tiny[0]), tiny[1], torch.ones(2, 32)
     reference, shuffle = policy.frozen_copy(), torch.randperm
 
     def on_cpu(*args):
@@ -69,15 +69,20 @@ def test_no_tensor_is_made_where_the_model_is_not(model, tiny, monkeypatch):
         grpo_step(model, rollout, optimizer, group_size=2, **size)
         dpo_step(model, pairs, optimizer, **size)
         forward_rows(model, batch, 3)
+        inputs = batch.input_ids, batch.attention_mask, batch.response_mask
+        results = [*model(*inputs, entropy=False), *HybridModel(model.lm).parameters()]
+        results += model._score(hidden, batch.input_ids[0, :2], 1.0, entropy=False)
         for temperature in (0, 0.7):
             options = dict(max_new_tokens=5, eos_token_id=[2, 3, 4], temperature=temperature)
             generate(model, prompts, **options)
         model._cache_name = None
         generate(model, prompts, **options)
-        collected, _ = ppo.collect_rollout(
+        collected, metrics = ppo.collect_rollout(
             policy, reference, tokenizer, REVIEWS[:4], scores, **limits
         )
-    assert collected.rewards.device.type == "cpu" and collected.rewards.isfinite().all()
+    results += list(vars(collected).values())
+    assert {result.device.type for result in results} == {"cpu"}
+    assert metrics["ppo/sampler_gap"] < 1e-4 and collected.rewards.isfinite().all()
 
 
 @pytest.mark.parametrize(
