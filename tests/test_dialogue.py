@@ -138,6 +138,7 @@ def test_the_sampler_equals_the_scorer_over_all_turns(policy):
         **LENGTHS,
     )
     assert metrics["ppo/sampler_gap"] < 1e-4 and metrics["ppo/kl"] == pytest.approx(0, abs=1e-6)
+    assert metrics["ppo/turns"] == 2.0, "three, two and one"
     spans = [(row[1:] & ~row[:-1]).sum().item() for row in rollout.response_mask]
     assert spans == [3, 2, 1], "the user's turns are not the policy's"
     metrics = ppo_step(
@@ -160,9 +161,10 @@ def test_one_score_at_the_end_or_one_for_each_turn(policy):
         for i, e in enumerate(examples)
     ]
     options = dict(kl_coef=0.0, turns=2, user=scripted_user, **LENGTHS)
-    rollout, _ = collect_rollout(
+    rollout, metrics = collect_rollout(
         model, model.frozen_copy(), tokenizer, examples, reward, generator=seeded(), **options
     )
+    assert metrics["ppo/turns"] == 1.5 and metrics["ppo/response_length"] > 1
     last = [int(row.nonzero()[-1]) for row in rollout.response_mask]
     assert rollout.rewards.nonzero().tolist() == [
         [0, last[0]],

@@ -1,18 +1,31 @@
 """DPO and GRPO, the two forks: closed forms, the papers' gradients, and what they learn."""
 
+import argparse
 import copy
+import json
 import math
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import build_lm, ragged_batch
 
 from data import BLAME, PRAISE, Pair, is_fluent_review, make_batch, make_reviews, review_pairs
-from dpo import PairBatch, dpo_loss, dpo_step, preference_batch
+from dpo import (
+    PairBatch,
+    add_flags,
+    dpo_loss,
+    dpo_step,
+    measure_pairs,
+    preference_batch,
+    preference_pairs,
+)
+from engine import UserError
 from grpo import group_advantages, grpo_loss, grpo_step
 from hybrid import HybridModel
 from ppo import Rollout, kl_estimate
+from references import ReferenceMixture
 from runs import read_rows
 from train import main
 
@@ -116,6 +129,143 @@ def test_dpo_step_pairs_the_right_rows_whatever_the_micro_batches():
             torch.testing.assert_close(before - after, gradient, atol=1e-6, rtol=1e-4)
 
 
+def test_a_pair_is_two_rows_and_as_long_as_its_longer_one():
+    """Lengths of prompt, chosen, rejected: 2, 3, 1; 1, 2, 5; 3, 1, 4."""
+    prompts, chosen, rejected = [[5, 6], [5], [5, 6, 7]], [[8] * 3, [8] * 2, [8]], [[9], [9] * 5]
+    batch = make_batch(None, prompts * 2, [*chosen, *rejected, [9] * 4], max_length=32)
+    reference = torch.arange(6.0)[:, None] * batch.response_mask
+    pairs = PairBatch(**vars(batch), ref_logprobs=reference)
+    assert len(pairs) == 3 and pairs.lengths().tolist() == [5, 6, 7]
+    index = torch.tensor([2, 0])
+    assert pairs.weight(index) == 2.0
+    part = pairs.rows(index)
+    assert part.input_ids[:, 1:5].tolist() == [
+        [6, 7, 8, 0],
+        [6, 8, 8, 8],
+        [6, 7, 9, 9],
+        [6, 9, 0, 0],
+    ]
+    assert part.ref_logprobs.max(1).values.tolist() == [2, 0, 5, 3] and len(part) == 2
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_what_a_step_reports_pair_by_pair(smoothing):
+    model = HybridModel(build_lm("llama"))
+    batch = pair_batch(model, rows=4)
+    batch.ref_logprobs[3] -= 1.3 * batch.response_mask[3]  # surely a win
+    with torch.no_grad():
+        inputs = batch.input_ids, batch.attention_mask, batch.response_mask
+        rewards = (0.7 * (model(*inputs).logprobs - batch.ref_logprobs).sum(1)).tolist()
+    chosen, rejected = rewards[:4], rewards[4:]
+    losses = []
+    for margin in [c - r for c, r in zip(chosen, rejected)]:
+        swapped = math.log1p(math.exp(-abs(margin))) + max(margin, 0)
+        losses.append((1 - smoothing) * (swapped - margin) + smoothing * swapped)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    options = dict(beta=0.7, micro_batch_size=3)
+    if smoothing:
+        options["label_smoothing"] = smoothing
+    metrics = dpo_step(model, batch, optimizer, **options)
+    wins = sum(c > r for c, r in zip(chosen, rejected))
+    assert 0 < wins < 4 and metrics["dpo/accuracy"] == pytest.approx(wins / 4)
+    assert metrics["dpo/loss"] == pytest.approx(sum(losses) / 4, rel=1e-4)
+    assert metrics["dpo/chosen_reward"] == pytest.approx(sum(chosen) / 4, rel=1e-4)
+    assert metrics["dpo/rejected_reward"] == pytest.approx(sum(rejected) / 4, rel=1e-4)
+    margin = (sum(chosen) - sum(rejected)) / 4
+    assert metrics["dpo/margin"] == pytest.approx(margin, rel=1e-4)
+
+
+PAIRS = [
+    Pair("the plot was", " warm .", " dull and flat ."),
+    Pair("the music", " was really fresh .", " was weak ."),
+    Pair("the cast was quite", " moving and clever .", " boring ."),
+    Pair("the ending", " was good .", " was bad and slow ."),
+    Pair("the", " story was sharp .", " story was messy ."),
+]
+
+
+def a_policy_and_a_reference(tiny) -> tuple[HybridModel, HybridModel]:
+    policy = HybridModel(copy.deepcopy(tiny[0]))
+    reference = policy.frozen_copy()
+    with torch.no_grad():
+        reference.lm.model.norm.weight.add_(torch.linspace(-0.9, 0.7, 192))
+    return policy, reference
+
+
+def test_held_out_pairs_are_measured_one_by_one(tiny):
+    """Three batches, the last with one pair; the numbers of a batch of one pair at a time."""
+    (policy, reference), tokenizer = a_policy_and_a_reference(tiny), tiny[1]
+    margins = []
+    for pair in PAIRS:
+        pair_alone = preference_batch(tokenizer, reference, [pair], 64)
+        step = dpo_step(policy, pair_alone, torch.optim.SGD(policy.parameters(), lr=0.0), beta=0.3)
+        margins.append(step["dpo/margin"])
+    wins = sum(margin > 0 for margin in margins)
+    assert 0 < wins < 5, "otherwise a turned sign does not show"
+    run = SimpleNamespace(
+        model=policy, reference=reference, tokenizer=tokenizer, held_out_pairs=PAIRS,
+        limits={"max_length": 64},
+    )  # fmt: skip
+    args = SimpleNamespace(batch_size=2, micro_batch_size=3, beta=0.3)
+    metrics = measure_pairs(run, args)
+    assert metrics["eval/preference_accuracy"] == wins / 5
+    assert metrics["eval/preference_margin"] == pytest.approx(sum(margins) / 5, rel=1e-4)
+    run.reference, run.held_out_pairs = policy.frozen_copy(), PAIRS
+    metrics = measure_pairs(run, args)
+    assert metrics["eval/preference_accuracy"] == 0, "equal rewards are no win"
+    for change in ({"reference": None}, {"held_out_pairs": []}):
+        assert measure_pairs(SimpleNamespace(**{**vars(run), **change}), args) == {}
+
+
+def test_a_prompt_of_a_length_of_its_own_and_answers_cut_to_what_remains(tiny):
+    _, tokenizer = tiny
+    pair = Pair("the plot was and the cast was", " warm .", " dull and flat and boring and weak .")
+    batch = preference_batch(tokenizer, HybridModel(tiny[0]), [pair], 9, max_prompt_length=4)
+    prompt = tokenizer(pair.prompt).input_ids[-4:]
+    rows = [ids[real].tolist() for ids, real in zip(batch.input_ids, batch.attention_mask)]
+    assert rows[0] == prompt + tokenizer(" warm .").input_ids + [tokenizer.eos_token_id]
+    assert rows[1] == prompt + tokenizer(pair.rejected).input_ids[:5]
+
+
+def test_a_reference_that_is_a_mixture_scores_both_sides(tiny):
+    (policy, reference), tokenizer = a_policy_and_a_reference(tiny), tiny[1]
+    mixture = ReferenceMixture({"a": policy, "b": reference}, {"a": 1.0, "b": 1.0})
+    named = [
+        Pair(pair.prompt, pair.chosen, pair.rejected, columns={"reference": name})
+        for pair, name in zip(PAIRS, "abaab")
+    ]
+    batch = preference_batch(tokenizer, mixture, named, 64, micro_batch_size=3)
+    for i, name in enumerate("abaababaab"):
+        alone = preference_batch(tokenizer, {"a": policy, "b": reference}[name], PAIRS, 64)
+        torch.testing.assert_close(batch.ref_logprobs[i], alone.ref_logprobs[i], atol=1e-4, rtol=0)
+
+
+def test_where_preferences_come_from(tmp_path):
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    assert parser.parse_args(["--beta", "0.001"]).beta == 0.001
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--beta", "0"])
+    path = tmp_path / "p.jsonl"
+    rows = [{"prompt": f"q{i}", "chosen": "yes", "rejected": "no"} for i in range(3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    args = SimpleNamespace(
+        preference_data=str(path), data=None, algorithm="dpo", encoding="utf-8", strict=False,
+        raw=False, template_args={},
+    )  # fmt: skip
+    assert [pair.prompt for pair in preference_pairs(args)] == ["q0", "q1", "q2"]
+    args.preference_data = str(tmp_path / "none.jsonl")
+    with pytest.raises(UserError, match="--preference-data .*none.jsonl"):
+        preference_pairs(args)
+    args.preference_data = None
+    assert preference_pairs(args) == []
+    args.data = "reviews"
+    assert preference_pairs(args) == []
+    args.data = "d.jsonl"
+    with pytest.raises(UserError, match="give --preference-data"):
+        preference_pairs(args)
+
+
 def test_preferences_are_encoded_like_demonstrations(tiny):
     lm, tokenizer = tiny
     model = HybridModel(lm)
@@ -131,6 +281,7 @@ def test_preferences_are_encoded_like_demonstrations(tiny):
     assert metrics["dpo/loss"] == pytest.approx(math.log(2), abs=1e-5), (
         "policy and reference are equal"
     )
+    assert metrics["dpo/accuracy"] == 0, "a tie is no win"
 
 
 def test_built_in_pairs_differ_in_their_judgement_alone():
@@ -207,10 +358,34 @@ def test_the_same_scores_of_turns_in_other_columns_have_no_advantage(monkeypatch
     assert not seen[0].advantages.any()
 
 
+def test_a_step_compares_the_sums_of_rows_within_their_group(monkeypatch):
+    """Two prompts, three responses each; the second response has no score."""
+    mask = torch.tensor(
+        [[0, 1, 1, 0], [0] * 4, [0, 0, 1, 0], [0, 1, 1, 1], [0, 1, 0, 1], [0, 1] * 2]
+    )
+    rewards = torch.zeros(6, 4)
+    rewards[:, 3] = torch.tensor([0.7, 0.0, -0.4, 1.1, 2.3, -0.2])
+    rewards[:, 1] = torch.tensor([0.5, 0.0, 0.0, -0.3, 0.1, 0.4])
+    zero, mask = torch.zeros(6, 4), mask.bool()
+    rollout = Rollout(zero.long(), mask | True, mask, zero, zero, zero, rewards, zero, zero)
+    seen = []
+    monkeypatch.setattr("grpo.update_epochs", lambda m, r, o, f, **kw: seen.append((r, kw)) or {})
+    metrics = grpo_step(None, rollout, None, group_size=3)
+    grpo_step(None, rollout, None, group_size=3, ppo_epochs=3, minibatches=4, target_kl=0.5)
+    sums = [0.8, 2.4, 0.2]  # of the second group; the first has 1.2 and -0.4
+    mean = sum(sums) / 3
+    std = math.sqrt(sum((x - mean) ** 2 for x in sums) / 3)
+    expected = torch.tensor([1.0, 0.0, -1.0, *[(x - mean) / std for x in sums]])[:, None] * mask
+    torch.testing.assert_close(seen[0][0].advantages, expected, atol=1e-5, rtol=0)
+    assert metrics == {"grpo/group_std": pytest.approx(std)}, "only of the group that is complete"
+    assert seen[0][1] == dict(ppo_epochs=1, minibatches=1)
+    assert seen[1][1] == dict(ppo_epochs=3, minibatches=4, target_kl=0.5)
+
+
 def test_grpo_loss_is_the_papers_objective_token_by_token():
     generator = torch.Generator().manual_seed(0)
     new, old, ref = (torch.randn(3, 5, generator=generator) * 0.3 for _ in range(3))
-    advantages = torch.tensor([1.0, -1.0, 0.5])[:, None].expand(3, 5)
+    advantages = torch.tensor([1.3, -0.9, 0.4])[:, None].expand(3, 5)
     mask = torch.tensor([[0, 1, 1, 0, 0], [0, 0, 1, 1, 1], [0, 1, 0, 0, 0]]).bool()
     total = 0.0
     for b in range(3):
@@ -223,6 +398,9 @@ def test_grpo_loss_is_the_papers_objective_token_by_token():
                 total += -min(ratio * a, clipped * a) + 0.04 * (math.exp(d) - d - 1)
     loss, stats = grpo_loss(new, old, ref, advantages, mask)
     assert loss.item() == pytest.approx(total / mask.sum().item(), rel=1e-5)
+    policy_loss, other = loss.item() - 0.04 * stats["kl_loss"].item(), 0.7
+    loss, _ = grpo_loss(new, old, ref, advantages, mask, kl_coef=other)
+    assert loss.item() == pytest.approx(policy_loss + other * stats["kl_loss"].item(), rel=1e-5)
     assert stats["kl_loss"].item() == pytest.approx(
         kl_estimate(new, ref, "k3")[mask].mean().item(), rel=1e-5
     )

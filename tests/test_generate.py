@@ -72,6 +72,8 @@ def test_rows_that_ended_leave_the_batch_and_the_rest_goes_on_unharmed(
     )
     assert len(set(sizes)) > 3 and sizes[0] == 32 and sizes == sorted(sizes, reverse=True)
     assert len({len(response) for response in generation.responses}) > 3
+    for response in generation.responses:
+        assert EOS not in response[:-1] and (response[-1] == EOS or len(response) == 20)
     for seen, scored in zip(
         generation.logprobs, rescored(model, prompts, generation.responses, 1.0), strict=True
     ):
@@ -108,7 +110,11 @@ def test_greedy_equals_hugging_face_one_prompt_at_a_time(model):
     """Cache, left padding and positions are right if greedy tokens are those of HF's own loop."""
     prompts, _ = ragged_batch(seed=3)
     options = dict(max_new_tokens=10, eos_token_id=EOS, temperature=0)
-    for prompt, response in zip(prompts, generate(model, prompts, **options).responses):
+    generation = generate(model, prompts, **options)
+    expected = rescored(model, prompts, generation.responses, 1.0)
+    for seen, scored in zip(generation.logprobs, expected, strict=True):
+        torch.testing.assert_close(torch.tensor(seen), torch.tensor(scored), atol=1e-4, rtol=0)
+    for prompt, response in zip(prompts, generation.responses):
         expected = model.lm.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt)).long(),
@@ -189,6 +195,9 @@ def test_training_mode_and_global_random_state_are_left_alone(model):
         model, [[5]], max_new_tokens=3, eos_token_id=EOS, generator=torch.Generator().manual_seed(0)
     )
     assert model.training and torch.equal(state, torch.get_rng_state())
+    model.eval()
+    generate(model, [[5]], max_new_tokens=3, eos_token_id=EOS, temperature=0)
+    assert not model.training
 
 
 def test_a_draw_is_the_first_index_whose_cumulative_probability_exceeds_the_number(monkeypatch):

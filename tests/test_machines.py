@@ -12,16 +12,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAST, ROOT
+from conftest import FAST, REVIEWS, ROOT, ragged_batch
+from test_dpo import pair_batch
+from test_steps import random_rollout
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import checkpoints
+import ppo
+from data import batch_of, make_batch
+from dpo import dpo_step
 from engine import OPTIMIZERS
-from hybrid import HybridModel
+from generate import generate
+from grpo import grpo_step
+from hybrid import HybridModel, forward_rows
 from lm import release_files
 from lock import LOCK_FILE
 from runs import read_rows
+from sft import sft_step
 from train import main
 
 EVERY = [*FAST, "--steps", "4", "--sft-warmup", "1", "--save-every", "2"]  # both phases, saved
@@ -35,6 +43,47 @@ class NoFloat64(TorchDispatchMode):
         for x in tree_leaves(result):
             assert getattr(x, "dtype", None) != torch.float64, f"{func} made a float64 tensor"
         return result
+
+
+def test_no_tensor_is_made_where_the_model_is_not(model, tiny, monkeypatch):
+    """On a GPU a tensor without a device lies on the CPU. Here it lies on "meta", where nothing
+    can be read. Two are made on the CPU on purpose and moved: batches and the order of rows."""
+    batch = make_batch(None, *ragged_batch(), max_length=32)
+    rollout, pairs, prompts = random_rollout(model), pair_batch(model), ragged_batch()[0]
+    optimizer, size = torch.optim.SGD(model.parameters(), lr=1e-3), {"micro_batch_size": 3}
+    policy, tokenizer, hidden = HybridModel(tiny[0]), tiny[1], torch.ones(2, 32)
+    reference, shuffle = policy.frozen_copy(), torch.randperm
+
+    def on_cpu(*args):
+        with torch.device("cpu"):
+            return batch_of(*args)
+
+    def scores(prompts, completions, **columns):
+        return torch.arange(len(completions), dtype=torch.float32, device="cpu")
+
+    monkeypatch.setattr(ppo, "batch_of", on_cpu)
+    monkeypatch.setattr(torch, "randperm", lambda n, **kw: shuffle(n, device="cpu", **kw))
+    limits = dict(kl_coef=0.1, max_length=40, max_new_tokens=5, missing_eos_penalty=0.3)
+    with torch.device("meta"):
+        sft_step(model, batch, optimizer, **size)
+        ppo.ppo_step(model, rollout, optimizer, demonstrations=batch, sft_weight=0.3, **size)
+        grpo_step(model, rollout, optimizer, group_size=2, **size)
+        dpo_step(model, pairs, optimizer, **size)
+        forward_rows(model, batch, 3)
+        inputs = batch.input_ids, batch.attention_mask, batch.response_mask
+        results = [*model(*inputs, entropy=False), *HybridModel(model.lm).parameters()]
+        results += model._score(hidden, batch.input_ids[0, :2], 1.0, entropy=False)
+        for temperature in (0, 0.7):
+            options = dict(max_new_tokens=5, eos_token_id=[2, 3, 4], temperature=temperature)
+            generate(model, prompts, **options)
+        model._cache_name = None
+        generate(model, prompts, **options)
+        collected, metrics = ppo.collect_rollout(
+            policy, reference, tokenizer, REVIEWS[:4], scores, **limits
+        )
+    results += list(vars(collected).values())
+    assert {result.device.type for result in results} == {"cpu"}
+    assert metrics["ppo/sampler_gap"] < 1e-4 and collected.rewards.isfinite().all()
 
 
 @pytest.mark.parametrize(

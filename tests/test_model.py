@@ -5,12 +5,13 @@ import copy
 import pytest
 import torch
 from conftest import ARCHITECTURES, build_lm, ragged_batch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import hybrid
+import parallel
 from data import make_batch
 from engine import UserError
-from hybrid import HybridModel, masked_mean
+from hybrid import HybridModel, forward_rows, masked_mean
 from lm import find_logit_transform, load_lm, pack
 from sft import sft_loss
 
@@ -38,9 +39,9 @@ def test_forward_equals_the_full_logits_path(architecture):
     lm = build_lm(architecture)
     batch = make_batch(None, *ragged_batch(), max_length=32)
     scores = HybridModel(lm)(
-        batch.input_ids, batch.attention_mask, batch.response_mask, temperature=0.7
+        batch.input_ids, batch.attention_mask, batch.response_mask, temperature=1.5
     )
-    logprobs, entropy = full_logits_scores(lm, batch, temperature=0.7)
+    logprobs, entropy = full_logits_scores(lm, batch, temperature=1.5)
     assert logprobs.std() > 0.5, "the oracle must be able to tell tokens apart"
     torch.testing.assert_close(scores.logprobs.double(), logprobs, atol=2e-4, rtol=1e-4)
     torch.testing.assert_close(scores.entropy.double(), entropy, atol=2e-4, rtol=1e-4)
@@ -252,11 +253,15 @@ def test_no_tensor_of_all_logits_is_kept():
     assert max(x.numel() for x in kept) <= 5000 * 64, (
         "one tensor of 960 x 5000 logits would be 4.8 M"
     )
+    assert not [x for x in kept if 5000 in x.shape and 32 not in x.shape], "they are recomputed"
 
 
 def test_a_response_in_column_0_is_refused(model):
-    with pytest.raises(ValueError, match="column 0"):
-        model(torch.ones(1, 3).long(), torch.ones(1, 3).bool(), torch.ones(1, 3).bool())
+    response_mask = torch.tensor([[False, True, True], [True, False, True]])
+    for rows in ([0, 1], [1]):
+        with pytest.raises(ValueError, match="column 0"):
+            ids = torch.ones(len(rows), 3)
+            model(ids.long(), ids.bool(), response_mask[rows])
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "opt", "falcon", "gpt_neox"])
@@ -290,7 +295,53 @@ def test_a_frozen_copy_does_not_move(model):
         for parameter in model.parameters():
             parameter.add_(1)
     assert all(torch.equal(x, y) for x, y in zip(before, reference.parameters()))
-    assert not any(p.requires_grad for p in reference.parameters())
+    assert not any(p.requires_grad for p in reference.parameters()) and not reference.training
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [None, 1, 3, 8])
+def test_rows_in_micro_batches_come_back_in_their_order(model, size):
+    batch = make_batch(None, *ragged_batch(), max_length=32)
+    inputs = batch.input_ids, batch.attention_mask, batch.response_mask
+    for options in ((), (0.7,)):
+        scores = forward_rows(model, batch, size, *options)
+        for x, expected in zip(scores, model(*inputs, *options), strict=True):
+            torch.testing.assert_close(x, expected, atol=1e-4, rtol=1e-4)
+    alone = batch.rows(torch.tensor([5]))
+    one_row = forward_rows(model, alone, size)
+    torch.testing.assert_close(
+        one_row.values[0], scores.values[5, : alone.input_ids.shape[1]], atol=1e-4, rtol=1e-4
+    )
+
+
+def test_a_process_without_rows_gets_the_scores_of_the_others(monkeypatch):
+    """As the second of two processes sees it, where the first has all rows."""
+    model, gathered = HybridModel(build_lm("llama")), []
+    batch = make_batch(None, *ragged_batch(rows=3), max_length=32)
+    expected = forward_rows(model, batch, 2)
+    monkeypatch.setattr(parallel, "world", lambda: 2)
+    monkeypatch.setattr(parallel, "share", lambda rows: rows)
+    monkeypatch.setattr(parallel, "gather", lambda rows: gathered.extend(rows) or rows)
+    forward_rows(model, batch, 2)
+    monkeypatch.setattr(parallel, "share", lambda rows: rows[:0])
+    monkeypatch.setattr(parallel, "gather", lambda rows: rows + gathered)
+    for x, y in zip(forward_rows(model, batch, 2), expected, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_a_precision_is_used_where_it_is_asked_for_and_scores_stay_float32(model):
+    batch = make_batch(None, *ragged_batch(rows=3), max_length=32)
+    inputs = batch.input_ids, batch.attention_mask, batch.response_mask
+    x, seen = torch.ones(2, 2), []
+    model.lm.get_output_embeddings().register_forward_hook(
+        lambda module, inputs, output: seen.append(output.dtype)
+    )
+    for dtype in (torch.float32, torch.bfloat16):
+        model.amp_dtype = None if dtype == torch.float32 else dtype
+        with model.autocast():
+            assert (x @ x).dtype == dtype
+        assert all(score.dtype == torch.float32 for score in model(*inputs))
+    assert seen == [torch.float32, torch.bfloat16]
 
 
 def test_saved_folder_is_a_plain_hugging_face_folder(tiny, tmp_path):
@@ -308,6 +359,24 @@ def test_saved_folder_is_a_plain_hugging_face_folder(tiny, tmp_path):
     )
 
 
+def test_two_models_are_merged_in_equal_parts_into_a_folder_that_has_to_be_named(
+    tiny_folder, tmp_path, capsys
+):
+    merge = ["merge", str(tiny_folder), str(tiny_folder)]
+    hybrid.main([*merge, "--out", str(tmp_path / "merged")])
+    assert f"0.5 x {tiny_folder} + 0.5 x {tiny_folder}" in capsys.readouterr().out
+    # Weights of equal shapes, read by another number of heads
+    config = AutoConfig.from_pretrained(tiny_folder, n_head=4)
+    other = HybridModel(AutoModelForCausalLM.from_config(config))
+    other.save(tmp_path / "four", AutoTokenizer.from_pretrained(tiny_folder))
+    with pytest.raises(SystemExit):
+        hybrid.main([*merge[:2], str(tmp_path / "four"), "--out", str(tmp_path / "m")])
+    assert "n_head is 2 in one, 4 in the other" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as caught:
+        hybrid.main(merge)
+    assert caught.value.code == 2 and "--out" in capsys.readouterr().err
+
+
 def test_weights_are_loaded_as_float32_even_if_saved_in_half(tiny, tmp_path):
     copy.deepcopy(tiny[0]).half().save_pretrained(tmp_path)
     tiny[1].save_pretrained(tmp_path)
@@ -319,6 +388,7 @@ def test_masked_mean_ignores_whatever_is_off_the_mask():
     x = torch.tensor([[1.0, float("nan")], [3.0, float("inf")]])
     mask = torch.tensor([[True, False], [True, False]])
     assert masked_mean(x, mask) == 2 and masked_mean(x, torch.zeros_like(mask)) == 0
+    assert masked_mean(torch.tensor([7.25, -3.0]), torch.tensor([True, False])) == 7.25
 
 
 def test_a_loss_that_does_not_ask_for_the_entropy_does_not_pay_for_it(model):

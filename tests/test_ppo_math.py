@@ -7,15 +7,22 @@ import numpy as np
 import pytest
 import torch
 
+import ppo
+from data import Example
+from dialogue import Episode
 from ppo import (
     AdaptiveKLController,
+    Rollout,
     Scores,
+    clipped_surrogate,
     compute_gae,
     kl_estimate,
     masked_whiten,
     place_rewards,
     ppo_loss,
+    rollout_metrics,
     spread,
+    update_epochs,
 )
 
 
@@ -48,6 +55,7 @@ def test_whitening_equals_numpy_on_the_masked_elements(shift_mean):
     white = masked_whiten(x, mask, shift_mean)
     np.testing.assert_allclose(white[mask].numpy(), expected, atol=1e-5)
     assert (white[~mask] == 0).all()
+    torch.testing.assert_close(masked_whiten(x, mask), masked_whiten(x, mask, shift_mean=True))
 
 
 def test_whitening_of_one_element_is_zero_and_of_none_is_no_nan():
@@ -116,6 +124,13 @@ def test_gae_equals_its_definition(gamma, lam):
     expected = gae_by_definition(rewards, values, mask, gamma, lam)
     torch.testing.assert_close(advantages, expected, atol=1e-10, rtol=0)
     torch.testing.assert_close(returns, (expected + values) * mask, atol=1e-10, rtol=0)
+
+
+def test_gae_without_options_is_that_of_gamma_1_and_lambda_095():
+    mask = random_mask(seed=5)
+    rewards, values = torch.randn(2, *mask.shape, generator=torch.Generator().manual_seed(5))
+    expected = gae_by_definition(rewards, values, mask, 1.0, 0.95)
+    torch.testing.assert_close(compute_gae(rewards, values, mask)[0], expected, atol=1e-5, rtol=0)
 
 
 def test_gae_at_lambda_one_is_monte_carlo_and_at_zero_the_td_error():
@@ -196,6 +211,54 @@ def test_value_loss_case_by_case(new_value, old_value, ret, value_loss, gradient
     assert got[1] == pytest.approx(value_loss) and got[4] == pytest.approx(gradient)
     half = loss_of(new_value=new_value, old_value=old_value, ret=ret, advantage=0.0, vf_coef=0.5)
     assert half[4] == pytest.approx(gradient / 2)
+
+
+def ppo_token_by_token(columns, mask, c, c_value, vf_coef):
+    """Eq. 7 and 9 of 1707.06347 in Python floats, one token after the other: loss, statistics."""
+    policy, value, squares, gaps, clipped, value_clipped = [], [], [], [], [], []
+    for i, t in mask.nonzero().tolist():
+        new, old, a, v, v_old, target = [float(x[i, t]) for x in columns]
+        ratio = math.exp(new - old)
+        plain, cut = a * ratio, a * min(max(ratio, 1 - c), 1 + c)
+        policy.append(-min(plain, cut))
+        clipped.append(cut < plain)
+        squares.append((new - old) ** 2)
+        gaps.append(abs(ratio - 1))
+        near = min(max(v, v_old - c_value), v_old + c_value)
+        value.append(max((v - target) ** 2, (near - target) ** 2))
+        value_clipped.append((near - target) ** 2 > (v - target) ** 2)
+    n = len(policy)
+    stats = {
+        "policy_loss": sum(policy) / n,
+        "approxkl": sum(squares) / n / 2,
+        "clipfrac": sum(clipped) / n,
+        "ratio_gap_max": max(gaps),
+        "value_loss": sum(value) / n / 2,
+        "value_clipfrac": sum(value_clipped) / n,
+    }
+    return stats["policy_loss"] + vf_coef * stats["value_loss"], stats
+
+
+@pytest.mark.parametrize("options", [(), (0.13, 0.31, 0.47)])
+def test_loss_and_statistics_token_by_token(options):
+    mask = random_mask(seed=4)
+    generator = torch.Generator().manual_seed(4)
+    scales = (0.3, 0.3, 1.7, 0.4, 0.4, 1.3)  # small gaps, and some on both sides of the clips
+    columns = [torch.randn(mask.shape, generator=generator).double() * s for s in scales]
+    loss, stats = ppo_loss(*columns, mask, *options)
+    expected, by_name = ppo_token_by_token(columns, mask, *(options or (0.2, 0.2, 0.1)))
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    assert {n: x.item() for n, x in stats.items()} == pytest.approx(by_name, rel=1e-6)
+    assert 0.1 < by_name["clipfrac"] < 0.6 and 0.1 < by_name["value_clipfrac"] < 0.6
+    policy_loss, _ = clipped_surrogate(*columns[:3], mask, *options[:1])
+    assert policy_loss.item() == pytest.approx(by_name["policy_loss"], rel=1e-6)
+
+
+def test_a_ratio_that_would_overflow_counts_as_e_to_the_20():
+    new, one = torch.tensor([[500.0]], dtype=torch.float64), torch.tensor([[True]])
+    loss, stats = clipped_surrogate(new, torch.zeros_like(new), torch.full_like(new, -1.7), one)
+    assert loss.item() == pytest.approx(1.7 * math.exp(20))
+    assert stats["ratio_gap_max"].item() == pytest.approx(math.exp(20) - 1)
 
 
 def test_loss_and_every_statistic_ignore_what_is_off_the_mask():
@@ -329,3 +392,120 @@ def test_the_spread_of_scores_equals_torchs_own():
         assert spread(scores.tolist()) == pytest.approx(expected, rel=1e-12)
     alike = torch.full((6,), 87.3).tolist()
     assert math.isnan(spread([3.0])) and spread(alike) == 0
+
+
+# ---- what is logged
+
+
+def episode_of(logprobs: list[list[float]], truncated: list[bool]) -> Episode:
+    """An episode of several turns; the lists that the metrics read."""
+    texts = ["so"] * len(logprobs)
+    flat = [x for turn in logprobs for x in turn]
+    return Episode(Example("", ""), [], [], [], [], texts, [], flat, [], truncated)
+
+
+def test_the_metrics_of_a_rollout_by_hand():
+    """Four rows: two turns with a gap, one token, one without a score, three tokens."""
+    mask = torch.tensor(
+        [[0, 1, 1, 0, 0, 1, 0], [0, 0, 1, 0, 0, 0, 0], [0, 1, 1, 1, 1, 0, 0], [0, 0, 0, 1, 1, 1, 0]]
+    ).bool()
+    has_score = torch.tensor([True, True, False, True])
+    generator = torch.Generator().manual_seed(11)
+    columns = [torch.randn(mask.shape, generator=generator) * mask for _ in range(5)]
+    logprobs, ref, other, values, returns = columns
+    returns = values + 0.6 * returns
+    wrong_by = iter([0.01, -0.02, 0.0, 0.03, 0.01, 0.0, -0.05, 0.02, 0.04, 0.0, 0.01])
+    sampled = [[x - next(wrong_by) for x in row[m].tolist()] for row, m in zip(logprobs, mask)]
+    episodes = [
+        episode_of([sampled[0][:2], sampled[0][2:]], [True, False]),
+        episode_of([sampled[1]], [True]),
+        episode_of([sampled[2]], [False]),
+        episode_of([sampled[3]], [False]),
+    ]
+    zero = torch.zeros_like(values)
+    learnt = mask & has_score[:, None]
+    rollout = Rollout(zero, mask, learnt, logprobs, ref, values, zero, zero, returns)
+    scores = torch.tensor([1.3, -0.4, math.nan, 2.9])
+    got = rollout_metrics(rollout, episodes, mask, scores, {"bold": other})
+
+    def kl(reference, of_token) -> float:
+        tokens = (logprobs - reference)[learnt].double().tolist()
+        return sum(map(of_token, tokens)) / 3  # nats a response; three have a score
+
+    def k3(d: float) -> float:
+        return math.exp(-d) - 1 + d
+
+    v, r = values[learnt].double().numpy(), returns[learnt].double().numpy()
+    mean = (1.3 - 0.4 + 2.9) / 3
+    expected = {
+        "score": mean,
+        "score_std": math.sqrt(sum((x - mean) ** 2 for x in (1.3, -0.4, 2.9)) / 3),
+        "unscored": 1 / 4,
+        "kl": kl(ref, k3),
+        "kl_k1": kl(ref, lambda d: d),
+        "kl/bold": kl(other, k3),
+        "response_length": (3 + 1 + 4 + 3) / 4,
+        "eos_rate": 3 / 5,  # of five turns
+        "sampler_gap": 0.05,
+        "var_explained": 1 - (r - v).var() / r.var(),
+    }
+    got = {name: float(value) for name, value in got.items()}
+    assert got == pytest.approx(expected, abs=1e-5)
+
+
+def test_returns_that_are_all_equal_leave_no_division_by_zero():
+    mask = torch.tensor([[False, True, True]])
+    zero, returns = torch.zeros(1, 3), torch.full((1, 3), 0.7)
+    values = torch.tensor([[0.0, 0.7 - 1e-3, 0.7 + 1e-3]])
+    rollout = Rollout(zero, mask, mask, zero, zero, values, zero, zero, returns)
+    got = rollout_metrics(rollout, [episode_of([[0.0, 0.0]], [False])], mask, zero[:, 0], {})
+    assert float(got["var_explained"]) == pytest.approx(1 - 1e-6 / 1e-8, rel=1e-2)
+
+
+# ---- the updates of a rollout
+
+
+def updates_with(monkeypatch, updates: list[dict], **options) -> tuple[dict, list[list[int]]]:
+    """update_epochs over five rows, the third without a score, whose updates say what they are
+    told. -> metrics, the rows of each update."""
+    rows, said = [], iter(updates)
+    monkeypatch.setattr(ppo, "accumulate", lambda b, rollout, index, *a: rows.append(index) or {})
+    monkeypatch.setattr(ppo, "apply_gradients", lambda *a: next(said))
+    mask = torch.tensor([[0, 1], [0, 1], [0, 0], [0, 1], [0, 1]]).bool()
+    zero = torch.zeros(5, 2)
+    rollout = Rollout(zero, mask, mask, *[zero] * 6)
+    options["generator"] = torch.Generator().manual_seed(0)
+    metrics = update_epochs(torch.nn.Linear(1, 1), rollout, None, None, **options)
+    return metrics, [index.tolist() for index in rows]
+
+
+def said(approxkl: float, gap: float, skipped: float = 0.0) -> dict:
+    return {"approxkl": approxkl, "ratio_gap_max": gap, "skipped_steps": skipped}
+
+
+def test_metrics_of_updates_are_means_over_those_that_were_applied(monkeypatch):
+    updates = [said(0.1, 0.3), said(0.4, 0.9), said(7.7, 8.8, 1.0), said(0.2, 0.5)]
+    metrics, rows = updates_with(monkeypatch, updates)
+    assert metrics.pop("approxkl") == pytest.approx(0.7 / 3)
+    expected = {"ratio_gap_max": 0.9, "first_ratio_gap": 0.3, "skipped_steps": 1, "epochs": 2}
+    assert metrics == expected
+    assert [len(index) for index in rows] == [2] * 4 and rows[:2] != rows[2:]
+    for begin in (0, 2):
+        assert sorted(rows[begin] + rows[begin + 1]) == [0, 1, 3, 4], "the third has no score"
+    metrics, _ = updates_with(monkeypatch, [said(0.1, 0.3, 1.0), said(0.4, 0.9, 1.0)] * 2)
+    assert metrics["approxkl"] == pytest.approx(0.25) and metrics["skipped_steps"] == 4
+
+
+def test_no_pass_follows_one_whose_mean_kl_exceeds_the_target(monkeypatch):
+    updates = [said(kl, 0.1) for kl in (0.3, 0.5, 0.1, 0.9, 0.1, 0.1, 0.1, 0.1)]  # 0.4, 0.5, ...
+    for target, passes in ((0.45, 2), (0.39, 1), (0.5, 4), (None, 4)):
+        metrics, _ = updates_with(monkeypatch, updates, ppo_epochs=4, target_kl=target)
+        assert metrics["epochs"] == passes, target
+
+
+def test_there_are_no_more_minibatches_than_rows(monkeypatch):
+    updates = [said(0.1, 0.3)] * 20
+    _, rows = updates_with(monkeypatch, updates, ppo_epochs=1, minibatches=9)
+    assert [len(index) for index in rows] == [1] * 4
+    _, rows = updates_with(monkeypatch, updates, ppo_epochs=3, minibatches=3)
+    assert [len(index) for index in rows] == [2, 1, 1] * 3

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from conftest import REVIEWS, build_lm, ragged_batch
+from test_ppo_math import gae_by_definition
 
 from data import (
     Batch,
@@ -246,6 +247,52 @@ def test_a_rollout_is_what_its_columns_say(tokenizer, tiny_model):
     ) == pytest.approx(1, abs=1e-3)
     for (completion, _), row, m in zip(samples, rollout.input_ids, mask):
         assert completion == tokenizer.decode(row[m], skip_special_tokens=True)
+
+
+UNFRIENDLY = dict(
+    kl_coef=0.3, temperature=0.7, gamma=0.9, lam=0.6, kl_estimator="k2", missing_eos_penalty=0.4
+)
+
+
+@pytest.mark.parametrize("options", [{}, UNFRIENDLY, {**UNFRIENDLY, "whiten_rewards": True}])
+def test_rewards_and_advantages_follow_from_the_other_columns(tokenizer, tiny_model, options):
+    """In Python floats, row by row, from what the rollout holds and what the reward has said."""
+    torch.nn.init.normal_(tiny_model.value_head.weight, std=0.3)
+    reference = tiny_model.frozen_copy()
+    with torch.no_grad():
+        reference.lm.model.norm.weight.add_(0.3)
+    reward = build_reward("length(target=3)")
+    rollout, metrics, samples = rollout_of(
+        tiny_model, tokenizer, reward, reference, n=7, max_new_tokens=5, **options
+    )
+    mask, ids = rollout.response_mask, rollout.input_ids
+    coefficient = options.get("kl_coef", SAMPLING["kl_coef"])
+    rewards = torch.zeros_like(rollout.rewards)
+    for i, (_, score) in enumerate(samples):
+        columns = mask[i].nonzero().flatten().tolist()
+        for t in columns:
+            d = float(rollout.logprobs[i, t] - rollout.ref_logprobs[i, t])
+            rewards[i, t] = -coefficient * (d * d / 2 if options else d)
+        cut = int(ids[i, columns[-1]]) != tokenizer.eos_token_id
+        rewards[i, columns[-1]] += score - cut * options.get("missing_eos_penalty", 0)
+    assert metrics["ppo/reward"] == pytest.approx(float(rewards.sum(1).mean()), abs=1e-4)
+    assert metrics["ppo/kl_coef"] == coefficient and "ppo/turns" not in metrics
+    if "whiten_rewards" in options:  # of unit variance; the mean stays
+        mean, std = rewards[mask].mean(), rewards[mask].std(unbiased=False)
+        rewards[mask] = (rewards[mask] - mean) / std + mean
+    torch.testing.assert_close(rollout.rewards, rewards, atol=1e-4, rtol=0)
+    gamma, lam = options.get("gamma", 1.0), options.get("lam", 0.95)
+    advantages = gae_by_definition(rewards, rollout.values, mask, gamma, lam)
+    expected = (advantages + rollout.values) * mask
+    torch.testing.assert_close(rollout.returns, expected, atol=1e-4, rtol=0)
+    white = (advantages - advantages[mask].mean()) / advantages[mask].std(unbiased=False)
+    torch.testing.assert_close(rollout.advantages, white * mask, atol=1e-3, rtol=0)
+    temperature = options.get("temperature", 1.0)
+    with torch.no_grad():
+        scores = tiny_model(ids, rollout.attention_mask, mask, temperature)
+    torch.testing.assert_close(rollout.logprobs, scores.logprobs, atol=1e-4, rtol=0)
+    assert metrics["ppo/entropy"] == pytest.approx(float(scores.entropy[mask].mean()), abs=1e-4)
+    assert metrics["ppo/sampler_gap"] < 1e-4
 
 
 def test_a_row_scores_the_same_in_any_company(tokenizer, tiny_model):
