@@ -92,6 +92,11 @@ class _DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
+def bar_pace() -> float:
+    """Seconds between two states of a progress bar: a log needs few of them."""
+    return 0.1 if sys.stderr.isatty() else 10.0
+
+
 def number(kind: type, low: float, high: float = math.inf, above: bool = False):
     """An argparse type: a finite int or float in low..high (with `above`, low is excluded)."""
 

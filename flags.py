@@ -24,8 +24,8 @@ SEVERAL = ("data", "prompts")  # flags with several words
 # starts from nothing, and of one that is pretrained. The units differ: Adam's and Muon's update is about lr per weight,
 # Adafactor's about lr times the size of the weight, SGD's follows the gradient.
 DEFAULT_LR = {
-    "adamw": (3e-3, 1e-5),
-    "adam": (3e-3, 1e-5),
+    "adamw": (5e-3, 1e-5),
+    "adam": (5e-3, 1e-5),
     "sgd": (2e-1, 1e-3),
     "adafactor": (3e-2, 1e-3),
     "muon": (3e-3, 1e-5),
@@ -68,7 +68,7 @@ def make_parser(algorithms: dict | None = None, schedules: dict | None = None) -
     add = parser.add_argument_group("training").add_argument
     add("--algorithm", choices=algorithms, metavar="{ppo,grpo,dpo}", default="ppo",
         help="the algorithm that alternates with SFT")
-    add("--steps", type=count, default=700, help="steps of the loop, SFT and PPO together")
+    add("--steps", type=count, default=500, help="steps of the loop, SFT and PPO together")
     add("--batch-size", type=count, default=32,
         help="demonstrations of an SFT step, episodes of a PPO step, pairs of a DPO step; of all processes together")
     add("--micro-batch-size", type=count,

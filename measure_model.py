@@ -20,6 +20,7 @@ import dialogue
 import parallel
 import survey
 from checkpoints import write_text
+from cli import bar_pace
 from data import (
     Example,
     add_data_flags,
@@ -92,10 +93,12 @@ def evaluate(
     )  # fmt: skip
     asked = examples if prompts is None else prompts
     episodes = []
-    begins = range(0, len(asked), batch_size)
-    bar = dict(desc="evaluation", leave=False, delay=3, disable=parallel.rank() > 0)
-    for begin in tqdm(begins, **bar):
-        chunk = asked[begin : begin + batch_size]
+    # A key-value cache is small beside the activations that a training forward keeps.
+    at_once = max(batch_size, 4 * micro_batch_size)
+    begins = range(0, len(asked), at_once)
+    bar = dict(desc="evaluation", leave=False, delay=3, mininterval=bar_pace())
+    for begin in tqdm(begins, **bar, disable=parallel.rank() > 0):
+        chunk = asked[begin : begin + at_once]
         episodes += sample_episodes(model, tokenizer, chunk, **options)
     metrics |= diversity([response for episode in episodes for response in episode.responses])
     lengths = [sum(episode.response_mask) for episode in episodes]

@@ -21,6 +21,7 @@ import transformers
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from cli import bar_pace
 from data import BatchStream, Pair, load_pairs, split_pairs
 from engine import (
     Backend,
@@ -112,7 +113,7 @@ def fit(model, tokenizer, pairs: list[Pair], args) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     stream = BatchStream(pairs, min(args.batch_size, len(pairs)), args.seed)
-    bar = tqdm(range(steps), desc="reward model", dynamic_ncols=True)
+    bar = tqdm(range(steps), desc="reward model", dynamic_ncols=True, mininterval=bar_pace())
     for _ in bar:
         chosen, rejected = texts_of(stream.next())
         batch = tokenize(tokenizer, model, chosen + rejected)

@@ -36,6 +36,7 @@ from checkpoints import (  # noqa: F401  (read_rows and checkpoints can be had f
     set_random_state,
     write_config,
 )
+from cli import bar_pace
 from engine import LostUpdates, UserError
 from flags import MAY_CHANGE_ON_RESUME, read_config
 from hybrid import HybridModel
@@ -365,11 +366,10 @@ class ProgressBar:
     METRICS = {"loss": "sft/loss", "reward": "ppo/score", "kl": "ppo/kl"}
 
     def __init__(self, args, run: Run):
-        pace = 0.1 if sys.stderr.isatty() else 10  # seconds between two states; a log needs few
         self.values: dict[str, str] = {}
         self.bar = tqdm(
             total=args.steps, initial=run.step, desc="train", dynamic_ncols=True,
-            mininterval=pace, disable=parallel.rank() > 0,
+            mininterval=bar_pace(), disable=parallel.rank() > 0,
         )  # fmt: skip
 
     def __enter__(self) -> "ProgressBar":

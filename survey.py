@@ -21,6 +21,7 @@ from chat import (
     split_dialogue,
     unwritten,
 )
+from cli import bar_pace
 from engine import UserError, visible
 from sources import Example, Pair
 
@@ -66,7 +67,9 @@ def comparable(
 
 def _kept(records: list, check: Callable, strict: bool, say: Callable) -> list:
     kept, reasons, first = [], {}, None  # reasons: text -> places
-    for record in tqdm(records, desc="checking the data", leave=False, delay=2):
+    for record in tqdm(
+        records, desc="checking the data", leave=False, delay=2, mininterval=bar_pace()
+    ):
         try:
             check(record)
             kept.append(record)

@@ -102,7 +102,7 @@ def test_a_hybrid_run_and_what_it_leaves_behind(tmp_path, capsys):
     config = json.loads((out / "config.json").read_text())
     assert (
         config["sft_warmup"] == 2
-        and config["lr"] == 3e-3
+        and config["lr"] == 5e-3
         and config["max_length"] == 256
         and config["reward"] == "sentiment"
     )
@@ -168,11 +168,11 @@ def test_ratio_0_is_pure_sft_bit_by_bit_and_loads_neither_reward_nor_reference(
     lm, tokenizer = build_tiny([e.prompt + e.target for e in examples])
     model = HybridModel(lm)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=3e-3, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True
+        model.parameters(), lr=5e-3, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True
     )
     stream = BatchStream(examples, 4, seed=0)
     for step in range(6):
-        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / 6)
+        optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / 6)
         sft_step(model, demonstration_batch(tokenizer, stream.next(), 256), optimizer)
     final = weights(tmp_path / "run" / "final")
     assert all(torch.equal(x, final[name]) for name, x in model.state_dict().items())
@@ -343,7 +343,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(tmp_path, cut):
 def test_a_resumed_run_may_not_contradict_itself(tmp_path, capsys):
     run(tmp_path, "--save-every", 3)
     out = tmp_path / "run"
-    assert "--lr 0.1 contradicts the run that is resumed, which has 0.003" in fails(
+    assert "--lr 0.1 contradicts the run that is resumed, which has 0.005" in fails(
         capsys, "--resume", out, "--lr", 0.1
     )
     assert "nothing to resume there" in fails(capsys, "--resume", tmp_path / "nowhere")
