@@ -174,8 +174,8 @@ def test_the_loop_in_twelve_lines_is_a_loop_that_trains():
     assert all(line.startswith("from ") for line in imports.splitlines())
     code = f"{imports}\n{preparation}\n{loop}"
     for long, short in (
-        ("range(700)", "range(4)"),
-        ("< 210", "< 2"),
+        ("range(500)", "range(4)"),
+        ("< 150", "< 2"),
         ('("reviews")', '("reviews", limit=100)'),
     ):
         assert code.count(long) == 1
