@@ -262,6 +262,19 @@ def test_a_run_is_not_resumed_with_another_reward_or_base_model(tiny_folder, tmp
     assert said.index("executes the code") < said.index("step 5")
 
 
+def test_a_reward_asks_the_starting_model_after_a_resume_too(tmp_path):
+    """Not the model of the checkpoint, which PPO may have taught what the reward likes."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    flags = ["--steps", "2", "--ppo-ratio", "1", "--save-every", "1", "--reward", "perplexity"]
+    main([*FAST, *flags, "--out", str(whole)])
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "final")
+    main(["--resume", str(cut)])
+    for name in ("model.safetensors", "value_head.safetensors"):
+        assert (cut / "final" / name).read_bytes() == (whole / "final" / name).read_bytes()
+    assert (cut / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
+
+
 def test_large_files_are_told_apart_by_their_size_and_their_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(fingerprint, "ENDS", 8)
     seen = set()
