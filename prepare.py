@@ -174,9 +174,9 @@ def say_remembered(args) -> None:
     missing = [name for name in vars(args) if name not in config and name not in NOT_REMEMBERED]
     if missing:
         say(f"note: {args.resume}/config.json lacks {', '.join(missing)}: the defaults are taken")
-    code = [name for name in used_paths(args) if name.startswith("--reward ")]
+    code, _ = fingerprint.named_in(args.reward)
     if code:
-        say(f"this run executes the code of {', '.join(code)}")
+        say(f"this run executes the code of --reward {', '.join(code)}")
 
 
 def say(line: str) -> None:
