@@ -7,7 +7,7 @@
                               trainer_state.pt: everything else that the next step depends on
       final/                  the same form, at the end
       best/                   a model alone, the best by --keep-best (best.py)
-      .new/                   a run of --overwrite until its first evaluation has passed
+      .new-run/               a run of --overwrite until its first evaluation has passed
 
 Nothing else in the folder is ever touched.
 
@@ -39,8 +39,11 @@ from engine import UserError, first_line
 
 RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "skipped.jsonl", "final", "best")
 REPLACED = ("final", "best")  # folders that a newer one of the same name replaces
-NEW = ".new"
+NEW = ".new-run"
 STATE = "trainer_state.pt"
+# What torch.load raises for bytes that are not as they were written
+DAMAGED = (OSError, RuntimeError, LookupError, EOFError, pickle.UnpicklingError)
+DAMAGED += (ValueError, TypeError, AttributeError, AssertionError)
 # What a killed process may leave: files and folders that were half written or half deleted
 TEMPORARY = re.compile(rf"\.({'|'.join(RUN_FILES)}|checkpoint-\d+)\.(tmp|old)")
 
@@ -58,8 +61,8 @@ def write_text(path: Path, text: str) -> None:
 
 def discard(path: Path) -> None:
     """Delete a file or folder. It is renamed first, so that a crash never leaves a half-deleted
-    folder under this name."""
-    renamed = path.with_name(f".{path.name}.old")
+    folder under this name. (To `.tmp`: `recover` takes a whole `final` back from `.final.old`.)"""
+    renamed = path.with_name(f".{path.name}.tmp")
     remove(renamed)
     os.replace(path, renamed)
     remove(renamed)
@@ -109,9 +112,11 @@ def append_rows(path: Path, rows: list[dict]) -> None:
         with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write("".join(line + "\n" for line in lines))
     except OSError as problem:
+        go_on = f"go on with --resume {path.parent}"
+        if path.parent.name == NEW:
+            go_on = f"start again; the old run is still in {path.parent.parent}"
         raise UserError(
-            f"{path} cannot be written: {problem.strerror}; "
-            f"make room and go on with --resume {path.parent}"
+            f"{path} cannot be written: {problem.strerror}; make room and {go_on}"
         ) from None
 
 
@@ -188,14 +193,14 @@ def read_json(path: Path) -> dict:
     """An object of a JSON file; empty where there is none."""
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return read if isinstance(read, dict) else {}
 
 
 def open_run_folder(out: Path, flags: dict) -> Path:
-    """Create the folder and config.json. -> where to write: `out`, or `out`/.new beside an old run,
-    until `replace_old_run`."""
+    """Create the folder and config.json. -> where to write: `out`, or beside an old run
+    `out`/.new-run, until `replace_old_run`."""
     try:
         remove(out / NEW)
         place = out / NEW if run_paths(out) else out
@@ -212,18 +217,25 @@ def open_run_folder(out: Path, flags: dict) -> Path:
 
 
 def replace_old_run(out: Path) -> None:
-    """Delete the old run, and put what was written to `out`/.new in its place.
+    """Delete the old run, and put what was written to `out`/.new-run in its place.
 
     config.json comes last: whenever the process dies, the folder holds the one run or the other.
+    Raises UserError where something cannot be deleted.
     """
-    remove_leftovers(out)
-    for path in run_paths(out):
-        if path.name != "config.json":
-            discard(path)
-    written = sorted((out / NEW).iterdir(), key=lambda path: path.name == "config.json")
-    for path in written:
-        os.replace(path, out / path.name)
-    (out / NEW).rmdir()
+    try:
+        remove_leftovers(out)
+        for path in run_paths(out):
+            if path.name != "config.json":
+                discard(path)
+        written = sorted((out / NEW).iterdir(), key=lambda path: path.name == "config.json")
+        for path in written:
+            os.replace(path, out / path.name)
+        (out / NEW).rmdir()
+    except OSError as problem:
+        raise UserError(
+            f"the old run in {out} cannot be deleted ({problem.strerror}: {problem.filename}); "
+            "mend that and start again with --overwrite"
+        ) from None
 
 
 def write_config(out: Path, config: dict) -> None:
@@ -368,7 +380,7 @@ def read_state(folder: Path, mmap: bool = False) -> dict:
     path = folder / STATE
     try:
         return torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
-    except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as problem:
+    except DAMAGED as problem:
         raise UserError(
             f"{path} is damaged ({first_line(problem)}); "
             f"move {folder} away to resume from an older checkpoint"

@@ -103,9 +103,10 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False):
     def parse(text: str):
         try:
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or not low <= value <= high or (above and value == low):
+            is_finite = math.isfinite(value)
+        except (ValueError, OverflowError):  # a whole number may be too large for a float
+            value, is_finite = math.nan, False
+        if not is_finite or not low <= value <= high or (above and value == low):
             what = "a whole number" if kind is int else "a number"
             bounds = f"above {low:g}" if above else f"at least {low:g}"
             if high < math.inf:

@@ -277,6 +277,20 @@ def fit_mixtures(text: str, tree: Node, pairs: list) -> None:
         fit_to_pairs(mixture.function, pairs, mixture.scores)
 
 
+def files_and_texts(text: str) -> tuple[list[str], list[str]]:
+    """The files whose code an expression runs, and its texts in quotes, which may name files and
+    folders. Nothing is loaded. Raises UserError for a text that is no expression.
+
+    >>> files_and_texts("'my dir/a.py:f' + 0.5*sentiment(lexicon='words.txt')")
+    (['my dir/a.py'], ['words.txt'])
+    """
+    parser = _Parser(text, {}, {})
+    nodes = ast.walk(parser.syntax())
+    texts = [node.value for node in nodes if isinstance(node, ast.Constant)]
+    files = [file for file, _ in parser.files.values()]
+    return files, [text for text in texts if isinstance(text, str)]
+
+
 # FILE.py:function. A path with spaces stands in quotes or begins with a drive, as in C:/my files/
 FILE_FUNCTION = re.compile(
     r"""
@@ -300,6 +314,13 @@ class _Parser:
         self.stateful: dict[str, RunningNorm | Mixture | SelfPlay] = {}
 
     def tree(self) -> Node:
+        try:
+            return self.build(self.syntax())
+        except RecursionError as problem:
+            raise self.no_expression(problem) from None
+
+    def syntax(self) -> ast.expr:
+        """Python's tree of the text. Nothing is looked up, loaded or called yet."""
         # A path is no Python expression: a placeholder replaces it until `restore`.
         source = self.expression.strip()
         alone = re.fullmatch(r"(.+\.py):(\w+)", source)
@@ -309,11 +330,14 @@ class _Parser:
         # Python would read the \n of C:\new.txt as the end of a line.
         source = WINDOWS_STRING.sub(lambda match: match[0].replace("\\", r"\\"), source)
         try:
-            return self.build(ast.parse(source, mode="eval").body)
+            return ast.parse(source, mode="eval").body
         except (SyntaxError, RecursionError, MemoryError, OverflowError) as problem:
-            reason = getattr(problem, "msg", problem)
-            message = f"--reward {self.expression[:200]!r} is not an expression: {reason}"
-            raise UserError(f"{message}; {self.known()}") from None
+            raise self.no_expression(problem) from None
+
+    def no_expression(self, problem: BaseException) -> UserError:
+        reason = getattr(problem, "msg", problem)
+        message = f"--reward {self.expression[:200]!r} is not an expression: {reason}"
+        return UserError(f"{message}; {self.known()}")
 
     def build(self, node: ast.expr) -> Node:
         if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:

@@ -9,15 +9,20 @@ nobody edits; the code of this repository, whose commit is in config.json.
     python train.py --resume out --accept-changes     # goes on all the same
 """
 
+import glob
 import hashlib
+import os
 import re
 from dataclasses import fields
 from pathlib import Path
 
 from cli import UserError
+from expression import files_and_texts
+from flags import spelled
 
 ENDS = 2**20  # bytes that are read of a file's beginning, and of its end
-READ_FLAGS = ("model", "user_model", "data", "prompts", "preference_data", "mixture_data")
+MODEL_FLAGS = ("model", "user_model")
+DATA_FLAGS = ("data", "prompts", "preference_data", "mixture_data")
 CODE_AND_MODELS = ("--model", "--user-model", "--ref-model", "--reward", "--mixture-data")
 MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja")
 
@@ -27,7 +32,10 @@ def digest(parts) -> str:
     sha = hashlib.sha256()
     for part in parts:
         if not isinstance(part, bytes):  # an object without a text of its own prints its address
-            part = re.sub(" at 0x[0-9a-f]+", "", repr(part)).encode("utf-8", "surrogatepass")
+            text = repr(part)
+            if " at 0x" in text:
+                text = re.sub(" at 0x[0-9a-f]+", "", text)
+            part = text.encode("utf-8", "surrogatepass")
         sha.update(len(part).to_bytes(8, "big") + part)
     return sha.hexdigest()[:16]
 
@@ -38,7 +46,8 @@ def of_files(path: Path) -> str:
     if (path / "final").is_dir():  # a run folder stands for its model
         path = path / "final"
     if path.is_dir():
-        files = sorted({file for pattern in MODEL_FILES for file in path.glob(pattern)})
+        found = {file for pattern in MODEL_FILES for file in path.glob(pattern)}
+        files = sorted(file for file in found if file.is_file())
     parts = []
     for file in files:
         size = file.stat().st_size
@@ -51,21 +60,37 @@ def of_files(path: Path) -> str:
 
 def used_paths(args) -> dict[str, Path]:
     """What the flags name on this disk, by `--flag name`."""
-    words = {f"--{name.replace('_', '-')}": getattr(args, name) for name in READ_FLAGS}
+    words = {spelled(name): [getattr(args, name)] for name in MODEL_FLAGS}
+    for name in DATA_FLAGS:
+        value = getattr(args, name) or []
+        names = [value] if isinstance(value, str) else value
+        words[spelled(name)] = [path for name in names for path in matches(name)]
     # --ref-model may be NAME=PATH:WEIGHT
     words["--ref-model"] = [re.sub(r"^\w+=|:[0-9.eE+-]+$", "", ref) for ref in args.ref_model or []]
-    words["--reward"] = reward_words(args.reward)
+    code, texts = named_in(args.reward)
+    words["--reward"] = [*code, *texts]
     found = {}
     for flag, names in words.items():
-        for name in [names] if isinstance(names, str) else names or []:
-            if name and Path(name).exists():
-                found[f"{flag} {name}"] = Path(name)
+        for name in names:
+            path = os.path.expanduser(name) if flag == "--reward" else name
+            if name and os.path.exists(path):  # of a long text too, where Path.exists() raises
+                found[f"{flag} {name}"] = Path(path)
     return found
 
 
-def reward_words(expression: str | None) -> list[str]:
-    """The words of a reward expression that may be paths: `my.py:function`, model('folder')."""
-    return re.split(r"[()'\",=*+]|(?<=\.py):|\s", expression or "")
+def matches(name: str) -> list[str]:
+    """The files that a pattern names; any other name stands for itself."""
+    is_pattern = glob.has_magic(name) and not os.path.exists(name)
+    return sorted(glob.glob(name, recursive=True)) if is_pattern else [name]
+
+
+def named_in(reward: str | None) -> tuple[list[str], list[str]]:
+    """The files whose code --reward runs; its texts, such as lexicon='words.txt'. None of either
+    where it is no expression, which is an error once the reward is built."""
+    try:
+        return files_and_texts(reward or "0")
+    except UserError:
+        return [], []
 
 
 def of_records(records: list) -> list:
@@ -82,7 +107,10 @@ def take(args, data) -> dict[str, list]:
         taken["preference pairs"] = of_records([*data.pairs, *data.held_out_pairs])
     for name, path in used_paths(args).items():
         if name.split()[0] in CODE_AND_MODELS:  # the records of the others are counted above
-            taken[name] = [None, of_files(path)]
+            try:
+                taken[name] = [None, of_files(path)]
+            except OSError as problem:
+                raise UserError(f"{name} cannot be read: {problem.strerror}") from None
     return taken
 
 

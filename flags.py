@@ -256,6 +256,8 @@ def parse_args(
     parser = make_parser(algorithms, schedules)
     args = parser.parse_args(argv)
     if args.resume is None:
+        if args.accept_changes:
+            raise UserError("--accept-changes is for --resume and does nothing here; leave it out")
         if algorithms is not None and schedules is not None:
             check_flags_matter(parser, args, algorithms, schedules)
         return args
@@ -316,7 +318,7 @@ def read_config(out: Path) -> dict:
     """The flags of a run. Raises UserError where there is none."""
     try:
         config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         config = None
     if not isinstance(config, dict) or "ppo_ratio" not in config:
         raise UserError(f"--resume {out}: nothing to resume there; expected a run folder with a config.json")

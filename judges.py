@@ -218,12 +218,16 @@ def frozen_lm(context: dict, name: str, id: str | None):
     """A causal LM that never changes, and its tokenizer: of a folder or hub id, else a copy of
     `context["model"]` as it is now.
 
-    `train.py` puts the policy there before training. Raises UserError, naming the reward, where
-    there is neither.
+    `train.py` puts the policy there before training; a resumed run gives a function instead,
+    `context["starting_model"]`, which loads the model that the run began with. Raises UserError,
+    naming the reward, where there is none.
     """
     if id is not None:
         lm, tokenizer = load_lm(id)
         lm = lm.to(context.get("device", "cpu"))
+    elif "starting_model" in context:
+        model, tokenizer = context["starting_model"]()
+        lm = model.lm.to(context["device"])
     elif "model" in context:
         lm, tokenizer = copy.deepcopy(context["model"]), context["tokenizer"]
     else:

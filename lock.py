@@ -9,6 +9,7 @@ for the other process.
 
 import errno
 import os
+import re
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -20,6 +21,7 @@ else:
     import fcntl
 
 LOCK_FILE = ".lock"
+OURS = r"(process \d+\n)?"  # what is in it
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of some network file systems
 
 
@@ -56,8 +58,11 @@ def one_writer(out: str):
 
 
 def _open_locked(path: Path):
-    """The lock file, open, with the lock. Raises UserError where another process has it."""
+    """The lock file, open, with the lock. Raises UserError where another process has it, and for a
+    file of that name that no run made, which stays as it is."""
     while True:
+        if path.is_symlink():  # it may lead to any file of yours
+            raise UserError(f"{path} is a symbolic link, and no lock of a run; move it away")
         file = path.open("a+", encoding="utf-8")
         if not _lock(file):
             file.seek(0)
@@ -71,6 +76,10 @@ def _open_locked(path: Path):
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             break
         file.close()
+    file.seek(0)
+    if not re.fullmatch(OURS, file.read(100)):
+        file.close()
+        raise UserError(f"{path} is no lock of a run: something else is in it; move it away")
     file.truncate(0)
     file.write(f"process {os.getpid()}\n")
     file.flush()

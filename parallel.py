@@ -21,12 +21,15 @@ import torch.distributed as dist
 
 
 def start(device: torch.device) -> torch.device:
-    """Join the processes that torchrun (or deepspeed) started. -> the device of this process."""
+    """Join the processes that torchrun (or deepspeed) started, unless that is done. -> the device
+    of this process."""
     if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
         return device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)  # nccl sends Python objects through it
+    if dist.is_initialized():
+        return device
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if rank() > 0:
         sys.stdout = open(

@@ -7,7 +7,9 @@ written. Left out on purpose: the folder of the run (runs.py) and what --resume 
     python train.py --help
 """
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -73,7 +75,8 @@ def prepare(args, algorithm: Algorithm) -> Run:
     data = load_data(args, algorithm)
     say(plan.data_line(args, len(data.train), len(data.held_out), len(data.pairs)))
     learns_from = fingerprint.take(args, data)
-    model, tokenizer = load_policy(args, data.train, device, checkpoint)
+    start = functools.partial(starting_model, args, data.train)
+    model, tokenizer = load_policy(args, start, device, checkpoint)
     learns_from["tokens of the vocabulary"] = fingerprint.of_vocabulary(tokenizer)
     if checkpoint is not None:
         saved = read_state(checkpoint, mmap=True).get("fingerprint")
@@ -85,7 +88,7 @@ def prepare(args, algorithm: Algorithm) -> Run:
     run.checkpoint, run.fingerprint = checkpoint, learns_from
     plan.say_run(args, run, data.train, say)
     if args.reward is not None:  # pure SFT needs none, but measures one that is named
-        run.reward = load_reward(args, run, data)
+        run.reward = load_reward(args, run, data, start)
     run.reference = load_references(args, model, tokenizer)
     if isinstance(run.reference, ReferenceMixture):
         run.reference.check_names(data.train + data.held_out + data.pairs + data.held_out_pairs)
@@ -171,9 +174,9 @@ def say_remembered(args) -> None:
     missing = [name for name in vars(args) if name not in config and name not in NOT_REMEMBERED]
     if missing:
         say(f"note: {args.resume}/config.json lacks {', '.join(missing)}: the defaults are taken")
-    code = [name for name in used_paths(args) if name.startswith("--reward ")]
+    code, _ = fingerprint.named_in(args.reward)
     if code:
-        say(f"this run executes the code of {', '.join(code)}")
+        say(f"this run executes the code of --reward {', '.join(code)}")
 
 
 def say(line: str) -> None:
@@ -182,19 +185,24 @@ def say(line: str) -> None:
         print(line)
 
 
+def starting_model(args, train_examples: list[Example]) -> tuple[HybridModel, object]:
+    """What --model names, as it is before any training, and its tokenizer."""
+    if args.model != "tiny":
+        return HybridModel.load(args.model, "--model")
+    texts = [example.prompt + example.target for example in train_examples]
+    lm, tokenizer = build_tiny(texts, args.seed)
+    return HybridModel(lm), tokenizer
+
+
 def load_policy(
-    args, train_examples: list[Example], device, checkpoint: Path | None
+    args, start: Callable, device, checkpoint: Path | None
 ) -> tuple[HybridModel, object]:
-    """The model that is trained, on its device, and its tokenizer; of a resumed run, both as they
-    were saved, whatever --model and --data have become."""
-    if checkpoint is not None:
-        model, tokenizer = HybridModel.load(str(checkpoint), "--resume")
-    elif args.model == "tiny":
-        texts = [example.prompt + example.target for example in train_examples]
-        lm, tokenizer = build_tiny(texts, args.seed)
-        model = HybridModel(lm)
+    """The model that is trained, on its device, and its tokenizer: those of `start()`; of a resumed
+    run, both as they were saved, whatever --model and --data have become."""
+    if checkpoint is None:
+        model, tokenizer = start()
     else:
-        model, tokenizer = HybridModel.load(args.model, "--model")
+        model, tokenizer = HybridModel.load(str(checkpoint), "--resume")
     model.to(device).train()
     release_files(model)
     model.amp_dtype = AMP_DTYPES[args.amp]
@@ -344,7 +352,7 @@ def make_run(args, algorithm, model, tokenizer, data: Data) -> Run:
     )
 
 
-def load_reward(args, run: Run, data: Data):
+def load_reward(args, run: Run, data: Data, start: Callable):
     """The reward of --reward, tried on two held-out examples. Raises UserError if it fails."""
     context = dict(
         model=run.model.lm,
@@ -358,6 +366,8 @@ def load_reward(args, run: Run, data: Data):
         examples=data.train + data.held_out,
         seed=args.seed,
     )
+    if run.checkpoint is not None:  # run.model has been trained; a reward may ask the first one
+        context["starting_model"] = start
     if args.mixture_data is not None:
         context["mixture_pairs"] = load_pairs(
             args.mixture_data, what="--mixture-data", **pair_options(args)

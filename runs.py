@@ -37,7 +37,7 @@ from checkpoints import (  # noqa: F401  (read_rows and checkpoints can be had f
     write_config,
 )
 from cli import bar_pace
-from engine import LostUpdates, UserError
+from engine import LostUpdates, UserError, pick_device
 from flags import MAY_CHANGE_ON_RESUME, read_config
 from hybrid import HybridModel
 
@@ -164,7 +164,6 @@ class RunFolder:
         if args.resume:
             changed = {name: getattr(args, name) for name in MAY_CHANGE_ON_RESUME}
             config = {**read_config(self.out), **changed}
-            config.pop(FAILED, None)
             parallel.on_main(write_config, self.out, config)
         else:
             self.place = parallel.on_main(open_run_folder, self.out, vars(args))
@@ -185,6 +184,7 @@ class RunFolder:
         states = {name: thing.state_dict() for name, thing in run.stateful().items()}
         parallel.on_main(save_checkpoint, self.out / name, run, states, self.keep)
         self.saved = self.out / name
+        parallel.on_main(self._note_failure, False)
 
     def step_folder(self, run: Run) -> Path:
         return self.out / f"checkpoint-{run.step:06d}"
@@ -206,6 +206,12 @@ class RunFolder:
         rows = read_rows(self.place / "metrics.jsonl")
         return max((row["step"] for row in rows if row["phase"] == "eval"), default=-1)
 
+    def keep_old_run_if(self, stop: "Stop") -> None:
+        """Raises SystemExit where a signal came before anything of an old run was deleted."""
+        if self.place != self.out and stop.asked():
+            tqdm.write(f"stopped before the first step; {self.out} still holds the old run")
+            raise SystemExit(128 + stop.signal)
+
     @contextmanager
     def nothing_lost(self, run: Run):
         """Around a step: whatever fails in it ends the run, saved as of the last whole step, and a
@@ -216,20 +222,29 @@ class RunFolder:
         head = Snapshot(run)
         try:
             yield
-        except LostUpdates:
-            raise  # it is saved
+        except LostUpdates:  # it is saved
+            parallel.on_main(self._note_failure, True)  # NaN may come from the reward
+            raise
         # Whatever it is (a bug in a reward, sys.exit, a full disk), it goes on after the save.
         except (Exception, SystemExit) as problem:
             if parallel.world() > 1 and not isinstance(problem, UserError):
                 raise  # the other processes may wait elsewhere, and a save needs them all
             saved = self._save_after_failure(run, head)
-            parallel.on_main(write_config, self.out, {**read_config(self.out), FAILED: True})
+            parallel.on_main(self._note_failure, True)
             if isinstance(problem, UserError):
                 raise UserError(f"{problem}{saved}") from None
             if isinstance(problem, SystemExit):
                 raise UserError(f"something called sys.exit({problem.code!r}){saved}") from None
             tqdm.write(f"{type(problem).__name__}{saved}", file=sys.stderr)
             raise
+
+    def _note_failure(self, failed: bool) -> None:
+        """Note in config.json that the run failed; or no longer, once a checkpoint keeps the
+        fingerprint of what was mended."""
+        config = read_config(self.out)
+        if failed != (FAILED in config):
+            config.pop(FAILED, None)
+            write_config(self.out, {**config, FAILED: True} if failed else config)
 
     def _save_after_failure(self, run: Run, head: "Snapshot") -> str:
         """Save as of the last whole step. -> what to say of it."""
@@ -385,6 +400,18 @@ class ProgressBar:
                 self.values[name] = f"{metrics[key]:.3f}"
         self.bar.set_postfix(self.values, refresh=False)
         self.bar.update()
+
+
+@contextmanager
+def joined_processes(device: str):
+    """`with joined_processes(args.device):` the processes that torchrun started work as one.
+
+    Enter it before `Stop`: where the first one is refused a folder, the others wait for it here,
+    and must end at the first signal of torchrun, not 30 seconds later at the one that kills.
+    """
+    parallel.start(pick_device(device))
+    yield
+    parallel.finish()
 
 
 class Stop:

@@ -33,7 +33,7 @@ from plan import TimeLeft
 from ppo import collect_rollout, ppo_step
 from prepare import prepare
 from references import follow_policy, renew_reference
-from runs import Algorithm, ProgressBar, Run, RunFolder, Stop
+from runs import Algorithm, ProgressBar, Run, RunFolder, Stop, joined_processes
 from schedules import SCHEDULES, is_ppo_step, leave_out  # noqa: F401  (is_ppo_step is public here)
 from sft import sft_step
 
@@ -46,6 +46,7 @@ def train(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
     if folder.owes_evaluation(run, args.eval_every):
         measure(run, args, folder)
         print_evaluation(run)
+    folder.keep_old_run_if(stop)
     if folder.is_new:
         run.before, run.samples_before = run.after, run.samples_after
 
@@ -190,10 +191,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     args = parse_args(argv, ALGORITHMS, SCHEDULES)
     if args.dry_run:
         return cost.print_estimate(args, ALGORITHMS[args.algorithm])
-    with Stop() as stop, one_writer(args.resume or args.out):
-        metrics = train(args, stop)
-    parallel.finish()
-    return metrics
+    with one_writer(args.resume or args.out), joined_processes(args.device), Stop() as stop:
+        return train(args, stop)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,18 @@ import torch
 from conftest import FAST, ROOT
 
 import fingerprint
-from checkpoints import TEMPORARY, newest_checkpoint, read_rows
+import train
+from checkpoints import (
+    NEW,
+    TEMPORARY,
+    append_rows,
+    newest_checkpoint,
+    read_rows,
+    recover,
+    replace_old_run,
+)
 from cli import UserError
+from evaluate import measure
 from flags import parse_args
 from lm import load_tokenizer
 from lock import LOCK_FILE, one_writer
@@ -25,7 +35,7 @@ SAVED = [*FAST, "--steps", "4", "--sft-warmup", "1", "--save-every", "2"]
 FOREIGN = (
     "notes.txt", "checkpoint-notes.md", "checkpoint-best/weights.bin", "checkpoint-12b/x",
     ".git/HEAD", ".vimrc.old", ".draft.tmp", ".final-idea.old/text", "final.md",
-    "best-of/list", "new/plan",
+    "best-of/list", "new/plan", ".new/plan",
 )  # fmt: skip
 
 
@@ -114,10 +124,10 @@ def test_overwrite_keeps_the_old_run_until_the_new_one_was_measured(a_run, tmp_p
     )
     flags = [*SAVED, "--out", out, "--overwrite", "--reward", f"{tmp_path}/r.py:second"]
     assert "second call" in error_of(capsys, *flags)
-    kept = {name: text for name, text in contents(out).items() if not name.startswith(".new/")}
+    kept = {name: text for name, text in contents(out).items() if not name.startswith(f"{NEW}/")}
     assert kept == contents(a_run)
     main(["--resume", str(out), "--steps", "5"])
-    assert not (out / ".new").exists() and read_rows(out / "metrics.jsonl")[-1]["step"] == 5
+    assert not (out / NEW).exists() and read_rows(out / "metrics.jsonl")[-1]["step"] == 5
 
 
 def test_overwrite_deletes_nothing_that_the_new_run_reads(a_run, tmp_path, capsys):
@@ -155,6 +165,55 @@ def test_final_may_be_a_symbolic_link(a_run, tmp_path):
     assert contents(elsewhere) == before and not (out / "best").is_symlink()
 
 
+def test_a_half_deleted_final_never_gets_its_name_back(a_run, tmp_path, monkeypatch, capsys):
+    """The old `final` is being deleted when the process dies; then the disk refuses."""
+    out = tmp_path / "run"
+    rmtree = shutil.rmtree
+    for problem, told in [(KeyboardInterrupt(), None), (OSError(16, "busy"), "cannot be deleted")]:
+        rmtree(out, ignore_errors=True)
+        shutil.copytree(a_run, out)
+        (out / NEW).mkdir()
+        (out / NEW / "config.json").write_text('{"ppo_ratio": 0.5}', encoding="utf-8")
+
+        def dies(path, problem=problem):
+            if "final" in path.name:
+                (path / "model.safetensors").unlink()
+                raise problem
+            rmtree(path)
+
+        monkeypatch.setattr(shutil, "rmtree", dies)
+        with pytest.raises(UserError if told else KeyboardInterrupt, match=told):
+            replace_old_run(out)
+        monkeypatch.setattr(shutil, "rmtree", rmtree)
+        recover(out)
+        assert not (out / "final").exists() and (out / "config.json").is_file()
+        assert newest_checkpoint(out) in (None, out / "checkpoint-000002")
+
+
+def test_ctrl_c_before_the_first_step_keeps_the_old_run(a_run, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    shutil.copytree(a_run, out)
+
+    def measured(run, args, folder):
+        os.kill(os.getpid(), signal.SIGINT)
+        measure(run, args, folder)
+
+    monkeypatch.setattr(train, "measure", measured)
+    with pytest.raises(SystemExit) as caught:
+        main([*SAVED, "--out", str(out), "--overwrite"])
+    assert caught.value.code == 130
+    kept = {name: text for name, text in contents(out).items() if not name.startswith(f"{NEW}/")}
+    assert kept == contents(a_run)
+
+
+def test_a_full_disk_in_the_new_run_says_that_the_old_one_is_there(tmp_path):
+    new = tmp_path / "run" / NEW
+    new.mkdir(parents=True)
+    (new / "metrics.jsonl").mkdir()  # cannot be opened for writing either
+    with pytest.raises(UserError, match=f"start again; the old run is still in {tmp_path}/run"):
+        append_rows(new / "metrics.jsonl", [{"step": 0}])
+
+
 # --------------------------------------------------------------------------------- one writer alone
 
 
@@ -187,6 +246,22 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
     assert (tmp_path / "run" / LOCK_FILE).is_file()
     with one_writer(str(tmp_path / "run")):
         assert (tmp_path / "run" / LOCK_FILE).read_text() == f"process {os.getpid()}\n"
+
+
+@pytest.mark.parametrize("is_link", [False, True])
+def test_a_file_of_that_name_that_is_no_lock_stays(tmp_path, is_link):
+    out, mine = tmp_path / "run", tmp_path / "mine"
+    out.mkdir()
+    mine.write_text("" if is_link else "pinned = 3\n", encoding="utf-8")
+    before = mine.read_bytes()
+    if is_link:  # in a folder that somebody else made, it may lead to any file
+        (out / LOCK_FILE).symlink_to(mine)
+    else:
+        shutil.copy(mine, out / LOCK_FILE)
+    for path in (mine, out / LOCK_FILE):
+        with pytest.raises(UserError, match="no lock of a run"), one_writer(str(out)):
+            pass
+        assert path.read_bytes() == before
 
 
 def test_a_folder_in_which_nothing_was_written_goes(tmp_path):
@@ -262,6 +337,74 @@ def test_a_run_is_not_resumed_with_another_reward_or_base_model(tiny_folder, tmp
     assert said.index("executes the code") < said.index("step 5")
 
 
+def test_a_reward_asks_the_starting_model_after_a_resume_too(tmp_path):
+    """Not the model of the checkpoint, which PPO may have taught what the reward likes."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    flags = ["--steps", "2", "--ppo-ratio", "1", "--save-every", "1", "--reward", "perplexity"]
+    main([*FAST, *flags, "--out", str(whole)])
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "final")
+    main(["--resume", str(cut)])
+    for name in ("model.safetensors", "value_head.safetensors"):
+        assert (cut / "final" / name).read_bytes() == (whole / "final" / name).read_bytes()
+    assert (cut / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
+
+
+REWARD = "def f(prompts, completions, **columns):\n    return [0.5 for _ in completions]\n"
+
+
+@pytest.mark.parametrize(
+    "file, expression, code",
+    [
+        ("my dir/r.py", "0.25*'my dir/r.py:f' + length", ["my dir/r.py"]),
+        ("my dir/r.py", "my dir/r.py:f", ["my dir/r.py"]),
+        ("a+b.py", '"a+b.py:f"', ["a+b.py"]),
+        ("r.py", "~/r.py:f", ["~/r.py"]),
+        ("my dir/words.txt", "sentiment(lexicon='my dir/words.txt')", []),
+    ],
+)
+def test_the_files_of_a_reward_are_found_by_its_syntax(
+    tmp_path, monkeypatch, file, expression, code
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for folder in ("my dir", "length", "0.25"):  # the last two only look like a part
+        (tmp_path / folder).mkdir()
+    (tmp_path / file).write_text(REWARD, encoding="utf-8")
+    args = parse_args(["--reward", expression])
+    found = fingerprint.used_paths(args)
+    assert [path.resolve() for path in found.values()] == [tmp_path / file]
+    assert fingerprint.named_in(expression)[0] == code
+    assert fingerprint.used_paths(parse_args(["--reward", f"judge('{'x y' * 999}')"])) == {}
+
+
+def test_patterns_name_files_too(tmp_path):
+    for name in ("a.jsonl", "b.jsonl", "c.txt"):
+        (tmp_path / name).write_text("x", encoding="utf-8")
+    args = parse_args(["--data", f"{tmp_path}/*.jsonl", "--mixture-data", f"{tmp_path}/?.txt"])
+    assert [path.name for path in fingerprint.used_paths(args).values()] == [
+        "a.jsonl", "b.jsonl", "c.txt",
+    ]  # fmt: skip
+
+
+def test_a_reward_may_be_mended_until_a_checkpoint_keeps_it(tmp_path, capsys):
+    """The mended one raises too, in the evaluation that is owed, before any step."""
+    out, reward = tmp_path / "run", tmp_path / "r.py"
+    text = (
+        "calls = []\n\n\ndef f(prompts, completions, **columns):\n    calls.append(1)\n"
+        "    assert len(calls) < 4, 'late'\n    return [0.5 for _ in completions]\n"
+    )
+    flags = ["--steps", "2", "--ppo-ratio", "1", "--eval-every", "1", "--reward", f"{reward}:f"]
+    for allowed in (4, 2, 99):
+        reward.write_text(text.replace("< 4", f"< {allowed}"), encoding="utf-8")
+        if allowed == 4:
+            assert "saved as of step 1" in error_of(capsys, *FAST, *flags, "--out", out)
+        elif allowed == 2:
+            assert "late" in error_of(capsys, "--resume", out)
+    main(["--resume", str(out)])
+    assert "ended_by_a_failure" not in json.loads((out / "config.json").read_text("utf-8"))
+
+
 def test_large_files_are_told_apart_by_their_size_and_their_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(fingerprint, "ENDS", 8)
     seen = set()
@@ -287,6 +430,7 @@ def test_large_files_are_told_apart_by_their_size_and_their_ends(tmp_path, monke
         ("whiten_rewards", "yes", "argument --whiten-rewards"),
         ("ppo_ratio", [0.25, 0.5, 0.75], "argument --ppo-ratio"),
         ("data", {"a": 1}, "data is {'a': 1}"),
+        ("keep", 10**400, "argument --keep: expected a whole number at least 1"),
     ],
 )
 def test_an_edited_config_is_one_line(a_run, tmp_path, name, value, told):
@@ -296,6 +440,17 @@ def test_an_edited_config_is_one_line(a_run, tmp_path, name, value, told):
         parse_args(["--resume", str(tmp_path)], ALGORITHMS, SCHEDULES)
     assert str(caught.value).startswith(f"{tmp_path / 'config.json'}: ")
     assert told in str(caught.value)
+
+
+def test_other_unreadable_files_are_one_line(a_run, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(a_run, out)
+    state = out / "final" / "trainer_state.pt"
+    state.write_bytes(state.read_bytes().replace(b"little", b"litt\xd0e"))
+    assert "trainer_state.pt is damaged" in error_of(capsys, "--resume", out, "--steps", "6")
+    (out / "config.json").write_text("[" * 100_000, encoding="utf-8")
+    assert "nothing to resume there" in error_of(capsys, "--resume", out, "--steps", "6")
+    assert "--accept-changes is for --resume" in error_of(capsys, "--accept-changes")
 
 
 def test_every_flag_goes_through_config_json_unchanged(tmp_path):
