@@ -107,10 +107,10 @@ def flush(path: Path) -> None:
 def append_rows(path: Path, rows: list[dict]) -> None:
     """Add JSON lines. Raises UserError where they cannot be written, ValueError for NaN and
     infinity, which JSON lacks."""
-    lines = [_printable(json.dumps(row, ensure_ascii=False, allow_nan=False)) for row in rows]
+    lines = [_line(row) for row in rows]
     try:
         with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write("".join(line + "\n" for line in lines))
+            file.write("".join(lines))
     except OSError as problem:
         go_on = f"go on with --resume {path.parent}"
         if path.parent.name == NEW:
@@ -120,10 +120,12 @@ def append_rows(path: Path, rows: list[dict]) -> None:
         ) from None
 
 
-def _printable(line: str) -> str:
-    """The JSON line with every character that does not print as its JSON escape: a sampled control
-    character must not act on the terminal of whoever looks at the file."""
-    return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in line)
+def _line(row: dict) -> str:
+    """The row as JSON with its line break, every character that does not print as its JSON escape:
+    a sampled control character must not act on the terminal of whoever looks at the file."""
+    line = json.dumps(row, ensure_ascii=False, allow_nan=False)
+    printable = "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in line)
+    return printable + "\n"
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -145,7 +147,7 @@ def forget_after(out: Path, step: int) -> None:
     for name in ("metrics.jsonl", "samples.jsonl", "skipped.jsonl"):
         if (out / name).exists():
             kept = [row for row in read_rows(out / name) if row["step"] <= step]
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in kept]
+            lines = [_line(row) for row in kept]
             write_text(out / name, "".join(lines))
 
 

@@ -316,7 +316,7 @@ class _Parser:
     def tree(self) -> Node:
         try:
             return self.build(self.syntax())
-        except RecursionError as problem:
+        except (RecursionError, OverflowError) as problem:  # too deep, or too large a number
             raise self.no_expression(problem) from None
 
     def syntax(self) -> ast.expr:

@@ -404,7 +404,8 @@ def test_what_cannot_be_compared_is_one_line_before_any_run(tmp_path, monkeypatc
     assert "a command of its own: python compare.py" in refused("compare --seeds 2", evaluate.main)
 
 
-def test_two_comparisons_do_not_share_a_folder(tmp_path, capsys):
+def test_two_comparisons_do_not_share_a_folder(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(compare, "load_pyplot", lambda what: None)
     out = tmp_path / "c"
     out.mkdir()
     flags = ["--steps", "3", "--out", str(out)]

@@ -1,6 +1,5 @@
 """DPO and GRPO, the two forks: closed forms, the papers' gradients, and what they learn."""
 
-import argparse
 import copy
 import json
 import math
@@ -12,16 +11,9 @@ import torch
 from conftest import build_lm, ragged_batch
 
 from data import BLAME, PRAISE, Pair, is_fluent_review, make_batch, make_reviews, review_pairs
-from dpo import (
-    PairBatch,
-    add_flags,
-    dpo_loss,
-    dpo_step,
-    measure_pairs,
-    preference_batch,
-    preference_pairs,
-)
+from dpo import PairBatch, dpo_loss, dpo_step, measure_pairs, preference_batch, preference_pairs
 from engine import UserError
+from flags import parse_args
 from grpo import group_advantages, grpo_loss, grpo_step
 from hybrid import HybridModel
 from ppo import Rollout, kl_estimate
@@ -241,11 +233,9 @@ def test_a_reference_that_is_a_mixture_scores_both_sides(tiny):
 
 
 def test_where_preferences_come_from(tmp_path):
-    parser = argparse.ArgumentParser()
-    add_flags(parser)
-    assert parser.parse_args(["--beta", "0.001"]).beta == 0.001
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--beta", "0"])
+    assert parse_args(["--beta", "0.001"]).beta == 0.001
+    with pytest.raises(UserError, match="--beta: expected a number above 0"):
+        parse_args(["--beta", "0"])
     path = tmp_path / "p.jsonl"
     rows = [{"prompt": f"q{i}", "chosen": "yes", "rejected": "no"} for i in range(3)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

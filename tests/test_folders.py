@@ -305,7 +305,7 @@ def test_a_run_is_not_resumed_on_other_data(tmp_path, capsys):
     assert "44 examples instead of 40" in capsys.readouterr().out
     assert load_tokenizer(str(out / "final")).get_vocab() == vocabulary
     rows = [row for row in read_rows(out / "metrics.jsonl") if row["phase"] == "sft"]
-    assert abs(rows[4]["sft/loss"] - rows[3]["sft/loss"]) < 0.5, "no jump onto scrambled ids"
+    assert rows[4]["sft/loss"] < rows[3]["sft/loss"] + 0.5, "no jump onto scrambled ids"
     # What was accepted is what the next resume compares with.
     main(["--resume", str(out), "--steps", "7"])
     # As many examples, one of them changed; and another order of the same is no change of names.
