@@ -109,7 +109,7 @@ def program() -> float:
     """Bytes that this process holds, which has loaded what a run loads; 0 where no /proc says it
     (macOS, Windows)."""
     try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     except OSError:
         return 0.0
     return float(pages * os.sysconf("SC_PAGE_SIZE"))

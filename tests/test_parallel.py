@@ -169,8 +169,10 @@ def test_sigterm_to_the_launcher_ends_all_processes_after_the_step_and_the_run_c
         assert time.time() < deadline and process.poll() is None, process.stdout.read()
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    [saved] = [path.name for path in (tmp_path / "out").glob("checkpoint-*")]
+    said, _ = process.communicate(timeout=60)
+    saved = [path.name for path in (tmp_path / "out").glob("checkpoint-*")]
+    assert len(saved) == 1, said
+    [saved] = saved
     assert int(saved[11:]) >= 1
     one_more = str(int(saved[11:]) + 1)
     start(sys.executable, "train.py", "--resume", tmp_path / "out", "--steps", one_more)
