@@ -210,7 +210,7 @@ class RunFolder:
         """Raises SystemExit where a signal came before anything of an old run was deleted."""
         if self.place != self.out and stop.asked():
             tqdm.write(f"stopped before the first step; {self.out} still holds the old run")
-            raise SystemExit(128 + stop.signal)
+            raise SystemExit(128 + stop.agreed)
 
     @contextmanager
     def nothing_lost(self, run: Run):
@@ -419,7 +419,8 @@ class Stop:
     step is finished and saved; a second one acts at once."""
 
     def __init__(self):
-        self.signal: int | None = None
+        self.signal: int | None = None  # what this process got
+        self.agreed: int | None = None  # what all processes know of since they last asked
         self.handlers: dict = {}  # what stood there before
 
     def __enter__(self) -> "Stop":
@@ -438,13 +439,14 @@ class Stop:
         tqdm.write("stopping after this step; again to stop now", file=sys.stderr)
 
     def asked(self) -> bool:
-        """If one process got a signal, all of them stop. So every process must ask."""
+        """If one process got a signal, all of them stop. So every process must ask. A signal that
+        comes while they ask counts the next time."""
         signals = [number for number in parallel.everybody(self.signal) if number is not None]
-        self.signal = signals[0] if signals else None
-        return self.signal is not None
+        self.agreed = signals[0] if signals else None
+        return self.agreed is not None
 
     def exit_if_asked(self, step: int, out: Path) -> None:
         """Raises SystemExit, once `asked` was true and the step is saved."""
-        if self.signal is not None:
+        if self.agreed is not None:
             tqdm.write(f"stopped after step {step}; go on with: python train.py --resume {out}")
-            raise SystemExit(128 + self.signal)
+            raise SystemExit(128 + self.agreed)

@@ -75,7 +75,7 @@ def train(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
                     folder.save(run, "final")
                 elif stop.asked() or is_due(run.step, args.save_every):
                     folder.save_step(run)
-                if is_last or (is_due(run.step, args.eval_every) and not stop.signal):
+                if is_last or (is_due(run.step, args.eval_every) and not stop.agreed):
                     measure(run, args, folder)
                     print_evaluation(run)
             if not is_last:

@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import dpo
 import engine
 import hybrid
+import parallel
 import plot
 import runs
 import train
@@ -33,6 +34,7 @@ from evaluate import main as evaluate_main
 from health import RULES, verdict
 from hybrid import HybridModel, merge
 from lm import build_tiny
+from runs import Stop
 from train import main
 
 SHORT = (
@@ -1000,3 +1002,20 @@ def test_a_missing_matplotlib_says_what_to_install(tmp_path, capsys, monkeypatch
     with pytest.raises(SystemExit):
         evaluate_main(["--plot", str(tmp_path)])
     assert "pip install matplotlib" in capsys.readouterr().err
+
+
+def test_a_signal_that_comes_while_the_processes_ask_counts_at_the_next_step(monkeypatch, tmp_path):
+    with Stop() as stop:
+
+        def everybody(mine):
+            if stop.signal is None:  # it comes when None is already on its way to the others
+                stop.ask(signal.SIGTERM, None)
+            return [None, mine]
+
+        monkeypatch.setattr(parallel, "everybody", everybody)
+        assert not stop.asked()
+        stop.exit_if_asked(6, tmp_path)  # the step was not saved: it goes on
+        assert stop.asked()
+        with pytest.raises(SystemExit) as caught:
+            stop.exit_if_asked(7, tmp_path)
+    assert caught.value.code == 128 + signal.SIGTERM
