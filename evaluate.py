@@ -63,8 +63,8 @@ def _measure(run, args, folder) -> None:
     if run.algorithm.measure is not None:
         run.after |= run.algorithm.measure(run, args)
     run.samples_after = samples[:3]
-    folder.write(run, "eval", run.after)
     folder.write_samples(run, run.samples_after)
+    folder.write(run, "eval", run.after)  # after the samples: without it --resume measures again
     keep_best(run, args, folder.out)
 
 

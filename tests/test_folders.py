@@ -496,3 +496,15 @@ def test_a_state_without_fingerprints_is_resumed_with_a_note(a_run, tmp_path, ca
     torch.save(state, folder / "trainer_state.pt")
     main(["--resume", str(out), "--steps", "5"])
     assert "whether its data changed is not known" in capsys.readouterr().out
+
+
+def test_a_run_that_died_before_the_row_of_an_evaluation_measures_again(a_run, tmp_path):
+    """The samples were written, the row was not."""
+    out = tmp_path / "run"
+    shutil.copytree(a_run, out)
+    rows = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    assert json.loads(rows[-1])["phase"] == "eval"
+    (out / "metrics.jsonl").write_text("".join(rows[:-1]), encoding="utf-8")
+    main(["--resume", str(out)])
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert (out / name).read_bytes() == (a_run / name).read_bytes()
