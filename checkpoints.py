@@ -143,15 +143,15 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def forget_after(out: Path, step: int) -> None:
-    """Drop the rows that a run resumed at `step` will write again, and the samples of an evaluation
-    that did not come to its row."""
+    """Drop the rows that a run resumed at `step` will write again; with them the samples of that
+    step, if its evaluation did not come to its row."""
     rows = read_rows(out / "metrics.jsonl")
-    measured = {row["step"] for row in rows if row["phase"] == "eval"}
+    is_measured = any(row["step"] == step and row.get("phase") == "eval" for row in rows)
     for name in ("metrics.jsonl", "samples.jsonl", "skipped.jsonl"):
         if (out / name).exists():
             kept = [row for row in read_rows(out / name) if row["step"] <= step]
-            if name == "samples.jsonl":
-                kept = [row for row in kept if row["step"] in measured]
+            if name == "samples.jsonl" and not is_measured:
+                kept = [row for row in kept if row["step"] < step]
             lines = [_line(row) for row in kept]
             write_text(out / name, "".join(lines))
 
