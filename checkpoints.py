@@ -36,8 +36,10 @@ import transformers
 from safetensors import SafetensorError
 
 from engine import UserError, first_line
+from flags import read_json
 
-RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "skipped.jsonl", "final", "best")
+ROW_FILES = ("metrics.jsonl", "samples.jsonl", "skipped.jsonl")
+RUN_FILES = ("config.json", *ROW_FILES, "final", "best")
 REPLACED = ("final", "best")  # folders that a newer one of the same name replaces
 NEW = ".new-run"
 STATE = "trainer_state.pt"
@@ -145,14 +147,14 @@ def read_rows(path: Path) -> list[dict]:
 def forget_after(out: Path, step: int) -> None:
     """Drop the rows that a run resumed at `step` will write again; with them the samples of that
     step, if its evaluation did not come to its row."""
-    rows = read_rows(out / "metrics.jsonl")
-    is_measured = any(row["step"] == step and row.get("phase") == "eval" for row in rows)
-    for name in ("metrics.jsonl", "samples.jsonl", "skipped.jsonl"):
+    rows = {name: read_rows(out / name) for name in ROW_FILES}
+    is_measured = any(
+        row["step"] == step and row.get("phase") == "eval" for row in rows["metrics.jsonl"]
+    )
+    for name in ROW_FILES:
+        last = step - 1 if name == "samples.jsonl" and not is_measured else step
         if (out / name).exists():
-            kept = [row for row in read_rows(out / name) if row["step"] <= step]
-            if name == "samples.jsonl" and not is_measured:
-                kept = [row for row in kept if row["step"] < step]
-            lines = [_line(row) for row in kept]
+            lines = [_line(row) for row in rows[name] if row["step"] <= last]
             write_text(out / name, "".join(lines))
 
 
@@ -194,15 +196,6 @@ def check_free(out: Path, overwrite: bool, used: dict[str, Path]) -> None:
                 raise UserError(
                     f"{flag} is in the run that --overwrite would delete; give another --out"
                 )
-
-
-def read_json(path: Path) -> dict:
-    """An object of a JSON file; empty where there is none."""
-    try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return read if isinstance(read, dict) else {}
 
 
 def open_run_folder(out: Path, flags: dict) -> Path:

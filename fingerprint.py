@@ -19,6 +19,7 @@ from pathlib import Path
 from cli import UserError
 from expression import files_and_texts
 from flags import spelled
+from references import parse_reference
 
 ENDS = 2**20  # bytes that are read of a file's beginning, and of its end
 MODEL_FLAGS = ("model", "user_model")
@@ -65,8 +66,7 @@ def used_paths(args) -> dict[str, Path]:
         value = getattr(args, name) or []
         names = [value] if isinstance(value, str) else value
         words[spelled(name)] = [path for name in names for path in matches(name)]
-    # --ref-model may be NAME=PATH:WEIGHT
-    words["--ref-model"] = [re.sub(r"^\w+=|:[0-9.eE+-]+$", "", ref) for ref in args.ref_model or []]
+    words["--ref-model"] = [parse_reference(ref)[1] for ref in args.ref_model or []]
     code, texts = named_in(args.reward)
     words["--reward"] = [*code, *texts]
     found = {}

@@ -314,13 +314,19 @@ def typed(name: str, value) -> list[str]:
     return [f"{spelled(name)}={value}"]
 
 
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; empty where there is none."""
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return read if isinstance(read, dict) else {}
+
+
 def read_config(out: Path) -> dict:
     """The flags of a run. Raises UserError where there is none."""
-    try:
-        config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        config = None
-    if not isinstance(config, dict) or "ppo_ratio" not in config:
+    config = read_json(out / "config.json")
+    if "ppo_ratio" not in config:
         raise UserError(f"--resume {out}: nothing to resume there; expected a run folder with a config.json")
     if isinstance(config["ppo_ratio"], list):
         config["ppo_ratio"] = tuple(config["ppo_ratio"])

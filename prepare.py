@@ -22,7 +22,7 @@ import plan
 import references
 import schedules
 import survey
-from checkpoints import check_free, read_state
+from checkpoints import check_free, newest_checkpoint, read_state, recover
 from data import (
     BatchStream,
     Example,
@@ -57,7 +57,7 @@ from lm import release_files
 from ppo import AdaptiveKLController
 from references import ReferenceMixture, load_references
 from rewards import build_reward
-from runs import FAILED, Algorithm, Run, find_checkpoint
+from runs import FAILED, Algorithm, Run
 from schedules import SCHEDULES
 
 
@@ -66,11 +66,12 @@ def prepare(args, algorithm: Algorithm) -> Run:
     device = parallel.start(pick_device(args.device))
     check_amp(args.amp, device)
     seed_everything(args.seed)
+    checkpoint = None
     if args.resume is None:
         parallel.on_main(check_free, Path(args.out), args.overwrite, used_paths(args))
     else:
         say_remembered(args)
-    checkpoint = find_checkpoint(args.resume)
+        checkpoint = find_checkpoint(Path(args.resume))
     say(plan.device_line(args, device))
     data = load_data(args, algorithm)
     say(plan.data_line(args, len(data.train), len(data.held_out), len(data.pairs)))
@@ -177,6 +178,15 @@ def say_remembered(args) -> None:
     code, _ = fingerprint.named_in(args.reward)
     if code:
         say(f"this run executes the code of --reward {', '.join(code)}")
+
+
+def find_checkpoint(out: Path) -> Path | None:
+    """The checkpoint that --resume goes on from, once what a crash left is put in order."""
+    parallel.on_main(recover, out)
+    checkpoint = newest_checkpoint(out)
+    if checkpoint is None:
+        say(f"{out} has no checkpoint yet: the run starts again")
+    return checkpoint
 
 
 def say(line: str) -> None:

@@ -26,11 +26,9 @@ from checkpoints import (  # noqa: F401  (read_rows and checkpoints can be had f
     checkpoints,
     forget_after,
     load_checkpoint,
-    newest_checkpoint,
     open_run_folder,
     random_state,
     read_rows,
-    recover,
     replace_old_run,
     save_checkpoint,
     set_random_state,
@@ -125,17 +123,6 @@ class Run:
         """Other values that a checkpoint stores; they are restored by name."""
         names = ("step", "rl_steps", "skipped", "before", "samples_before")
         return {name: getattr(self, name) for name in names}
-
-
-def find_checkpoint(resume: str | None) -> Path | None:
-    """The checkpoint that --resume goes on from, once what a crash left is put in order."""
-    if resume is None:
-        return None
-    parallel.on_main(recover, Path(resume))
-    checkpoint = newest_checkpoint(Path(resume))
-    if checkpoint is None and parallel.rank() == 0:
-        print(f"{resume} has no checkpoint yet: the run starts again")
-    return checkpoint
 
 
 class RunFolder:

@@ -216,11 +216,17 @@ def test_a_rollout_from_before_an_sft_step_is_caught(tokenizer, tiny_model):
     assert ppo_step(tiny_model, rollout, optimizer)["ppo/first_ratio_gap"] > 1e-3
 
 
-def test_a_rollout_is_what_its_columns_say(tokenizer, tiny_model):
-    torch.nn.init.normal_(tiny_model.value_head.weight, std=0.1)
-    reference = tiny_model.frozen_copy()
+def moved_copy(model):
+    """A reference that differs from the policy, so that the KL is not 0."""
+    reference = model.frozen_copy()
     with torch.no_grad():
         reference.lm.model.norm.weight.add_(0.3)
+    return reference
+
+
+def test_a_rollout_is_what_its_columns_say(tokenizer, tiny_model):
+    torch.nn.init.normal_(tiny_model.value_head.weight, std=0.1)
+    reference = moved_copy(tiny_model)
     reward = build_reward("length(target=8)")
     rollout, metrics, samples = rollout_of(
         tiny_model, tokenizer, reward, reference, missing_eos_penalty=0.5, max_new_tokens=5
@@ -258,9 +264,7 @@ UNFRIENDLY = dict(
 def test_rewards_and_advantages_follow_from_the_other_columns(tokenizer, tiny_model, options):
     """In Python floats, row by row, from what the rollout holds and what the reward has said."""
     torch.nn.init.normal_(tiny_model.value_head.weight, std=0.3)
-    reference = tiny_model.frozen_copy()
-    with torch.no_grad():
-        reference.lm.model.norm.weight.add_(0.3)
+    reference = moved_copy(tiny_model)
     reward = build_reward("length(target=3)")
     rollout, metrics, samples = rollout_of(
         tiny_model, tokenizer, reward, reference, n=7, max_new_tokens=5, **options
