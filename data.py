@@ -152,7 +152,7 @@ def columns_of(examples: list[Example]) -> dict[str, list]:
     """The keyword lists that rewards receive: `target` and every other field of the data.
 
     A field that an example lacks is None. Fields named `prompts` and `completions` are left out:
-    rewards use these names for something else.
+    rewards use these names for something else. `prompt_messages` are the prompts of dialogues.
     """
     names = dict.fromkeys(name for example in examples for name in example.columns)  # in order
     lists = {name: [example.columns.get(name) for example in examples] for name in names}
@@ -160,7 +160,10 @@ def columns_of(examples: list[Example]) -> dict[str, list]:
     lists.pop("completions", None)
     # Targets of --prompts are for rewards alone: they are in the field, not in the example.
     targets = [example.target or example.columns.get("target") or "" for example in examples]
-    return {**lists, "target": targets}
+    lists["target"] = targets
+    if any(example.messages for example in examples):
+        lists["prompt_messages"] = [example.messages for example in examples]
+    return lists
 
 
 # --------------------------------------------------------------------------------- split and stream

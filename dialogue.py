@@ -169,18 +169,27 @@ class Scores(NamedTuple):
 def score_episodes(episodes: list[Episode], reward, turn_rewards: bool, device) -> Scores:
     """Ask the reward about every response: about whole dialogues, or about each turn of them."""
     rows, prompts, completions, columns = [], [], [], []
+    before, after = [], []  # prompts and completions as messages
     for row, episode in enumerate(episodes):
+        said = len(episode.responses) + len(episode.replies)
+        first = len(episode.messages) - said  # the index of the first response
         if turn_rewards:  # a response, given what was said before it
             prompts += episode.histories
             completions += episode.responses
             columns += episode.ends
             rows += [row] * len(episode.responses)
+            turns = range(first, len(episode.messages), 2)
+            before += [episode.messages[:turn] for turn in turns]
+            after += [[episode.messages[turn]] for turn in turns]
         else:  # all that was said after the prompt
             prompts.append(episode.example.prompt)
             completions.append(episode.text())
             columns.append(episode.ends[-1])
             rows.append(row)
+            before.append(episode.messages[:first])
+            after.append(episode.messages[first:])
     fields = columns_of([episodes[row].example for row in rows])
+    fields |= {"prompt_messages": before, "completion_messages": after}
     values = reward(prompts, completions, **fields).to(device)  # (n,)
     return Scores(values, torch.tensor(rows, device=device), torch.tensor(columns, device=device))
 

@@ -363,7 +363,6 @@ def judge(
         ]
         return [None if grade is None else (grade - 1) / (top - 1) for grade in ask(questions)]
 
-    reward.may_abstain = True
     return reward
 
 

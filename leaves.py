@@ -114,10 +114,34 @@ def load_function(file: str, name: str) -> Callable:
         raise UserError(f"{source}: {message}") from problem
 
 
+# Columns that hold texts as messages, each a list of {role, content}: for functions that want them.
+PROMPT_MESSAGES, COMPLETION_MESSAGES = "prompt_messages", "completion_messages"
+
+
+def as_messages(texts: list[str], messages: list | None, role: str) -> list[list[dict]]:
+    """The messages of each text; one message of `role` where the data have none."""
+    messages = messages or [None] * len(texts)
+    return [
+        turns or [{"role": role, "content": text}]
+        for text, turns in zip(texts, messages, strict=True)
+    ]
+
+
 def call_leaf(
     name: str, function: Callable, prompts: list[str], completions: list[str], columns: dict
 ) -> torch.Tensor:
-    """(B,) values of a reward function. Raises UserError that names it and a completion."""
+    """(B,) values of a reward function, NaN where it says None: no score for that row.
+
+    A function with the attribute `wants_messages` gets prompts and completions as lists of
+    {role, content}. Raises UserError that names the function and a completion.
+    """
+    columns = dict(columns)
+    of_prompts = columns.pop(PROMPT_MESSAGES, None)
+    of_completions = columns.pop(COMPLETION_MESSAGES, None)
+    texts = completions
+    if getattr(function, "wants_messages", False):
+        prompts = as_messages(prompts, of_prompts, "user")
+        completions = as_messages(completions, of_completions, "assistant")
     try:
         parameters = inspect.signature(function).parameters
         if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
@@ -130,20 +154,18 @@ def call_leaf(
         raise UserError(
             f"reward '{name}' raised {type(problem).__name__}: {problem} "
             f"({Path(frame.filename).name}:{frame.lineno}); "
-            f"first completion: {completions[0][:80]!r}"
+            f"first completion: {texts[0][:80]!r}"
         ) from problem
     if isinstance(values, (torch.Tensor, np.ndarray)):
         values = values.tolist()
-    if getattr(function, "may_abstain", False):
-        # A judge that could not be reached gave no score, which is not a score of 0.
-        values = [math.nan if value is None else value for value in values]
-    else:
-        check_values(name, values, completions)
+    check_values(name, values, texts)
+    # No score, such as that of a judge that could not be reached, is not a score of 0.
+    values = [math.nan if value is None else value for value in values]
     return torch.tensor(values, dtype=torch.float32)
 
 
 def check_values(name: str, values, completions: list[str]) -> None:
-    """Raises UserError unless `values` is a list of one finite number per completion."""
+    """Raises UserError unless `values` is a list of one finite number, or None, per completion."""
     is_list = isinstance(values, (list, tuple))
     if not is_list or len(values) != len(completions):
         returned = f"{len(values)} values" if is_list else type(values).__name__
@@ -153,7 +175,8 @@ def check_values(name: str, values, completions: list[str]) -> None:
         )
     for value, text in zip(values, completions):
         # float32 ends at 3.4e38. A comparison with NaN is false.
-        if not isinstance(value, numbers.Real) or not abs(value) < 1e38:
+        is_number = isinstance(value, numbers.Real) and abs(value) < 1e38
+        if value is not None and not is_number:
             raise NonFiniteReward(
                 f"reward '{name}' gave {value!r}, not a finite number, "
                 f"for the completion {text[:80]!r}"

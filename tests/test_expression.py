@@ -98,15 +98,37 @@ def test_the_language_knows_no_reward_by_name():
     assert parse("ema(words)", NAMES, {})([""] * 2, TEXTS[:2]).isfinite().all()
 
 
-def test_a_judge_may_abstain_and_others_may_not():
-    def nothing(prompts, completions, **columns):
-        return [None] * len(completions)
+def test_none_is_no_score_and_nan_is_a_mistake():
+    def half(value):
+        def reward(prompts, completions, **columns):
+            return [value if text == "b" else 2.5 for text in completions]
 
-    names = {"nothing": (without_arguments(nothing), "")}
-    with pytest.raises(UserError, match="reward 'nothing' gave None, not a finite number"):
-        parse("nothing", names, {})([""], [""])
-    nothing.may_abstain = True
-    assert torch.isnan(parse("nothing + 1", names, {})([""], [""])).all()
+        return {**NAMES, "half": (without_arguments(reward), "")}
+
+    total = parse("half + 1", half(None), {})([""] * 2, ["a", "b"])
+    assert total[0] == 3.5 and torch.isnan(total[1])
+    with pytest.raises(UserError, match="reward 'half' gave nan, not a finite number"):
+        parse("half", half(float("nan")), {})([""] * 2, ["a", "b"])
+
+
+def test_a_function_that_wants_messages_gets_them():
+    seen = []
+
+    def talk(prompts, completions, **columns):
+        seen.append((prompts, completions, list(columns)))
+        return [1.0] * len(completions)
+
+    talk.wants_messages = True
+    reward = parse("talk", {"talk": (without_arguments(talk), "")}, {})
+    history = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    reward(["p", "q"], ["a", "b"], prompt_messages=[history, None], level=[1, 2])
+    assert seen == [
+        (
+            [history, [{"role": "user", "content": "q"}]],
+            [[{"role": "assistant", "content": text}] for text in "ab"],
+            ["level"],
+        )
+    ]
 
 
 WINDOWS = PureWindowsPath("C:/", "my files (x86)", "new.rewards", "r.py")
