@@ -154,8 +154,9 @@ def columns_of(examples: list[Example]) -> dict[str, list]:
     A field that an example lacks is None. Fields named `prompts` and `completions` are left out:
     rewards use these names for something else. `prompt_messages` are the prompts of dialogues.
     """
-    names = dict.fromkeys(name for example in examples for name in example.columns)  # in order
-    lists = {name: [example.columns.get(name) for example in examples] for name in names}
+    records = [example.named | example.columns for example in examples]
+    names = dict.fromkeys(name for record in records for name in record)  # in order
+    lists = {name: [record.get(name) for record in records] for name in names}
     lists.pop("prompts", None)
     lists.pop("completions", None)
     # Targets of --prompts are for rewards alone: they are in the field, not in the example.

@@ -18,8 +18,10 @@ import ast
 import difflib
 import functools
 import inspect
+import itertools
 import math
 import operator
+import os
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -31,9 +33,11 @@ import numpy as np
 import torch
 
 import parallel
+from data import Example, columns_of
 from engine import NonFiniteReward, UserError
-from leaves import call_leaf, load_function
+from leaves import COMPLETION_MESSAGES, call_leaf
 from mixture import Mixture, RunningNorm, fit_to_pairs
+from reward_files import FileReward, RewardFile, load_function
 from self_play import SelfPlay
 
 # ------------------------------------------------------------------ functions of expressions
@@ -153,6 +157,9 @@ class SelfPlayNode(Node):
         return self.function(base.evaluate(values, learn), base.evaluate(values[self.key], False))
 
 
+Stateful = RunningNorm | Mixture | SelfPlay | FileReward  # what checkpoints keep the state of
+
+
 class Reward:
     """A parsed expression. A call gives a (B,) float32 tensor, NaN where a judge gave no score.
 
@@ -160,13 +167,14 @@ class Reward:
     `ema` and `mixture`, but not inside `with reward.frozen():`, which is for measuring.
     """
 
-    def __init__(self, tree: Node, stateful: dict[str, RunningNorm | Mixture | SelfPlay]):
+    def __init__(self, tree: Node, stateful: dict[str, Stateful]):
         self._tree, self._leaves, self._stateful = tree, tree.leaves(), stateful
         self._learn = True
         self.parts: dict[str, torch.Tensor] = {}
+        self._logged: dict[str, list[float]] = {}  # by log_metric of functions, in the last call
         self.total = torch.zeros(0)  # (B,) what the last call returned
 
-    def __call__(self, prompts: list[str], completions: list[str], **columns) -> torch.Tensor:
+    def __call__(self, prompts: list[str], completions: list[str], /, **columns) -> torch.Tensor:
         """One float per completion.
 
         Raises UserError, naming reward and text, where a leaf raises or does not return one finite
@@ -175,13 +183,25 @@ class Reward:
         of_opponent = {}
         for key, play in self._all(SelfPlay).items():
             answers = play.answers(prompts, self._learn)
-            of_opponent[key] = self._ask_leaves(prompts, answers, columns)
+            fields = {n: values for n, values in columns.items() if n != COMPLETION_MESSAGES}
+            of_opponent[key] = self._ask_leaves(prompts, answers, fields)
         self.parts = self._ask_leaves(prompts, completions, columns)
         total = self._tree.evaluate(self.parts | of_opponent, self._learn)
         self.total = total + torch.zeros(len(completions))  # (B,) also for a single number
         if torch.isinf(self.total).any():
             raise NonFiniteReward(f"the reward is too large for a float32: {self.total.tolist()}")
         return self.total
+
+    def try_on(self, examples: list[Example]) -> None:
+        """Ask about the targets of two examples, to find mistakes before training. Raises UserError
+        as a call does, and where the reward needs a target and none of the examples has one."""
+        probe = examples[:2]
+        columns = columns_of(probe)
+        if not any(columns_of(examples)["target"]):
+            del columns["target"]
+        with self.frozen():
+            self([e.prompt for e in probe], [e.target for e in probe], **columns)
+            self.state_dict()  # can a checkpoint keep it?
 
     def _ask_leaves(
         self, prompts: list[str], completions: list[str], columns: dict[str, list]
@@ -191,17 +211,22 @@ class Reward:
         my_prompts, my_completions = parallel.share(prompts), parallel.share(completions)
         my_columns = {name: parallel.share(values) for name, values in columns.items()}
         my_values: dict[str, list[float]] = {name: [] for name in self._leaves}
-        problem = None
+        of_files = [f for f in self._leaves.values() if isinstance(f, FileReward)]
+        problem, logged = None, []
         try:
             if my_completions:
                 for name, function in self._leaves.items():
                     values = call_leaf(name, function, my_prompts, my_completions, my_columns)
                     my_values[name] = values.tolist()
+            logged = [function.take_logged() for function in of_files]
         except UserError as raised:
             problem = raised
-        for raised in parallel.everybody(problem):
+        self._logged = {}
+        for raised, of_process in parallel.everybody((problem, logged)):
             if raised is not None:
                 raise raised
+            for name, value in itertools.chain.from_iterable(of_process):
+                self._logged.setdefault(name, []).append(value)
         return {name: torch.tensor(parallel.gather(values)) for name, values in my_values.items()}
 
     def _all(self, kind: type) -> dict:
@@ -215,21 +240,27 @@ class Reward:
 
     @contextmanager
     def frozen(self):
-        """For measuring: no statistics are updated, and random states are restored at the end."""
+        """For measuring: no statistics are updated, and random states and those of a user's classes
+        are restored at the end."""
         states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        of_files = {key: f.state_dict() for key, f in self._all(FileReward).items()}
         self._learn = False
         try:
             yield
         finally:
             self._learn = True
+            for key, state in of_files.items():
+                self._stateful[key].load_state_dict(state)
             random.setstate(states[0])
             np.random.set_state(states[1])
             torch.set_rng_state(states[2])
 
     def metrics(self) -> dict[str, float]:
-        """Of the last call: `reward/<leaf>`, the mean of its raw values, `reward_weight/<name>` of
-        a mixture, `self_play/win_rate`."""
+        """Of the last call: `reward/<leaf>`, the mean of its raw values, `reward_metric/<name>`,
+        what its functions logged, `reward_weight/<name>` of a mixture, `self_play/win_rate`."""
         metrics = {f"reward/{name}": float(values.nanmean()) for name, values in self.parts.items()}
+        for name, values in self._logged.items():
+            metrics[f"reward_metric/{name}"] = sum(values) / len(values)
         for mixture in self._all(Mixture).values():
             for name, weight in zip(mixture.names, mixture.weights()):
                 metrics[f"reward_weight/{name}"] = float(weight)
@@ -242,7 +273,8 @@ class Reward:
 
     def load_state_dict(self, state: dict[str, dict]) -> None:
         for key, function in self._stateful.items():
-            function.load_state_dict(state[key])
+            if key in state:  # a class of the user's may have got a state since
+                function.load_state_dict(state[key])
 
 
 # ------------------------------------------------------------------ the parser
@@ -311,28 +343,44 @@ class _Parser:
         self.expression, self.names, self.context = expression, names, context
         self.files: dict[str, tuple[str, str]] = {}  # placeholder -> (file, function)
         self.sources: dict[str, str] = {}  # leaf -> file, to find two functions of one name
-        self.stateful: dict[str, RunningNorm | Mixture | SelfPlay] = {}
+        self.loaded: dict[Path, RewardFile] = {}  # the files that were executed
+        self.functions: dict[tuple[str, str, bool], FileReward] = {}  # (file, name, messages) -> it
+        self.stateful: dict[str, Stateful] = {}
 
     def tree(self) -> Node:
         try:
-            return self.build(self.syntax())
+            tree = self.build(self.syntax())
         except (RecursionError, OverflowError) as problem:  # too deep, or too large a number
             raise self.no_expression(problem) from None
+        if not tree.leaves():
+            raise self.error(f"numbers alone are no reward; {self.known()}")
+        return tree
 
     def syntax(self) -> ast.expr:
         """Python's tree of the text. Nothing is looked up, loaded or called yet."""
         # A path is no Python expression: a placeholder replaces it until `restore`.
-        source = self.expression.strip()
-        alone = re.fullmatch(r"(.+\.py):(\w+)", source)
-        if alone is not None and Path(alone[1]).expanduser().is_file():  # whatever is in its name
-            source = self.placeholder(alone)
-        source = FILE_FUNCTION.sub(self.placeholder, source)
+        source = FILE_FUNCTION.sub(self.placeholder, self.without_files(self.expression.strip()))
         # Python would read the \n of C:\new.txt as the end of a line.
         source = WINDOWS_STRING.sub(lambda match: match[0].replace("\\", r"\\"), source)
         try:
             return ast.parse(source, mode="eval").body
         except (SyntaxError, RecursionError, MemoryError, OverflowError) as problem:
             raise self.no_expression(problem) from None
+
+    def without_files(self, text: str) -> str:
+        """The text with a placeholder for each file that exists, whatever is in its name: of all
+        that could be its path, the longest. Quotes around it go too."""
+        source, begin = "", 0  # what is done, and where the rest begins
+        for match in re.finditer(r"\.py:(\w+)", text):
+            for start in range(begin, match.start()):
+                file = text[start : match.start() + len(".py")]
+                if os.path.isfile(os.path.expanduser(file)):
+                    before, end = text[begin:start], match.end()
+                    if before[-1:] in ("'", '"') and text[end : end + 1] == before[-1:]:
+                        before, end = before[:-1], end + 1
+                    source, begin = source + before + self.keep(file, match[1]), end
+                    break
+        return source + text[begin:]
 
     def no_expression(self, problem: BaseException) -> UserError:
         reason = getattr(problem, "msg", problem)
@@ -360,13 +408,31 @@ class _Parser:
 
     def name(self, node: ast.Name) -> Node:
         if node.id in self.files:
-            file, function = self.files[node.id]
-            return self.leaf(function, load_function(file, function), source=file)
+            return self.file_function(node.id)
         if node.id in self.names:
             return self.reward(node, node.id)
         raise self.unreadable(node)
 
+    def file_function(self, placeholder: str, messages: bool = False) -> Leaf:
+        file, name = self.files[placeholder]
+        path = os.path.realpath(os.path.expanduser(file))
+        key = path, name, messages
+        shown = f"{name}(messages=True)" if messages else name
+        if key not in self.functions:
+            self.functions[key] = load_function(file, name, self.loaded, messages)
+            if self.functions[key].has_state:
+                self.remember(shown, self.functions[key])
+        return self.leaf(shown, self.functions[key], source=path)
+
     def call(self, node: ast.Call, name: str) -> Node:
+        if name in self.files:
+            arguments = {keyword.arg: keyword.value for keyword in node.keywords}
+            if node.args or list(arguments) != ["messages"]:
+                raise self.error(
+                    f"cannot read {self.text(node)!r}; a function of a file takes no arguments "
+                    "here but messages=True, for texts as messages"
+                )
+            return self.file_function(name, self.literal(arguments["messages"]) is True)
         if name in self.names:
             return self.reward(node, name)
         if name in POST_PROCESSORS and node.args:
@@ -396,21 +462,27 @@ class _Parser:
         process = self.construct(node, POST_PROCESSORS[name], skip=1)
         if not isinstance(process, RunningNorm):
             return Node(process, (operand,))
-        self.remember(node, process)
+        self.remember(self.text(node), process)
         return RunningNormNode(process, (operand,))
 
     def self_play(self, node: ast.Call) -> Node:
         base = self.build(node.args[0])
         if any(isinstance(function, SelfPlay) for function in self.stateful.values()):
             raise self.error("expected at most one self_play, found two")
+        inner = [below.func.id for below in ast.walk(node.args[0]) if isinstance(below, ast.Call)]
+        if "whiten" in inner:
+            raise self.error(
+                "self_play compares two scores, and whiten standardises those of each side apart, "
+                "so that neither could win; write whiten(self_play(...)), or ema inside"
+            )
         play = self.construct(node, SelfPlay, self.context, skip=1)
-        return SelfPlayNode(play, (base,), self.remember(node, play))
+        return SelfPlayNode(play, (base,), self.remember(self.text(node), play))
 
     def mixture(self, node: ast.Call) -> Node:
         operands = self.operands(node)
         names = [self.text(argument) for argument in node.args]
         mixture = self.construct(node, Mixture, names, skip=len(names))
-        self.remember(node, mixture)
+        self.remember(self.text(node), mixture)
         return MixtureNode(mixture, operands)
 
     def construct(self, node: ast.Name | ast.Call, make: Callable, *first, skip: int = 0):
@@ -431,9 +503,8 @@ class _Parser:
         except (ValueError, TypeError, AttributeError) as problem:
             raise self.error(f"cannot read {self.text(node)!r}: {problem}") from None
 
-    def remember(self, node: ast.Call, function: RunningNorm | Mixture | SelfPlay) -> str:
+    def remember(self, key: str, function: Stateful) -> str:
         """Keep a function that has a state. -> its key in checkpoints."""
-        key = self.text(node)
         if key in self.stateful:
             key = f"{key} #{len(self.stateful)}"
         self.stateful[key] = function
@@ -450,8 +521,11 @@ class _Parser:
         return self.restore(ast.unparse(node).replace("'", '"'))
 
     def placeholder(self, match: re.Match) -> str:
+        return self.keep(*[group for group in match.groups() if group is not None])
+
+    def keep(self, file: str, function: str) -> str:
+        """-> the placeholder of a file's function."""
         name = f"_file{len(self.files)}_"
-        file, function = [group for group in match.groups() if group is not None]
         self.files[name] = file, function
         return name
 

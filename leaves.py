@@ -1,14 +1,14 @@
-"""Reward functions: how they are made of a measure, loaded from a file of yours, called, checked.
+"""Reward functions: how they are made of a measure, called, checked.
 
-A reward function is f(prompts, completions, **columns) -> list[float], one float per completion,
-higher is better. An expression (expression.py) asks several of them; here is what all have in
-common. Left out on purpose: any particular reward.
+A reward function is f(prompts, completions, **columns) -> list[float | None], one per completion,
+higher is better, None for no score. An expression (expression.py) asks several of them; here is
+what all have in common. Left out on purpose: any particular reward; the functions of a user's own
+file (reward_files.py).
 
-    python rewards.py "examples/my_rewards.py:politeness" examples/scored.jsonl
+    python rewards.py "2*rouge_l - 1" examples/scored.jsonl
 """
 
-import importlib.util
-import inspect
+import itertools
 import math
 import numbers
 import sys
@@ -18,8 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from engine import NonFiniteReward, UserError
+import parallel
+from engine import NonFiniteReward, UserError, first_line
+from reward_files import ANYTHING
 
 # ------------------------------------------------------------------ made of a measure
 
@@ -33,23 +36,49 @@ def completion_reward(measure: Callable[[str], float]) -> Callable:
     return reward
 
 
-def reference_reward(metric: Callable[[str, list[str]], float], name: str) -> Callable:
-    """A reward function from metric(hypothesis, list of references)."""
+def reference_reward(
+    metric: Callable[[str, list[str]], float],
+    name: str,
+    tokens_of: Callable[[str], list] | None = None,
+) -> Callable:
+    """A reward function from metric(hypothesis, list of references).
+
+    `tokens_of` is what the metric reads of a text: the first reference of which it reads nothing is
+    noted, since nothing but 0 can come of it.
+    """
+    is_noted = tokens_of is None
 
     def reward(prompts, completions, **columns):
+        nonlocal is_noted
         references = references_of(columns, name)
+        for text in itertools.chain.from_iterable(references):
+            if not is_noted and text.strip() and not tokens_of(text):
+                is_noted = True
+                say(
+                    f"note: {name} finds no word that it can read in the target {text[:40]!r}: "
+                    "such rows score 0 (chrf reads every script)"
+                )
         return [metric(text, texts) for text, texts in zip(completions, references, strict=True)]
 
     return reward
 
 
-def best_reference_reward(metric: Callable[[str, str], float], name: str) -> Callable:
+def best_reference_reward(
+    metric: Callable[[str, str], float], name: str, tokens_of: Callable[[str], list] | None = None
+) -> Callable:
     """A reward function from metric(hypothesis, reference): the best reference counts."""
 
     def best(hypothesis: str, references: list[str]) -> float:
         return max(metric(hypothesis, reference) for reference in references)
 
-    return reference_reward(best, name)
+    return reference_reward(best, name, tokens_of)
+
+
+def say(line: str) -> None:
+    """A line for the reader of a run, on process 0: above a progress bar, and on stderr, so that
+    scores which are printed stay apart."""
+    if parallel.rank() == 0:
+        tqdm.write(line, file=sys.stderr)
 
 
 def without_arguments(reward: Callable) -> Callable:
@@ -85,34 +114,7 @@ def check_above_0(reward: str, name: str, value: float) -> None:
         raise UserError(f"{reward}({name}={value!r}): expected a number above 0")
 
 
-# ------------------------------------------------------------------ loaded, called, checked
-
-
-def load_function(file: str, name: str) -> Callable:
-    """The callable `name` of a Python file; an instance, where it is a class."""
-    path, source = Path(file).expanduser(), f"--reward {file}:{name}"
-    if not path.is_file():
-        raise UserError(f"{source}: there is no file {file} (write spaces around a minus sign)")
-    spec = importlib.util.spec_from_file_location(f"reward_file_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    try:
-        spec.loader.exec_module(module)
-    except Exception as problem:  # the user's own file may raise anything while it is imported
-        message = f"importing the file raised {type(problem).__name__}: {problem}"
-        raise UserError(f"{source}: {message}") from problem
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise UserError(
-            f"{source}: the file has no function of that name; "
-            f"expected def {name}(prompts, completions, **columns) -> list[float]"
-        )
-    try:
-        return function() if isinstance(function, type) else function
-    except Exception as problem:  # the user's constructor may raise anything
-        message = f"{name}() raised {type(problem).__name__}: {problem}"
-        raise UserError(f"{source}: {message}") from problem
-
+# ------------------------------------------------------------------ called, checked
 
 # Columns that hold texts as messages, each a list of {role, content}: for functions that want them.
 PROMPT_MESSAGES, COMPLETION_MESSAGES = "prompt_messages", "completion_messages"
@@ -143,29 +145,34 @@ def call_leaf(
         prompts = as_messages(prompts, of_prompts, "user")
         completions = as_messages(completions, of_completions, "assistant")
     try:
-        parameters = inspect.signature(function).parameters
-        if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-            columns = {key: values for key, values in columns.items() if key in parameters}
-        values = function(prompts=prompts, completions=completions, **columns)
+        values = function(prompts, completions, **columns)
     except UserError:
         raise
-    except Exception as problem:  # the user's own code may raise anything; it is named, not hidden
-        frame = traceback.extract_tb(problem.__traceback__)[-1]
-        raise UserError(
-            f"reward '{name}' raised {type(problem).__name__}: {problem} "
-            f"({Path(frame.filename).name}:{frame.lineno}); "
-            f"first completion: {texts[0][:80]!r}"
-        ) from problem
-    if isinstance(values, (torch.Tensor, np.ndarray)):
+    except ANYTHING as problem:
+        raise _named(problem, name, texts[0]) from problem
+    if hasattr(values, "tolist"):  # of numpy, torch, pandas
         values = values.tolist()
-    check_values(name, values, texts)
+    values = checked_values(name, values, texts)
     # No score, such as that of a judge that could not be reached, is not a score of 0.
     values = [math.nan if value is None else value for value in values]
     return torch.tensor(values, dtype=torch.float32)
 
 
-def check_values(name: str, values, completions: list[str]) -> None:
-    """Raises UserError unless `values` is a list of one finite number, or None, per completion."""
+def _named(problem: BaseException, name: str, text: str) -> UserError:
+    """What a reward function raised, in one line that names it."""
+    frames = traceback.extract_tb(problem.__traceback__)
+    message = (
+        f"reward '{name}' raised {type(problem).__name__}: {first_line(problem)} "
+        f"({Path(frames[-1].filename).name}:{frames[-1].lineno}); first completion: {text[:80]!r}"
+    )
+    if isinstance(problem, (TypeError, IndexError)) and "string ind" in str(problem):
+        message += "; to a function that reads messages, give them: file.py:function(messages=True)"
+    return UserError(message)
+
+
+def checked_values(name: str, values, completions: list[str]) -> list[float | None]:
+    """The values as plain numbers. Raises UserError unless they are a list of one finite number, or
+    None, per completion."""
     is_list = isinstance(values, (list, tuple))
     if not is_list or len(values) != len(completions):
         returned = f"{len(values)} values" if is_list else type(values).__name__
@@ -173,6 +180,7 @@ def check_values(name: str, values, completions: list[str]) -> None:
             f"reward '{name}' must return a list of {len(completions)} floats, "
             f"one per completion; it returned {returned}"
         )
+    values = [_plain(value) for value in values]
     for value, text in zip(values, completions):
         # float32 ends at 3.4e38. A comparison with NaN is false.
         is_number = isinstance(value, numbers.Real) and abs(value) < 1e38
@@ -181,3 +189,10 @@ def check_values(name: str, values, completions: list[str]) -> None:
                 f"reward '{name}' gave {value!r}, not a finite number, "
                 f"for the completion {text[:80]!r}"
             )
+    return values
+
+
+def _plain(value):
+    """A number of numpy or torch as one of Python; anything else as it is."""
+    is_array = isinstance(value, (np.generic, np.ndarray, torch.Tensor))
+    return value.item() if is_array and math.prod(value.shape) == 1 else value

@@ -25,7 +25,6 @@ from data import (
     Example,
     add_data_flags,
     batch_of,
-    columns_of,
     data_options,
     demonstration_batch,
     load_examples,
@@ -115,7 +114,8 @@ def evaluate(
         with reward.frozen():
             scores = score_episodes(episodes, reward, turn_rewards, torch.device("cpu"))
         metrics["reward"] = scores.values.nanmean()
-        metrics |= {n: value for n, value in reward.metrics().items() if n.startswith("reward/")}
+        kinds = "reward/", "reward_metric/"
+        metrics |= {n: value for n, value in reward.metrics().items() if n.startswith(kinds)}
         for row, values in zip(samples, finite_scores(scores, len(episodes))):
             if values:  # a judge may have given no answer
                 row["score"] = sum(values) / len(values)
@@ -305,9 +305,9 @@ def load_reward(args, model: HybridModel, tokenizer, examples: list[Example]):
         documents=[example.prompt for example in examples],
     )
     if reward.state_dict():
-        print("note: ema and mixture have no statistics of a run here: compare their raw parts")
-    probe = examples[:2]
-    with reward.frozen():
-        prompts, targets = [e.prompt for e in probe], [e.target for e in probe]
-        reward(prompts, targets, **columns_of(probe))
+        print(
+            "note: ema, mixture and your own classes start here without the state that a run gave "
+            "them: compare their raw parts"
+        )
+    reward.try_on(examples)
     return reward

@@ -36,32 +36,36 @@ class RunningNorm:
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be at least 0 and below 1, found {decay}")
         self.decay = decay
-        self.weight = self.mean = self.square = 0.0  # running sums, not yet divided by weight
+        self.weight = 0.0  # the sum of the weights of all batches so far
+        self.mean = self.variance = 0.0  # of all samples so far, by their weights
 
     def __call__(self, x: torch.Tensor, learn: bool = True) -> torch.Tensor:
         """x (B,) -> (B,). `learn=False` does not update the statistics (if there are none yet, the
         batch is standardised by its own)."""
         known = x[torch.isfinite(x)].double()  # (b,)
-        weight, mean, square = self.weight, self.mean, self.square
+        weight, mean, variance = self.weight, self.mean, self.variance
         if len(known) and (learn or not weight):
             weight = self.decay * weight + (1 - self.decay)
-            mean = self.decay * mean + (1 - self.decay) * float(known.mean())
-            square = self.decay * square + (1 - self.decay) * float((known**2).mean())
+            share = (1 - self.decay) / weight  # of this batch in all
+            # Two groups become one (Chan et al. 1983). Unlike E[x^2] - E[x]^2 it loses no small
+            # spread beside a large mean, and it is 0, exactly, for samples that are all equal.
+            step = float(known.mean()) - mean
+            spread = float(known.var(unbiased=False))
+            variance = (1 - share) * (variance + share * step**2) + share * spread
+            mean = mean + share * step
         if learn:
-            self.weight, self.mean, self.square = weight, mean, square
+            self.weight, self.mean, self.variance = weight, mean, variance
         if not weight:
             return x
-        center = mean / weight
-        variance = max(square / weight - center**2, 0.0)
-        if variance > 1e-12 * (1 + center**2):
-            return ((x.double() - center) / math.sqrt(variance)).float()
-        return ((x - center) * 0).float()
+        if variance > 0:
+            return ((x.double() - mean) / math.sqrt(variance)).float()
+        return ((x - mean) * 0).float()
 
     def state_dict(self) -> dict[str, float]:
-        return {"weight": self.weight, "mean": self.mean, "square": self.square}
+        return {"weight": self.weight, "mean": self.mean, "variance": self.variance}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        self.weight, self.mean, self.square = state["weight"], state["mean"], state["square"]
+        self.weight, self.mean, self.variance = state["weight"], state["mean"], state["variance"]
 
 
 class Mixture:
@@ -107,9 +111,7 @@ class Mixture:
 
     @staticmethod
     def _position(norm: RunningNorm, mean: float) -> float:
-        center = norm.mean / norm.weight
-        spread = math.sqrt(max(norm.square / norm.weight - center**2, 0.0))
-        return (mean - center) / spread if spread > 1e-6 * (1 + abs(center)) else 0.0
+        return (mean - norm.mean) / math.sqrt(norm.variance) if norm.variance > 0 else 0.0
 
     def fit(self, chosen: torch.Tensor, rejected: torch.Tensor) -> float:
         """Fit the weights to preferences: chosen, rejected (n, K), raw rewards of the two texts of
@@ -166,6 +168,7 @@ def fit_to_pairs(mixture: Mixture, pairs: list[Pair], scores: Callable) -> None:
     completions = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     names = dict.fromkeys(name for pair in pairs for name in pair.columns)
     columns = {name: [pair.columns.get(name) for pair in pairs] * 2 for name in names}
+    columns["prompt_messages"] = [pair.messages for pair in pairs] * 2
     chosen, rejected = scores(prompts * 2, completions, columns).chunk(2)  # (n, K) each
     answered = torch.isfinite(chosen).all(1) & torch.isfinite(rejected).all(1)  # (n,)
     if not answered.any():

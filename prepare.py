@@ -27,7 +27,6 @@ from data import (
     BatchStream,
     Example,
     Pair,
-    columns_of,
     data_options,
     load_examples,
     load_pairs,
@@ -383,10 +382,7 @@ def load_reward(args, run: Run, data: Data, start: Callable):
             args.mixture_data, what="--mixture-data", **pair_options(args)
         )
     reward = build_reward(args.reward, **context)
-    probe = run.held_out_prompts[:2]
-    with reward.frozen():
-        prompts, targets = [e.prompt for e in probe], [e.target for e in probe]
-        reward(prompts, targets, **columns_of(probe))
+    reward.try_on(run.held_out_prompts)
     return reward
 
 

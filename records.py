@@ -56,6 +56,8 @@ class Example:
     # Keyword arguments of the chat template: `tools`, and those of --template-args.
     template_args: dict = field(default_factory=dict, compare=False)
     place: str = field(default="", compare=False)  # file:line, or source and number of the record
+    # The fields that became prompt and target, as the data name them: rewards receive them too.
+    named: dict = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,8 @@ def _prompt_examples(
     target_field = _pick_target(record, target_field, prompt_field)
     start = _prompt_of(record, prompt_field, target_field, raw)
     fields = _other_fields(record, prompt_field, target_field)
+    named = {name: record[name] for name in (prompt_field, target_field) if name in record}
+    named.pop("prompt", None)  # rewards receive it as `prompts`
     value = record.get(target_field)
     if is_dialogue(value):
         said = [{"role": "user", "content": start.prompt}]
@@ -187,6 +191,7 @@ def _prompt_examples(
         examples = [replace(start, target=value, columns=fields)]
     else:
         examples = [replace(start, columns=fields)]
+    examples = [replace(example, named=named) for example in examples]
     label = str(record.get("label")).strip().lower()
     if target_field == "completion" and label in ("false", "0", "0.0"):
         # KTO: people did not want this completion, so it is no demonstration.

@@ -30,7 +30,7 @@ TEXTS = ["a banana", "b", ""]  # words: 2, 1, 0; a: 4, 0, 0; b: 1, 1, 0
         ("letter", [4, 0, 0]),
         ('2*letter("b") - words + 1', [1, 2, 1]),
         ("-(words - 3)*+words", [2, 2, 0]),
-        ("7", [7, 7, 7]),
+        ("0*words + 7", [7, 7, 7]),
         ("min(words, letter, 3)", [2, 0, 0]),
         ("max(words, letter)", [4, 1, 0]),
         ("clip(scale(letter, 0.5), 0.5, high=1.5)", [1.5, 0.5, 0.5]),
@@ -76,6 +76,8 @@ def test_a_maker_gets_the_context():
         ("clip(words, 2, 1)", "expected finite numbers, the lower first, found 2 and 1"),
         ("scale(words, True)", "expected a finite number, found True"),
         ("min(words)", "cannot read 'min(words)'"),
+        ("7", "numbers alone are no reward"),
+        ("1 + 2*clip(3, 0, 1)", "numbers alone are no reward"),
         ("min(words, letter, key=1)", "cannot read"),
         ("mixture()", "at least two rewards"),
         ("9" * 400, "is not an expression"),
@@ -131,6 +133,13 @@ def test_a_function_that_wants_messages_gets_them():
     ]
 
 
+def stateless(value):
+    """What `load_function` returns, for a function that gives every text this value."""
+    reward = completion_reward(lambda text: value)
+    reward.has_state = False
+    return reward
+
+
 WINDOWS = PureWindowsPath("C:/", "my files (x86)", "new.rewards", "r.py")
 
 
@@ -154,9 +163,9 @@ WINDOWS = PureWindowsPath("C:/", "my files (x86)", "new.rewards", "r.py")
 def test_a_path_may_have_a_drive_backslashes_and_spaces(text, file, value, monkeypatch):
     asked = []
 
-    def load(path, name):
+    def load(path, name, loaded, wants_messages):
         asked.append((path, name))
-        return completion_reward(lambda text: 5.0)
+        return stateless(5.0)
 
     monkeypatch.setattr("expression.load_function", load)
     assert parse(text, NAMES, {})([""], ["a banana"]).tolist() == [value]
@@ -165,9 +174,7 @@ def test_a_path_may_have_a_drive_backslashes_and_spaces(text, file, value, monke
 
 def test_two_windows_paths_in_one_expression(monkeypatch):
     values = {r"C:\a b\r.py": 3.0, r"D:\c d\r.py": 4.0}
-    monkeypatch.setattr(
-        "expression.load_function", lambda path, name: completion_reward(lambda text: values[path])
-    )
+    monkeypatch.setattr("expression.load_function", lambda path, *_: stateless(values[path]))
     text = r"C:\a b\r.py:f + 10*D:\c d\r.py:g"
     assert parse(text, NAMES, {})([""], ["x"]).tolist() == [43]
 

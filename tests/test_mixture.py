@@ -50,9 +50,7 @@ def test_measuring_does_not_learn_and_missing_scores_stay_missing():
 
 
 def test_post_processors():
-    texts = dict(
-        prompts=["p"] * 3, completions=["a", "a b", "a b c d"]
-    )  # length(target=4): 0.25, 0.5, 1
+    texts = ["p"] * 3, ["a", "a b", "a b c d"]  # length(target=4): 0.25, 0.5, 1
     for expression, expected in {
         "clip(length(target=4), 0.3, 0.6)": [0.3, 0.5, 0.6],
         "scale(length(target=4), -2)": [-0.5, -1, -2],
@@ -60,10 +58,10 @@ def test_post_processors():
         "clip(length(target=4), low=0.3, high=0.6) + 1": [1.3, 1.5, 1.6],
         "clip(scale(length(target=4), 2) - 1, -0.4, 0.5)": [-0.4, 0, 0.5],
     }.items():
-        assert build_reward(expression)(**texts).tolist() == pytest.approx(expected, abs=1e-6), (
+        assert build_reward(expression)(*texts).tolist() == pytest.approx(expected, abs=1e-6), (
             expression
         )
-    white = build_reward("whiten(length(target=4))")(**texts)
+    white = build_reward("whiten(length(target=4))")(*texts)
     assert white.mean().abs() < 1e-6 and white.std(unbiased=False) == pytest.approx(1, abs=1e-5)
 
 

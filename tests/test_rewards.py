@@ -330,14 +330,12 @@ def test_the_readme_says_what_degenerate_texts_get():
 
 # ---- expressions
 
-TEXTS = dict(
-    prompts=["p", "q"], completions=["the cat sat", "a dog"], target=["the cat sat down", "the dog"]
-)
+TEXTS = dict(completions=["the cat sat", "a dog"], target=["the cat sat down", "the dog"])
 
 
 def test_an_expression_is_the_sum_it_says_and_logs_its_leaves_raw():
     reward = build_reward("0.7*rouge_l + 0.3*bleu - 2*(length(target=4) - 1) * -0.5")
-    total = reward(**TEXTS)
+    total = reward(["p", "q"], TEXTS["completions"], target=TEXTS["target"])
     assert total.shape == (2,) and total.dtype == torch.float32
     for i, (completion, target) in enumerate(zip(TEXTS["completions"], TEXTS["target"])):
         r, b, n = rouge_l(completion, target).f1, bleu(completion, [target]), (0.75, 0.5)[i]
@@ -408,85 +406,6 @@ def test_a_wrong_expression_is_one_line_that_names_the_part(expression, part):
         build_reward(expression)
     assert part in str(caught.value) or part in str(caught.value).replace("1e309", "inf")
     assert "\n" not in str(caught.value)
-
-
-def test_functions_of_a_file_in_trls_signature(tmp_path):
-    (tmp_path / "my-rewards.py").write_text(
-        "import numpy as np, torch\n"
-        "def politeness(completions, **kwargs):\n"
-        "    return [1.0 if 'please' in c else 0 for c in completions]\n"
-        "def with_column(prompts, completions, level): return [float(x) for x in level]\n"
-        "def as_array(completions, **kwargs): return np.ones(len(completions), dtype=np.float32)\n"
-        "def as_tensor(completions, **kwargs): return torch.full((len(completions),), 2)\n"
-        "def np_floats(completions, **kwargs): return [np.float32(3)] * len(completions)\n"
-        "shorter = lambda prompts, completions, **kw: [-len(c) for c in completions]\n"
-        "class Counted:\n"
-        "    def __call__(self, completions, **kwargs): return [4] * len(completions)\n"
-    )
-    path = f"{tmp_path}/my-rewards.py"
-    columns = dict(prompts=["p", "q"], completions=["please", "now"], level=[1, 2], unused=[0, 0])
-    for name, expected in {
-        "politeness": [1, 0],
-        "with_column": [1, 2],
-        "as_array": [1, 1],
-        "as_tensor": [2, 2],
-        "np_floats": [3, 3],
-        "shorter": [-6, -3],
-        "Counted": [4, 4],
-    }.items():
-        assert build_reward(f"{path}:{name}")(**columns).tolist() == expected, name
-    reward = build_reward(f"0.5*{path}:politeness - 2*{path}:with_column + 1")
-    assert reward(**columns).tolist() == [-0.5, -3.0] and list(reward.parts) == [
-        "politeness",
-        "with_column",
-    ]
-
-
-@pytest.mark.parametrize(
-    "body, message",
-    [
-        (
-            "raise KeyError('boom')",
-            "reward 'f' raised KeyError: 'boom' (f.py:2); first completion: 'first text'",
-        ),
-        ("return [1.0]", "list of 2 floats, one per completion; it returned 1 values"),
-        ("return 3", "it returned int"),
-        ("return None", "it returned NoneType"),
-        (
-            "return [1.0, float('nan')]",
-            "gave nan, not a finite number, for the completion 'second text'",
-        ),
-        (
-            "return [float('inf'), 0]",
-            "gave inf, not a finite number, for the completion 'first text'",
-        ),
-        ("return ['1', 1]", "gave '1'"),
-    ],
-)
-def test_a_function_that_misbehaves_is_named_with_the_text(tmp_path, body, message):
-    (tmp_path / "f.py").write_text(f"def f(prompts, completions, **columns):\n    {body}\n")
-    with pytest.raises(UserError) as caught:
-        build_reward(f"{tmp_path}/f.py:f")(["p", "q"], ["first text", "second text"])
-    assert message in str(caught.value)
-
-
-def test_a_file_that_cannot_be_imported_or_lacks_the_name(tmp_path):
-    (tmp_path / "bad.py").write_text("import nothing_of_that_name\n")
-    with pytest.raises(UserError, match="importing the file raised ModuleNotFoundError"):
-        build_reward(f"{tmp_path}/bad.py:f")
-    (tmp_path / "good.py").write_text("x = 1\n")
-    with pytest.raises(UserError, match="no function of that name; expected def f"):
-        build_reward(f"{tmp_path}/good.py:f")
-
-
-def test_two_files_may_not_have_rewards_of_one_name(tmp_path):
-    for name in "ab":
-        (tmp_path / f"{name}.py").write_text(
-            "def f(completions, **columns): return [1.0] * len(completions)\n"
-        )
-    with pytest.raises(UserError, match="two different rewards are called 'f'"):
-        build_reward(f"{tmp_path}/a.py:f + {tmp_path}/b.py:f")
-    assert build_reward(f"{tmp_path}/a.py:f + {tmp_path}/a.py:f")(["p"], ["c"]).item() == 2
 
 
 def test_a_row_without_references_falls_back_on_its_target():
