@@ -18,8 +18,8 @@ model in judges.py. Left out on purpose: stemming, and anything that looks at to
     python rewards.py "0.7*rouge_l + 0.3*bleu" examples/scored.jsonl
 """
 
+import contextlib
 import functools
-import json
 import math
 import operator
 import re
@@ -28,7 +28,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
-from data import read_records
+from data import columns_of
 from engine import Parser, UserError, one_line_errors
 from expression import DESCRIPTIONS, Reward, parse
 from judges import JUDGES
@@ -43,6 +43,7 @@ from leaves import (
 )
 from measures import MEASURES, read_lexicon, truthful_reward
 from measures import chrf as chrf  # importable from here
+from score_file import print_scores, read_scored, summary
 
 # ------------------------------------------------------------------ BLEU
 
@@ -395,7 +396,7 @@ def list_rewards() -> str:
 
 @one_line_errors
 def main(argv: list[str]) -> None:
-    """Score the texts of a file: a JSON line per record with total and leaves, then the means."""
+    """Score the texts of a file: a JSON line for each, and a summary on stderr."""
     parser = Parser(main.__doc__)
     example = '{"prompt": "Say hello.", "completion": "Hello!", "target": "Hello there!"}'
     listing = "print every reward, its range and what it needs"
@@ -411,27 +412,16 @@ def main(argv: list[str]) -> None:
             'usage: python rewards.py --list | python rewards.py "EXPRESSION" FILE '
             "(with prompt, completion, target)"
         )
-    records = list(read_records(args.file))
-    if not records or not all(isinstance(r.get("completion"), str) for r in records):
-        raise UserError(
-            f"{args.file}: every record needs a string 'completion'; "
-            "prompt, target and other columns as the reward asks"
-        )
-    prompts = [str(record.get("prompt") or "") for record in records]
-    completions = [record["completion"] for record in records]
-    names = set()  # of the fields that have a value in some record
-    for record in records:
-        names |= {name for name, value in record.items() if value is not None}
-    names -= {"prompt", "completion", "prompts", "completions"}
-    columns = {name: [record.get(name) for record in records] for name in names}
-    reward = build_reward(args.expression, documents=prompts)
-    total = reward(prompts, completions, **columns)  # (B,)
+    completions, examples = read_scored(args.file)
+    prompts, columns = [example.prompt for example in examples], columns_of(examples)
+    if not any(columns["target"]):
+        del columns["target"]
+    with contextlib.redirect_stdout(sys.stderr):  # what a reward prints is no score
+        reward = build_reward(args.expression, documents=prompts)
+        total = reward(prompts, completions, **columns)  # (N,)
     scored = {"total": total, **reward.parts}
-    for i, completion in enumerate(completions):
-        line = {name: round(values[i].item(), 6) for name, values in scored.items()}
-        print(json.dumps({**line, "completion": completion[:80]}))
-    means = [f"{name} {values.nanmean().item():.4f}" for name, values in scored.items()]
-    print("mean  " + "  ".join(means))
+    print_scores(scored, completions)
+    print("\n".join(summary(scored, completions)), file=sys.stderr)
 
 
 if __name__ == "__main__":

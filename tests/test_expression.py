@@ -76,6 +76,8 @@ def test_a_maker_gets_the_context():
         ("clip(words, 2, 1)", "expected finite numbers, the lower first, found 2 and 1"),
         ("scale(words, True)", "expected a finite number, found True"),
         ("min(words)", "cannot read 'min(words)'"),
+        ("self_play(whiten(words))", "self_play compares two scores, and whiten standardises"),
+        ("self_play(1 - min(letter, 2*whiten(words)), every=3)", "self_play compares two scores"),
         ("7", "numbers alone are no reward"),
         ("1 + 2*clip(3, 0, 1)", "numbers alone are no reward"),
         ("min(words, letter, key=1)", "cannot read"),

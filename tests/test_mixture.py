@@ -65,6 +65,35 @@ def test_post_processors():
     assert white.mean().abs() < 1e-6 and white.std(unbiased=False) == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.parametrize("center, spread", [(0.0, 1e-9), (1e4, 0.125), (-3.0, 1e-6), (7e7, 16.0)])
+def test_a_small_spread_is_kept_and_equal_scores_are_0(center, spread):
+    x = torch.tensor([center - spread, center + 2 * spread, center + spread, center])
+    norm = RunningNorm()
+    for _ in range(400):
+        z = norm(x)
+    double = x.double()
+    expected = (double - double.mean()) / double.std(unbiased=False)
+    torch.testing.assert_close(z, expected.float(), atol=1e-5, rtol=0)
+    same = RunningNorm()
+    for _ in range(400):
+        z = same(torch.full((7,), center + spread))
+    assert z.tolist() == [0.0] * 7, "nothing to tell apart is 0, exactly"
+
+
+def test_running_moments_are_those_of_the_weighted_samples():
+    torch.manual_seed(3)
+    batches, norm = [torch.randn(n) * n + 5 for n in (3, 5, 2, 4)], RunningNorm(decay=0.7)
+    for batch in batches:
+        norm(batch)
+    weights = [0.7 ** (3 - i) for i in range(4)]
+    samples = torch.cat(batches).double()
+    each = torch.cat([torch.full((len(b),), w / len(b)) for w, b in zip(weights, batches)]).double()
+    each /= each.sum()
+    mean = (each * samples).sum()
+    assert norm.mean == pytest.approx(mean.item(), abs=1e-6)
+    assert norm.variance == pytest.approx((each * (samples - mean) ** 2).sum().item(), rel=1e-6)
+
+
 def test_ema_remembers_is_frozen_for_measuring_and_is_restored():
     reward = build_reward("ema(length(target=4))")
     first = reward(["p"] * 3, ["a", "a b", "a b c d"])

@@ -265,7 +265,7 @@ def test_an_expression_may_begin_with_a_minus(tmp_path, capsys):
         json.dumps({"completion": "good \ud83d", "target": "good"}) + "\n"
     )
     main(["-1*sentiment", str(tmp_path / "s.jsonl")])
-    assert "mean  total -0.4588" in capsys.readouterr().out
+    assert "mean  total -0.4588" in capsys.readouterr().err
 
 
 def test_scoring_a_file(tmp_path, capsys):
@@ -275,12 +275,13 @@ def test_scoring_a_file(tmp_path, capsys):
     ]
     (tmp_path / "scored.jsonl").write_text("\n".join(map(json.dumps, rows)))
     main(["0.7*rouge_l + 0.3*bleu", str(tmp_path / "scored.jsonl")])
-    lines = capsys.readouterr().out.splitlines()
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
     first = json.loads(lines[0])
     assert first["rouge_l"] == pytest.approx(6 / 7, abs=1e-6) and first["total"] == pytest.approx(
         0.7 * first["rouge_l"] + 0.3 * first["bleu"], abs=1e-6
     )
-    assert len(lines) == 3 and lines[2].startswith("mean  total ")
+    assert len(lines) == 2 and said.err.startswith("mean  total ")
     (tmp_path / "wrong.jsonl").write_text(json.dumps({"prompt": "p"}))
     for argv in ([], ["bleu"], ["bleu", str(tmp_path / "wrong.jsonl")], ["bleu", "nowhere.jsonl"]):
         with pytest.raises(SystemExit) as caught:
