@@ -35,7 +35,7 @@ import torch
 import parallel
 from data import Example, columns_of
 from engine import NonFiniteReward, UserError
-from leaves import COMPLETION_MESSAGES, call_leaf
+from leaves import COMPLETION_MESSAGES, call_leaf, say
 from mixture import Mixture, RunningNorm, fit_to_pairs
 from reward_files import FileReward, RewardFile, load_function
 from self_play import SelfPlay
@@ -70,13 +70,18 @@ def check_numbers(*values: float) -> None:
             raise ValueError(f"expected a finite number, found {value!r}")
 
 
+def first(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.where(a.isnan(), b, a)
+
+
 def fold(function: Callable, *operands: torch.Tensor) -> torch.Tensor:
     return functools.reduce(function, operands)
 
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 SIGNS = {ast.UAdd: operator.pos, ast.USub: operator.neg}
-EXTREMES = {"min": torch.minimum, "max": torch.maximum}
+# What folds several values into one, two at a time
+FOLDS = {"min": torch.minimum, "max": torch.maximum, "first": first}
 # name -> make(**literals) -> function of x (B,) -> (B,); only RunningNorm keeps statistics
 POST_PROCESSORS = {"clip": clip, "scale": scale, "tanh": tanh, "whiten": whiten, "ema": RunningNorm}
 DESCRIPTIONS = {
@@ -87,6 +92,7 @@ DESCRIPTIONS = {
     "ema": "ema(x, decay=0.99): the same by running statistics, which checkpoints keep",
     "min": "min(a, b, ...): the smallest: a bound that no other reward can make up for",
     "max": "max(a, b, ...): the largest",
+    "first": "first(a, b, ...): the first that has a score, for data of several tasks",
     "self_play": 'self_play(x, opponent="snapshot", every=50, shape="win"): the probability that x '
     "prefers our response to that of an earlier policy",
     "mixture": "mixture(a, b, ...): a weighted sum of the standardised a, b, ... with weights that "
@@ -200,7 +206,10 @@ class Reward:
         if not any(columns_of(examples)["target"]):
             del columns["target"]
         with self.frozen():
-            self([e.prompt for e in probe], [e.target for e in probe], **columns)
+            total = self([e.prompt for e in probe], [e.target for e in probe], **columns)
+            if total.isnan().all():
+                say("note: the reward has no score for the targets that it was tried on")} targets it was tried on"
+                )
             self.state_dict()  # can a checkpoint keep it?
 
     def _ask_leaves(
@@ -437,8 +446,8 @@ class _Parser:
             return self.reward(node, name)
         if name in POST_PROCESSORS and node.args:
             return self.post_processor(node, name)
-        if name in EXTREMES and len(node.args) > 1 and not node.keywords:
-            return Node(functools.partial(fold, EXTREMES[name]), self.operands(node))
+        if name in FOLDS and len(node.args) > 1 and not node.keywords:
+            return Node(functools.partial(fold, FOLDS[name]), self.operands(node))
         if name == "self_play" and node.args:
             return self.self_play(node)
         if name == "mixture":

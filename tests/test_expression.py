@@ -67,7 +67,7 @@ def test_a_maker_gets_the_context():
     [
         (
             "bleu",
-            "cannot read 'bleu'; known are words, letter, clip, scale, tanh, whiten, ema, min",
+            "cannot read 'bleu'; known are words, letter, clip, scale, tanh, whiten, ema, min, max",
         ),
         ("words.real", "cannot read 'words.real'"),
         ("words(3)", "cannot read 'words(3)': too many positional arguments"),
@@ -109,6 +109,8 @@ def test_none_is_no_score_and_nan_is_a_mistake():
 
         return {**NAMES, "half": (without_arguments(reward), "")}
 
+    of_tasks = parse("first(half, 10*half, letter - 7)", half(None), {})
+    assert of_tasks([""] * 2, ["a", "b"]).tolist() == [2.5, -7]
     total = parse("half + 1", half(None), {})([""] * 2, ["a", "b"])
     assert total[0] == 3.5 and torch.isnan(total[1])
     with pytest.raises(UserError, match="reward 'half' gave nan, not a finite number"):

@@ -124,18 +124,23 @@ def test_every_logged_metric_is_in_the_glossary_and_no_other(tmp_path, tiny_fold
     runs = {
         "mixture": ["--reward", "sentiment + mixture(length, repetition)"],
         "self": ["--reward", "self_play(length)", "--schedule", "buffer"],
-        "gate": ["--schedule", "gate"],
+        "gate": ["--schedule", "gate", "--reward", f"{tmp_path}/r.py:f + sentiment"],
         "mix": ["--schedule", "mix"],
         "dpo": ["--algorithm", "dpo"],
         "grpo": ["--algorithm", "grpo", "--group-size", 2, "--schedule", "mix"],
         "refs": refs,
         "talk": ["--turns", 2, "--user-model", tiny_folder, "--max-length", 60],
     }
+    (tmp_path / "r.py").write_text(
+        "def f(completions, log_metric, **columns):\n"
+        "    log_metric('letters', sum(map(len, completions)))\n"
+        "    return [0.0] * len(completions)\n"
+    )
     for name, flags in runs.items():
         main([*FAST, "--sft-warmup", "1", *map(str, flags), "--out", str(tmp_path / name)])
     rows = [row for name in runs for row in read_rows(tmp_path / name / "metrics.jsonl")]
     logged = {
-        re.sub(r"(reward|reward_weight|ppo/kl)/.*", r"\1/<name>", name)
+        re.sub(r"(reward|reward_weight|reward_metric|ppo/kl)/.*", r"\1/<name>", name)
         for row in rows
         for name in row
     } - {"step", "phase"}
