@@ -208,8 +208,7 @@ class Reward:
         with self.frozen():
             total = self([e.prompt for e in probe], [e.target for e in probe], **columns)
             if total.isnan().all():
-                say("note: the reward has no score for the targets that it was tried on")} targets it was tried on"
-                )
+                say("note: the reward has no score for the targets that it was tried on")
             self.state_dict()  # can a checkpoint keep it?
 
     def _ask_leaves(

@@ -11,19 +11,14 @@ tournaments.
 """
 
 import copy
-import http.client
-import json
 import math
-import re
-import urllib.error
-import urllib.request
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from data import Example, encode_prompt, encode_target
+from endpoint import grader
 from engine import UserError, first_line
 from lm import UNLOADABLE, WITH_REPORT, check_no_adapter, check_weights, context_of, load_lm
 
@@ -326,33 +321,27 @@ Grade:"""
 
 
 def judge(
-    context: dict,
-    id_or_url: str,
-    rubric: str = DEFAULT_RUBRIC,
-    top: int = 5,
-    model: str = "default",
-    timeout: float = 30,
-    retries: int = 2,
+    context: dict, id_or_url: str, rubric: str = DEFAULT_RUBRIC, top: int = 5, **http
 ) -> Callable:
     """A grade by a language model that reads a rubric, mapped from 1..top to 0..1.
 
     A local model (folder or hub id) gives the expected grade over the digit tokens. An
     `http(s)://.../v1` endpoint that speaks OpenAI's chat API (vLLM, Ollama, llama.cpp) is asked for
-    a number, again up to `retries` times until it gives one; grades are cached. A text that got no
-    grade has NO score: it is left out of the update and counted, never scored as 0.
+    a number; `http` are the arguments of `endpoint.grader`: model, key_env, timeout, retries,
+    max_tokens. A text that got no grade has NO score: it is left out of the update and counted,
+    never scored as 0. Raises UserError.
     """
-    timeout_is_good = type(timeout) in (int, float) and timeout > 0
-    if not timeout_is_good or type(retries) is not int or retries < 0:
-        raise UserError(
-            f"judge(timeout={timeout!r}, retries={retries!r}): expected seconds above 0 and a "
-            "whole number of at least 0"
-        )
     if not isinstance(top, int) or not 2 <= top <= 9:
         raise UserError(
             f"judge(top={top!r}): expected a whole number from 2 to 9, so that a grade is one digit"
         )
     if id_or_url.startswith(("http://", "https://")):
-        ask = _endpoint(id_or_url, model, top, timeout, retries)
+        ask = grader(id_or_url, top, **http)
+    elif http:
+        raise UserError(
+            f"judge({id_or_url!r}) is a model on this machine; only a judge at http://... "
+            f"takes {', '.join(http)}"
+        )
     else:
         ask = _local(context, id_or_url, top)
 
@@ -377,7 +366,8 @@ def _local(context: dict, id: str, top: int) -> Callable[[list[str]], list[float
         for question in questions:  # one at a time: questions are long and of unequal length
             if tokenizer.chat_template:
                 messages = [{"role": "user", "content": question}]
-                options = dict(tokenize=False, add_generation_prompt=True)
+                # A template that knows no thinking ignores the last one.
+                options = dict(tokenize=False, add_generation_prompt=True, enable_thinking=False)
                 question = tokenizer.apply_chat_template(messages, **options)
             ids = tokenizer(question, add_special_tokens=not tokenizer.chat_template).input_ids
             ids = torch.tensor([ids[-context_of(lm) :]], device=next(lm.parameters()).device)
@@ -400,54 +390,6 @@ def _digit_tokens(tokenizer, digit: int, id: str) -> list[int]:
     if not variants:
         raise UserError(f"judge({id!r}): the model's tokenizer has no token for the digit {digit}")
     return variants
-
-
-# Raised by a late or refused answer, by status 4xx or 5xx, by anything but the JSON of a chat.
-NO_ANSWER = (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError)
-# A number alone, or "Grade: 4", "4 / 5", "2.5 of 5". A number in a sentence may not be the grade.
-GRADE = re.compile(
-    r"\W*(?:(?:grade|score|rating)\W*)?(?<!-)(\d+(?:\.\d+)?)(?:\s*(?:/|of|out of)\s*\d+)?\W*",
-    re.IGNORECASE,
-)
-
-
-def _endpoint(
-    url: str, model: str, top: int, timeout: float, retries: int
-) -> Callable[[list[str]], list[float | None]]:
-    """Ask an OpenAI-compatible endpoint, eight questions at a time; None for a question without a
-    usable answer."""
-    cache: dict[str, float] = {}
-    address = url.rstrip("/") + "/chat/completions"
-
-    def ask_once(question: str) -> float | None:
-        messages = [{"role": "user", "content": question}]
-        body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": 16}
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(address, json.dumps(body).encode(), headers)
-        try:
-            with urllib.request.urlopen(request, timeout=timeout) as response:
-                answer = json.load(response)["choices"][0]["message"]["content"]
-        except NO_ANSWER:
-            return None
-        match = GRADE.fullmatch(str(answer))
-        if match is None or not 1 <= float(match.group(1)) <= top:
-            return None
-        return float(match.group(1))
-
-    def ask_with_retries(question: str) -> float | None:
-        for _ in range(retries + 1):
-            if question in cache:
-                break
-            grade = ask_once(question)
-            if grade is not None:
-                cache[question] = grade
-        return cache.get(question)
-
-    def ask(questions: list[str]) -> list[float | None]:
-        with ThreadPoolExecutor(max_workers=8) as pool:
-            return list(pool.map(ask_with_retries, questions))
-
-    return ask
 
 
 # ------------------------------------------------------------------ COMET, helpers, the table

@@ -1,11 +1,8 @@
-"""Judges: tiny local models against Hugging Face's own forward, and a loopback HTTP server."""
+"""Judges: tiny local models against Hugging Face's own forward."""
 
 import json
 import math
-import threading
-import time
 import types
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -221,6 +218,22 @@ def test_local_judge_gives_the_expected_grade_over_the_digits(folders):
     assert got[0] == pytest.approx((expected - 1) / 2, abs=1e-5) and ((got >= 0) & (got <= 1)).all()
 
 
+def test_a_local_judge_does_not_think_before_the_digit(folders, tmp_path):
+    """What a template that knows `enable_thinking` writes is what one with the words in it does."""
+    scores = []
+    for template in (
+        "{% if enable_thinking is false %}<think></think>{% endif %}",
+        "<think></think>",
+    ):
+        tokenizer = AutoTokenizer.from_pretrained(folders["lm"])
+        tokenizer.chat_template = "{{ messages[0].content[:30] }} the plot" + template
+        folder = tmp_path / str(len(scores))
+        AutoModelForCausalLM.from_pretrained(folders["lm"]).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        scores.append(score(f'judge("{folder}", rubric="was dull")').tolist())
+    assert scores[0] == scores[1]
+
+
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_perplexity_equals_hugging_faces_loss(architecture, tokenizer):
     lm = build_lm(architecture, vocab_size=len(tokenizer)).eval()
@@ -298,123 +311,11 @@ def test_comet_is_optional_and_maps_the_fields(monkeypatch):
     assert score('comet("Unbabel/wmt22-comet-da")').tolist() == [float(len(text)) for text in TEXTS]
 
 
-# ---- a judge behind HTTP
-
-
-@pytest.fixture
-def server():
-    """An OpenAI-like endpoint on the loopback interface.
-
-    `behave(question, nth)` returns (status, body, delay)."""
-    state = types.SimpleNamespace(asked=[], behave=None)
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            question = body["messages"][0]["content"]
-            state.asked.append(question)
-            status, answer, delay = state.behave(question, state.asked.count(question))
-            time.sleep(delay)
-            try:
-                self.send_response(status)
-                self.end_headers()
-                self.wfile.write(answer.encode())
-            except OSError:
-                pass  # the client has stopped waiting
-
-        def log_message(self, *args):
-            pass
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=http.serve_forever, daemon=True).start()
-    state.url = f"http://127.0.0.1:{http.server_port}/v1"
-    yield state
-    http.shutdown()
-    http.server_close()
-
-
-def reply(text):
-    return json.dumps({"choices": [{"message": {"content": text}}]})
-
-
-def ask(server, behave, **options):
-    server.behave = behave
-    literals = "".join(f", {name}={value!r}" for name, value in options.items())
-    return build_reward(f'judge("{server.url}"{literals})')
-
-
-def test_http_judge_that_answers_well(server):
-    reward = ask(server, lambda q, n: (200, reply("Grade: 4" if "clever" in q else "2.5 of 5"), 0))
-    assert reward(PROMPTS, TEXTS).tolist() == [0.75, 0.375, 0.375, 0.375]
-    assert "the plot was really clever" in server.asked[0] + "".join(server.asked)
-    reward(PROMPTS, TEXTS)
-    assert len(server.asked) == 4, "the second time is answered from the cache"
-
-
-@pytest.mark.parametrize(
-    "behave",
-    [
-        lambda q, n: (500, "oops", 0),
-        lambda q, n: (200, "not json", 0),
-        lambda q, n: (200, reply("excellent!"), 0),
-        lambda q, n: (200, reply("9"), 0),
-        lambda q, n: (200, "[]", 0),
-        lambda q, n: (200, reply("On a scale from 1 to 5 I say 4"), 0),
-        lambda q, n: (200, reply("-3"), 0),
-        lambda q, n: (200, reply("3"), 1.0),
-    ],
-)
-def test_http_judge_that_fails_gives_no_score_and_never_0(server, behave):
-    scores = ask(server, behave, retries=1, timeout=0.3)(PROMPTS[:2], TEXTS[:2])
-    assert torch.isnan(scores).all()
-    assert len(server.asked) == 4, "each text was tried twice"
-
-
-def test_http_judge_that_fails_once_is_asked_again(server):
-    reward = ask(server, lambda q, n: (200, reply("5"), 0) if n == 2 else (500, "", 0))
-    assert reward(PROMPTS, TEXTS).tolist() == [1.0] * 4
-
-
-def test_a_text_without_a_grade_has_no_total_either(server):
-    reward = ask(
-        server, lambda q, n: (500, "", 0) if "clever" in q else (200, reply("5"), 0), retries=0
-    )
-    reward = build_reward(f'0.5*judge("{server.url}", retries=0) + length(target=5)')
-    total = reward(PROMPTS, TEXTS)
-    assert torch.isnan(total).tolist() == [True, False, False, False]
-    assert list(reward.metrics()) == [
-        f'reward/judge("{server.url}", retries=0)',
-        "reward/length(target=5)",
-    ]
-    assert all(math.isfinite(value) for value in reward.metrics().values())
-
-
 def test_a_causal_lm_is_no_classifier(folders):
     with pytest.raises(
         UserError, match=r"lacks 1 weight \(score.weight\) of .*: it was not trained for this use"
     ):
         build_reward(f'classifier("{folders["lm"]}")')
-
-
-def test_a_run_outlives_its_judge(tmp_path, server):
-    from train import main
-
-    server.behave = lambda q, n: (500, "", 0)
-    flags = "--limit 40 --steps 12 --ppo-ratio 1 --batch-size 4 --eval-size 4".split()
-    flags += "--max-new-tokens 6 --eval-every 4 --device cpu".split()
-    main([*flags, "--reward", f'judge("{server.url}", retries=0)', "--out", str(tmp_path / "run")])
-    rows = [
-        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    ]
-    assert [row["ppo/unscored"] for row in rows if row["phase"] == "ppo"] == [
-        1
-    ] * 12 and "eval/reward" not in rows[-1]
-
-
-def test_a_judge_that_is_not_there(server):
-    assert torch.isnan(
-        build_reward('judge("http://127.0.0.1:9/v1", retries=0, timeout=1)')(["p"], ["c"])
-    ).all()
 
 
 # ---- preferences and the reward model

@@ -219,12 +219,15 @@ def test_the_inner_one_of_two_mixtures_is_fitted_first(capsys):
     assert all(state["fitted"] for state in reward.state_dict().values())
 
 
-def test_pairs_without_scores_are_refused():
-    pairs = [Pair("q", "good", "bad")]
-    with pytest.raises(UserError, match="no preference pair has a score from each of judge"):
-        url = "http://127.0.0.1:9/v1"
-        expression = f'mixture(judge("{url}", retries=0, timeout=1), length)'
-        build_reward(expression, mixture_pairs=pairs)
+def test_pairs_without_scores_are_refused(tmp_path):
+    """A judge may leave some texts without a grade, here one of each pair."""
+    (tmp_path / "half.py").write_text(
+        "def half(completions, **columns):\n"
+        "    return [None if 'bad' in text else 0.5 for text in completions]\n"
+    )
+    pairs = [Pair("q", "good", "bad"), Pair("q", "bad .", "good .")]
+    with pytest.raises(UserError, match="no preference pair has a score from each of .*half"):
+        build_reward(f"mixture({tmp_path}/half.py:half, length)", mixture_pairs=pairs)
 
 
 def test_a_number_may_stand_in_a_mixture():
