@@ -117,11 +117,14 @@ def content_of(answer) -> tuple[str, bool]:
 
 class NoAnswer(Exception):
     """Why there is no usable answer, in the server's words where it has any. `again`: the same
-    request may succeed later, after `wait` seconds if the server said so."""
+    request may succeed later, after `wait` seconds if the server said so. `unknown`: the server
+    does not know what is asked for."""
 
-    def __init__(self, reason: str, again: bool = False, wait: float | None = None):
+    def __init__(
+        self, reason: str, again: bool = False, wait: float | None = None, unknown: bool = False
+    ):
         super().__init__(reason)
-        self.again, self.wait = again, wait
+        self.again, self.wait, self.unknown = again, wait, unknown
 
 
 class _TimedReader(io.RawIOBase):
@@ -232,9 +235,10 @@ class Endpoint:
         if 300 <= response.status < 400:
             raise NoAnswer(f"{status}: the server points to {response.headers['Location']}")
         if not 200 <= response.status < 300:
-            again = response.status in (408, 429) or response.status >= 500
+            unknown = response.status in (404, 405, 501)
+            again = response.status in (408, 429) or (response.status >= 500 and not unknown)
             wait = asked_wait(response.headers["Retry-After"])
-            raise NoAnswer(f"{status}: {words_of(text)}", again, wait)
+            raise NoAnswer(f"{status}: {words_of(text)}", again, wait, unknown)
         if len(text) > MAX_BYTES:
             raise NoAnswer(f"{status}: an answer of more than {MAX_BYTES:,} bytes")
         try:
@@ -344,14 +348,20 @@ def find_key(url: str, key_env: str | None) -> str | None:
 
 
 def only_model(server: Endpoint) -> str:
-    """The one model that the server has; said in a line. Raises UserError if it has not one."""
+    """The one model that the server has, or "default" where it has no list of them; said in a line.
+    Raises UserError if it has another number of models."""
     try:
         names = [str(entry["id"]) for entry in server.ask("/models")["data"]]
     except NoAnswer as problem:
+        if problem.unknown:
+            print(
+                f'note: {server.name}: the server has no list of models: it is asked for "default"'
+            )
+            return "default"
         reason = short(server.without_key(str(problem)), 200)
         raise UserError(
             f"{server.name}: the list of its models cannot be had ({reason}); is the server "
-            'running, and is the URL right? If it has no list, name the model: model="..."'
+            'running, and is the URL right? model="..." names a model without that list'
         ) from None
     except (KeyError, TypeError):
         raise UserError(

@@ -481,7 +481,7 @@ def test_a_model_that_is_named_is_asked_without_a_word(server, capsys):
         (["a", "b"], 'has 2 models: a, b; name one: model="..."'),
         ([f"m{i}" for i in range(13)], "13 models: m0, m1, m2, m3, m4, m5, m6, m7, m8, m9 and 3"),
         ([], "the server has no model"),
-        ((404, "nothing here"), r"\(HTTP 404 Not Found: nothing here\).* name the model: model="),
+        ((403, "keep out"), r"\(HTTP 403 Forbidden: keep out\).* names a model without that list"),
         ((200, "[]"), "its answer to GET /models is no list; name the model"),
         ((200, '{"data": [7]}'), "its answer to GET /models is no list; name the model"),
         ((200, "<html>"), "an answer that is not JSON: <html>"),
@@ -492,6 +492,15 @@ def test_without_one_model_the_user_must_name_it(server, models, message):
     with pytest.raises(UserError, match=message):
         judge(server)
     assert server.asked == []
+
+
+@pytest.mark.parametrize("status", [404, 405, 501])
+def test_a_server_without_a_list_of_models_is_asked_for_its_default(server, capsys, status):
+    server.models = (status, "nothing here")
+    assert judge(server)(["p"], ["c"]).tolist() == [1.0]
+    assert [request[0] for request in server.requests] == ["GET", "POST"], "not asked again"
+    assert server.requests[1][3]["model"] == "default"
+    assert 'has no list of models; asked for "default"' in capsys.readouterr().out
 
 
 def test_a_server_that_is_not_there():
