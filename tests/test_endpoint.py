@@ -500,7 +500,7 @@ def test_a_server_without_a_list_of_models_is_asked_for_its_default(server, caps
     assert judge(server)(["p"], ["c"]).tolist() == [1.0]
     assert [request[0] for request in server.requests] == ["GET", "POST"], "not asked again"
     assert server.requests[1][3]["model"] == "default"
-    assert 'has no list of models; asked for "default"' in capsys.readouterr().out
+    assert 'has no list of models: it is asked for "default"' in capsys.readouterr().out
 
 
 def test_a_server_that_is_not_there():
