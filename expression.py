@@ -32,7 +32,7 @@ import torch
 
 import parallel
 from engine import NonFiniteReward, UserError
-from leaves import call_leaf, load_function
+from leaves import COMPLETION_MESSAGES, call_leaf, load_function
 from mixture import Mixture, RunningNorm, fit_to_pairs
 from self_play import SelfPlay
 
@@ -175,7 +175,9 @@ class Reward:
         of_opponent = {}
         for key, play in self._all(SelfPlay).items():
             answers = play.answers(prompts, self._learn)
-            of_opponent[key] = self._ask_leaves(prompts, answers, columns)
+            # The messages of the completions are ours; the opponent has said something else.
+            others = {name: v for name, v in columns.items() if name != COMPLETION_MESSAGES}
+            of_opponent[key] = self._ask_leaves(prompts, answers, others)
         self.parts = self._ask_leaves(prompts, completions, columns)
         total = self._tree.evaluate(self.parts | of_opponent, self._learn)
         self.total = total + torch.zeros(len(completions))  # (B,) also for a single number
