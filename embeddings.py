@@ -10,6 +10,7 @@ refused, since its numbers would be others. Normalize has no effect on a cosine.
 """
 
 import json
+import logging
 from pathlib import Path
 
 import torch
@@ -70,9 +71,12 @@ class SentenceEncoder:
     """
 
     def __init__(self, name: str, device=None):
-        subfolder, pooling_folder = _modules(name)
-        settings = _settings(name, subfolder)
-        self.modes = _modes(name, _read_json(name, f"{pooling_folder}/config.json") or {})
+        modules = _read_json(name, "modules.json")
+        subfolder, settings, self.modes = "", {}, ("mean",)
+        # On the hub, a model without that list is none of sentence-transformers.
+        if modules is not None or Path(name).is_dir():
+            subfolder, pooling_folder = _folders(name, modules)
+            settings, self.modes = _settings(name, subfolder), _modes(name, pooling_folder)
         self.lower_case = bool(settings.get("do_lower_case"))
         self.model, self.tokenizer = load_judge(AutoModel, name, device, subfolder)
         if self.model.config.is_encoder_decoder:
@@ -96,9 +100,9 @@ class SentenceEncoder:
         return torch.cat(embeddings)
 
 
-def _modules(name: str) -> tuple[str, str]:
-    """The folders of the transformer and of its pooling, inside the model's."""
-    modules = _read_json(name, "modules.json")
+def _folders(name: str, modules: list[dict] | None) -> tuple[str, str]:
+    """The folders of the transformer and of its pooling, inside the model's. Raises UserError for
+    modules that are not computed here."""
     if modules is None:
         return "", "1_Pooling"
     kinds = [str(module["type"]) for module in modules]
@@ -107,9 +111,8 @@ def _modules(name: str) -> tuple[str, str]:
     if not is_known or steps[:2] != ["Transformer", "Pooling"] or set(steps[2:]) - set(NO_EFFECT):
         expected = "Transformer, Pooling and maybe Normalize are computed here"
         raise _not_computed(name, f"has the modules {', '.join(steps)}; {expected}")
-    prompt = (_read_json(name, "config_sentence_transformers.json") or {}).get(
-        "default_prompt_name"
-    )
+    config = _read_json(name, "config_sentence_transformers.json") or {}
+    prompt = config.get("default_prompt_name")
     if prompt is not None:
         what = f"puts its prompt {prompt!r} before every text"
         raise _not_computed(name, f"{what}; a model without a default prompt is expected")
@@ -130,8 +133,9 @@ def _settings(name: str, folder: str) -> dict:
     return settings
 
 
-def _modes(name: str, config: dict) -> tuple[str, ...]:
+def _modes(name: str, folder: str) -> tuple[str, ...]:
     """The pooling modes of a config, old or new; mean, where it names none."""
+    config = _read_json(name, f"{folder}/config.json") or {}
     modes = config.get("pooling_mode")
     if modes is None:
         modes = [mode for mode, switch in SWITCHES.items() if config.get(switch)] or ["mean"]
@@ -159,6 +163,8 @@ def _read_json(name: str, path: str):
         cached = try_to_load_from_cache(name, path)
         if cached is not None and not isinstance(cached, str):
             return None  # the hub has said that there is none
+        # Only the result matters, not the hub's messages about its retries.
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
         return json.loads(Path(cached or hf_hub_download(name, path)).read_text(encoding="utf-8"))
     except LocalEntryNotFoundError as problem:  # a kind of EntryNotFoundError, and not the same
         advice = "give a downloaded folder, or a network"

@@ -53,7 +53,7 @@ def reward_model_step(
     chosen, rejected = sequence_logits(model, **batch)[:, 0].chunk(2)  # (B,) each
     loss = reward_model_loss(chosen, rejected)
     loss.backward()
-    stats = {"loss": float(loss), "accuracy": float((chosen > rejected).float().mean())}
+    stats = {"loss": loss.item(), "accuracy": float((chosen > rejected).float().mean())}
     return stats | apply_gradients(Backend(model), optimizer, max_grad_norm)
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT
+from huggingface_hub.errors import EntryNotFoundError
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoConfig,
@@ -22,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import embeddings
 import reward_model
 from classifiers import Scorer, load_judge
 from data import load_pairs
@@ -576,6 +578,18 @@ def test_cosine_sts_refuses_what_it_does_not_compute(encoder, path, value, messa
 def test_cosine_sts_cannot_guess_what_it_cannot_look_up():
     with pytest.raises(UserError, match="modules.json cannot be looked up .*a downloaded folder"):
         sts("somebody/some-encoder")
+
+
+def test_what_the_hub_does_not_have_is_absent(monkeypatch):
+    """Absent by the cache, or by the hub itself; a name that is not cached is looked up."""
+
+    def download(name, path):
+        raise EntryNotFoundError(f"{name} has no {path}")
+
+    monkeypatch.setattr(embeddings, "hf_hub_download", download)
+    for known in (object(), None):
+        monkeypatch.setattr(embeddings, "try_to_load_from_cache", lambda *_, known=known: known)
+        assert embeddings._read_json("somebody/some-encoder", "modules.json") is None
 
 
 def test_cosine_sts_of_a_real_encoder():
