@@ -250,6 +250,15 @@ def dialogue_of(tokenizer, example: Example) -> list[dict] | None:
     return [{"role": "user", "content": example.prompt}] if example.is_chat else None
 
 
+def reply_of(example: Example) -> dict:
+    """The assistant's message that answers the prompt. A text that becomes one loses the spaces
+    around it; what the data hold as a message stays as it is."""
+    if example.reply is not None:
+        return example.reply
+    content = example.target.strip() if example.is_chat else example.target
+    return {"role": "assistant", "content": content}
+
+
 def split_dialogue(tokenizer, example: Example) -> tuple[str, str]:
     """What the template writes for the dialogue up to the answer, and for the answer ("": none).
 
@@ -261,10 +270,7 @@ def split_dialogue(tokenizer, example: Example) -> tuple[str, str]:
         opening = _opening(tokenizer, messages, arguments)
         if not example.target:
             return opening, ""
-        reply = example.reply
-        if reply is None:
-            content = example.target.strip() if example.is_chat else example.target
-            reply = {"role": "assistant", "content": content}
+        reply = reply_of(example)
         whole = render(tokenizer, [*messages, reply], arguments)
         if not whole.startswith(opening):
             raise UserError(

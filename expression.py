@@ -189,8 +189,9 @@ class Reward:
         of_opponent = {}
         for key, play in self._all(SelfPlay).items():
             answers = play.answers(prompts, self._learn)
-            fields = {n: values for n, values in columns.items() if n != COMPLETION_MESSAGES}
-            of_opponent[key] = self._ask_leaves(prompts, answers, fields)
+            # The messages of the completions are ours; the opponent has said something else.
+            others = {name: v for name, v in columns.items() if name != COMPLETION_MESSAGES}
+            of_opponent[key] = self._ask_leaves(prompts, answers, others)
         self.parts = self._ask_leaves(prompts, completions, columns)
         total = self._tree.evaluate(self.parts | of_opponent, self._learn)
         self.total = total + torch.zeros(len(completions))  # (B,) also for a single number

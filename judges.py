@@ -15,85 +15,17 @@ import math
 from collections.abc import Callable
 
 import torch
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
+from classifiers import BATCH_SIZE, HOW, PAIR, TEXT, Scorer, batched_logits, input_form, load_judge
 from data import Example, encode_prompt, encode_target
+from embeddings import SentenceEncoder, pool
 from endpoint import grader
-from engine import UserError, first_line
-from lm import UNLOADABLE, WITH_REPORT, check_no_adapter, check_weights, context_of, load_lm
-
-BATCH_SIZE = 16  # texts that a model reads together
-MAX_LENGTH = 1024  # tokens; a longer text loses its beginning, so the end is always read
+from engine import UserError
+from leaves import say
+from lm import context_of, load_lm
 
 # ------------------------------------------------------------------ classifiers and encoders
-
-
-def load_judge(auto_class, name: str, device) -> tuple[torch.nn.Module, object]:
-    """A frozen model and its own tokenizer from a folder or hub id. Raises UserError."""
-    check_no_adapter(f"reward model {name}", name)
-    try:
-        model, report = auto_class.from_pretrained(name, **WITH_REPORT)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except UNLOADABLE as problem:
-        raise UserError(
-            f"reward model {name} cannot be loaded ({first_line(problem)}); "
-            "give a folder, or a hub id and a network"
-        ) from None
-    # A body is read from any model, and nobody asks its pooler, which is all its head.
-    is_body = auto_class is AutoModel
-    check_weights(f"reward model {name}", model, report, other_head=True, new_head=is_body)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # the mask hides it
-    tokenizer.truncation_side, tokenizer.padding_side = "left", "right"
-    return model.to(device or "cpu").eval().requires_grad_(False), tokenizer
-
-
-def tokenize(
-    tokenizer, model, texts: list[str], pairs: list[str] | None = None
-) -> dict[str, torch.Tensor]:
-    """One padded batch on the model's device, (b, T) each. A text without tokens is read as one
-    EOS (or pad) token."""
-    limit = min(MAX_LENGTH, context_of(model), tokenizer.model_max_length)
-    if "roberta" in model.config.model_type:
-        limit -= 2  # its positions start at 2
-    options = dict(truncation=True, max_length=limit, padding=True)
-    inputs = tokenizer(texts, pairs, return_tensors="pt", **options)
-    if inputs["input_ids"].shape[1] == 0:  # every text of the batch is empty
-        fillers = [tokenizer.pad_token] * len(texts)
-        inputs = tokenizer(fillers, return_tensors="pt", add_special_tokens=False)
-    inputs["attention_mask"][inputs["attention_mask"].sum(1) == 0, 0] = 1
-    return {name: value.to(next(model.parameters()).device) for name, value in inputs.items()}
-
-
-def sequence_logits(
-    model, input_ids: torch.Tensor, attention_mask: torch.Tensor, **inputs
-) -> torch.Tensor:
-    """Class logits of a sequence classifier, (b, T) -> (b, C). Decoders are read at the LAST REAL
-    TOKEN, by the mask.
-
-    Hugging Face finds that token by `ids != pad`, which is wrong where the pad token is also EOS.
-    Encoders are read at their first token.
-    """
-    if not hasattr(model, "score"):
-        return model(input_ids=input_ids, attention_mask=attention_mask, **inputs).logits.float()
-    outputs = model.base_model(input_ids=input_ids, attention_mask=attention_mask)
-    hidden = outputs.last_hidden_state  # (b, T, H)
-    column = torch.arange(input_ids.shape[1], device=input_ids.device)  # (T,)
-    last = torch.where(attention_mask.bool(), column, -1).max(1).values  # (b,)
-    return model.score(hidden[torch.arange(len(hidden), device=hidden.device), last]).float()
-
-
-@torch.no_grad()
-def batched_logits(
-    model, tokenizer, texts: list[str], pairs: list[str] | None = None
-) -> torch.Tensor:
-    """(N, C) logits on the CPU, BATCH_SIZE texts at a time; `pairs` are second texts, if any."""
-    logits = []
-    for i in range(0, len(texts), BATCH_SIZE):
-        second_texts = pairs[i : i + BATCH_SIZE] if pairs else None
-        batch = tokenize(tokenizer, model, texts[i : i + BATCH_SIZE], second_texts)
-        logits.append(sequence_logits(model, **batch).cpu())
-    return torch.cat(logits)
 
 
 def _label_index(model, label: str | int | None, name: str) -> int:
@@ -134,18 +66,25 @@ def _load_scorer(context: dict, name: str, id: str) -> tuple[torch.nn.Module, ob
     return model, tokenizer
 
 
-def reward_model(context: dict, path: str) -> Callable:
-    """(score - reward_mean) / reward_std of prompt + completion, by a classifier of one class.
+def reward_model(context: dict, path: str, pair: bool | None = None) -> Callable:
+    """(score - reward_mean) / reward_std of an answer to a prompt, by a classifier of one class.
 
-    The two numbers stand in the config of models from reward_model.py; else they are 0 and 1.
+    How it reads the two is said first; `pair` asks for a pair of texts, or forbids it. The two
+    numbers stand in the config of models from reward_model.py; else they are 0 and 1.
     """
+    if pair not in (None, True, False):
+        raise ValueError(f"pair is True or False, found {pair!r}")
     model, tokenizer = _load_scorer(context, "model", path)
+    name = f'model("{path}")'
+    scorer = Scorer(name, model, tokenizer, input_form(name, model, tokenizer, pair))
     mean, std = getattr(model.config, "reward_mean", 0.0), getattr(model.config, "reward_std", 1.0)
+    asked = " (pair=False: as one text)" if scorer.form == PAIR and pair is None else ""
+    say(f"note: {name} reads prompts and answers {HOW[scorer.form]}{asked}")
 
     def reward(prompts, completions, **columns):
-        texts = [p + c for p, c in zip(prompts, completions, strict=True)]
-        return ((batched_logits(model, tokenizer, texts)[:, 0] - mean) / std).tolist()
+        return ((scorer.scores(prompts, completions).double() - mean) / std).tolist()
 
+    reward.wants_messages = scorer.form != TEXT
     return reward
 
 
@@ -181,23 +120,24 @@ def bleurt(context: dict, id: str) -> Callable:
 
 
 def cosine_sts(context: dict, id: str | None = None) -> Callable:
-    """Cosine of the mean-pooled last hidden states of completion and target; -1..1."""
-    if id is None:
-        lm, tokenizer = frozen_lm(context, "cosine_sts", None)
-        model, make_batch = lm.base_model, _plain_batch
-    else:
-        model, tokenizer = load_judge(AutoModel, id, context.get("device"))
-        make_batch = tokenize
+    """Cosine of the sentence embeddings of completion and target; -1..1.
 
-    @torch.no_grad()
-    def embed(texts: list[str]) -> torch.Tensor:  # (N, H)
-        embeddings = []
-        for i in range(0, len(texts), BATCH_SIZE):
-            batch = make_batch(tokenizer, model, texts[i : i + BATCH_SIZE])
-            hidden = model(**batch).last_hidden_state.float()  # (b, T, H)
-            mask = batch["attention_mask"][:, :, None]  # (b, T, 1)
-            embeddings.append(((hidden * mask).sum(1) / mask.sum(1)).cpu())
-        return torch.cat(embeddings)
+    By a model of sentence-transformers as it says itself; of others, and of the starting model,
+    the mean of the last hidden states.
+    """
+    if id is not None:
+        embed = SentenceEncoder(id, context.get("device")).embed
+    else:
+        lm, tokenizer = frozen_lm(context, "cosine_sts", None)
+
+        @torch.no_grad()
+        def embed(texts: list[str]) -> torch.Tensor:  # (N, H)
+            embeddings = []
+            for i in range(0, len(texts), BATCH_SIZE):
+                batch = _plain_batch(tokenizer, lm, texts[i : i + BATCH_SIZE])
+                hidden = lm.base_model(**batch).last_hidden_state.float()  # (b, T, H)
+                embeddings.append(pool(hidden, batch["attention_mask"], ("mean",)).cpu())
+            return torch.cat(embeddings)
 
     def reward(prompts, completions, **columns):
         targets = _targets(columns, "cosine_sts")
@@ -452,8 +392,14 @@ def _filled(template: str, prompts: list[str], columns: dict) -> list[str]:
 JUDGES: dict[str, tuple[Callable, str]] = {
     "perplexity": (perplexity_reward, "0..1, model= or starting model: 1 / perplexity; 0 if empty"),
     "classifier": (classifier, "0..1, id, label=: probability that a classifier gives the label"),
-    "model": (reward_model, "any, id: reward model on prompt + completion (reward_model.py)"),
-    "cosine_sts": (cosine_sts, "-1..1, target, id or the starting model: cosine of embeddings"),
+    "model": (
+        reward_model,
+        "any, id, pair=: reward model, read as it was trained: chat template, pair, text",
+    ),
+    "cosine_sts": (
+        cosine_sts,
+        "-1..1, target, id (sentence-transformers) or the starting model: cosine",
+    ),
     "nli": (nli, "-1..1, target, id: entailed by the target minus contradicting it"),
     "gptscore": (gptscore, "nats, id or the starting model, template=: mean log-probability"),
     "judge": (judge, "0..1, id or http://.../v1, rubric=: grade by a language model, or no score"),

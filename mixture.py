@@ -20,8 +20,10 @@ from collections.abc import Callable
 import torch
 
 import parallel
+from chat import reply_of
 from data import Pair
 from engine import UserError
+from leaves import COMPLETION_MESSAGES, PROMPT_MESSAGES
 
 
 class RunningNorm:
@@ -168,7 +170,9 @@ def fit_to_pairs(mixture: Mixture, pairs: list[Pair], scores: Callable) -> None:
     completions = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     names = dict.fromkeys(name for pair in pairs for name in pair.columns)
     columns = {name: [pair.columns.get(name) for pair in pairs] * 2 for name in names}
-    columns["prompt_messages"] = [pair.messages for pair in pairs] * 2
+    columns[PROMPT_MESSAGES] = [pair.messages for pair in pairs] * 2
+    sides = zip(*[pair.sides() for pair in pairs])  # all chosen, all rejected
+    columns[COMPLETION_MESSAGES] = [[reply_of(example)] for side in sides for example in side]
     chosen, rejected = scores(prompts * 2, completions, columns).chunk(2)  # (n, K) each
     answered = torch.isfinite(chosen).all(1) & torch.isfinite(rejected).all(1)  # (n,)
     if not answered.any():

@@ -33,6 +33,9 @@ SYSTEM_FIELDS = ("system", "system_prompt", "system_message", "system_instructio
 NO_TARGET = "{n} of {all} examples have no target: they serve the reward steps only"
 WEIGHT_0 = "{n} assistant turns of {source} have weight 0: they are read, but not trained"
 UNWANTED = "{n} completions of {source} have label false: their prompts serve the reward steps only"
+REPEATED = (
+    "in {n} of {all} pairs of {source} both responses repeat the prompt: it is taken off them"
+)
 
 
 @dataclass(frozen=True)
@@ -393,12 +396,14 @@ def _question_examples(record: dict) -> list[Example]:
 # -------------------------------------------------------------------------------------------- pairs
 
 
-def to_pair(record: dict, raw: bool = False) -> Pair:
+def to_pair(record: dict, raw: bool = False, counts: Counter | None = None) -> Pair:
     """The pair of one record. Without a prompt field, the prompt is what two dialogues share.
 
+    A prompt that both responses repeat is taken off them. `counts` gets the numbers of notes.
     Raises UserError that says which field is missing or no string, or that nothing is shared.
     """
     record = _other_fields(record)
+    counts = Counter() if counts is None else counts
     sides = [record.get(name) for name in ("chosen", "rejected")]
     if all(is_dialogue(side) for side in sides):
         return _message_pair(record)
@@ -408,6 +413,9 @@ def to_pair(record: dict, raw: bool = False) -> Pair:
     if prompt_field is not None:
         start = _prompt_of(record, prompt_field, None, raw)
         prompt, messages, args = start.prompt, start.messages, start.template_args
+        n = _repeated(prompt, chosen, rejected) or _repeated(record[prompt_field], chosen, rejected)
+        counts[REPEATED] += n > 0
+        chosen, rejected = chosen[n:], rejected[n:]
     else:
         same = os.path.commonprefix([chosen, rejected])  # works on any two strings
         before, header, _ = same.rpartition("\n\nAssistant:")
@@ -419,6 +427,18 @@ def to_pair(record: dict, raw: bool = False) -> Pair:
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     is_chat = messages is not None or not raw
     return Pair(prompt, chosen, rejected, fields, messages, is_chat=is_chat, template_args=args)
+
+
+def _repeated(prompt: str | list, chosen: str, rejected: str) -> int:
+    """How many characters at the beginning of both responses are the prompt again, maybe 0.
+
+    Where one response alone begins so, it quotes the prompt, and people judged it as it is. One
+    word is no sign either: "Hello" is answered by "Hello".
+    """
+    if not isinstance(prompt, str) or (prompt.isascii() and len(prompt.split()) < 2):
+        return 0
+    is_repeated = chosen.startswith(prompt) and rejected.startswith(prompt)
+    return len(prompt) if is_repeated else 0
 
 
 def _message_pair(record: dict) -> Pair:

@@ -3,10 +3,12 @@
     P(chosen > rejected) = sigmoid(score(chosen) - score(rejected))    Bradley & Terry 1952;
                                                                        InstructGPT 2203.02155, eq. 1
 
-The score is one linear layer on the hidden state of the last real token of prompt + response. After
-training, the mean and the standard deviation of the scores of the training responses are saved in
-the model's config; `--reward 'model("PATH")'` uses them to give scores of mean 0 and deviation 1.
-The folder is a plain AutoModelForSequenceClassification(num_labels=1) that others can load.
+The score is one linear layer on the hidden state of the last token of prompt and response, which
+the chat template of the model writes, if it has one; else they are one text. After training, this
+form is saved in the model's config, with the mean and the standard deviation of the scores of the
+training responses: `--reward 'model("PATH")'` reads in this form and gives scores of mean 0 and
+deviation 1. The folder is a plain AutoModelForSequenceClassification(num_labels=1) that others can
+load.
 Left out on purpose: ensembles, margins. One epoch is the default: a reward model soon overfits.
 
     python reward_model.py --data examples/prefs.jsonl --model gpt2 --out reward
@@ -21,6 +23,8 @@ import transformers
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+import survey
+from classifiers import HOW, Scorer, input_form, prepare_tokenizer, sequence_logits
 from cli import bar_pace
 from data import BatchStream, Pair, load_pairs, split_pairs
 from engine import (
@@ -34,7 +38,6 @@ from engine import (
     one_line_errors,
     pick_device,
 )
-from judges import batched_logits, sequence_logits, tokenize
 from lm import UNLOADABLE, WITH_REPORT, build_tiny, check_no_adapter, check_weights, disable_dropout
 
 
@@ -50,7 +53,7 @@ def reward_model_step(
     chosen, rejected = sequence_logits(model, **batch)[:, 0].chunk(2)  # (B,) each
     loss = reward_model_loss(chosen, rejected)
     loss.backward()
-    stats = {"loss": float(loss), "accuracy": float((chosen > rejected).float().mean())}
+    stats = {"loss": loss.item(), "accuracy": float((chosen > rejected).float().mean())}
     return stats | apply_gradients(Backend(model), optimizer, max_grad_norm)
 
 
@@ -74,10 +77,8 @@ def load_backbone(name: str, pairs: list[Pair], seed: int):
     if hasattr(model, "score"):
         # The initialisation of a decoder's head (Stiennon et al. 2009.01325; N+ 2403.17031).
         torch.nn.init.normal_(model.score.weight, std=(model.score.weight.shape[1] + 1) ** -0.5)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    prepare_tokenizer(tokenizer)
     model.config.pad_token_id = tokenizer.pad_token_id
-    tokenizer.truncation_side, tokenizer.padding_side = "left", "right"
     disable_dropout(model)
     return model, tokenizer
 
@@ -93,30 +94,47 @@ def tiny_classifier(pairs: list[Pair], seed: int):
     return model, tokenizer
 
 
-def texts_of(pairs: list[Pair]) -> tuple[list[str], list[str]]:
-    """-> prompt + chosen response of every pair, prompt + rejected response of every pair."""
-    chosen = [pair.prompt + pair.chosen for pair in pairs]
-    return chosen, [pair.prompt + pair.rejected for pair in pairs]
+def sides_of(scorer: Scorer, pairs: list[Pair]) -> tuple[list, list]:
+    """-> prompts and responses, as `scorer.batch` wants them: all chosen, then all rejected."""
+    sides = zip(*[pair.sides() for pair in pairs])
+    parts = [scorer.parts(example) for side in sides for example in side]
+    return [prompt for prompt, _ in parts], [response for _, response in parts]
 
 
-def scores_of(model, tokenizer, pairs: list[Pair]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Raw scores of the chosen and rejected texts, (N,) each, computed as `--reward model(...)`."""
-    model.eval()
-    chosen, rejected = [batched_logits(model, tokenizer, texts)[:, 0] for texts in texts_of(pairs)]
-    model.train()
-    return chosen, rejected
+def readable(scorer: Scorer, pairs: list[Pair]) -> list[Pair]:
+    """The pairs that the chat template writes; a note counts the others. UserError if none is."""
+
+    def check(pair: Pair) -> None:
+        try:
+            for prompt, response in zip(*sides_of(scorer, [pair])):
+                scorer.text(prompt, response)
+        except UserError as problem:
+            raise UserError(f"{pair.place}: {problem}") from None
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    return survey.kept(pairs, check, False, say)
 
 
-def fit(model, tokenizer, pairs: list[Pair], args) -> None:
+def scores_of(scorer: Scorer, pairs: list[Pair]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Raw scores of the chosen and rejected responses, (N,) each, as `--reward model(...)`."""
+    scorer.model.eval()
+    scores = scorer.scores(*sides_of(scorer, pairs))  # (2N,)
+    scorer.model.train()
+    return scores.chunk(2)
+
+
+def fit(scorer: Scorer, pairs: list[Pair], args) -> None:
     """`--epochs` passes over the pairs with AdamW; the learning rate falls to 0."""
+    model = scorer.model
     steps = max(1, args.epochs * len(pairs) // args.batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     stream = BatchStream(pairs, min(args.batch_size, len(pairs)), args.seed)
     bar = tqdm(range(steps), desc="reward model", dynamic_ncols=True, mininterval=bar_pace())
     for _ in bar:
-        chosen, rejected = texts_of(stream.next())
-        batch = tokenize(tokenizer, model, chosen + rejected)
+        batch = scorer.batch(*sides_of(scorer, stream.next()))
         stats = reward_model_step(model, batch, optimizer)
         scheduler.step()
         loss, accuracy = f"{stats['loss']:.3f}", f"{stats['accuracy']:.2f}"
@@ -147,15 +165,22 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     transformers.utils.logging.set_verbosity_error()
     check_new_folder(args.out)
     device = pick_device(args.device)
-    train, held_out = split_pairs(load_pairs(args.data, limit=args.limit, encoding=args.encoding))
-    model, tokenizer = load_backbone(args.model, train, args.seed)
+    pairs = load_pairs(args.data, limit=args.limit, encoding=args.encoding)
+    model, tokenizer = load_backbone(args.model, split_pairs(pairs)[0], args.seed)
+    name = f"--model {args.model}"
+    # An encoder learns to read one text here.
+    scorer = Scorer(name, model, tokenizer, input_form(name, model, tokenizer, pair=False))
+    print(f"{name} reads prompts and responses {HOW[scorer.form]}")
+    train, held_out = split_pairs(readable(scorer, pairs))
     model.to(device).train()
-    fit(model, tokenizer, train, args)
+    fit(scorer, train, args)
 
-    scores = torch.cat(scores_of(model, tokenizer, train))  # (2N,)
+    scores = torch.cat(scores_of(scorer, train)).double()  # (2N,)
+    model.config.reward_input = scorer.form
     model.config.reward_mean = float(scores.mean())
-    model.config.reward_std = float(scores.std(unbiased=False).clamp(min=1e-6))
-    chosen, rejected = scores_of(model, tokenizer, held_out)
+    # However small, a spread is one: only scores that are all the same have none.
+    model.config.reward_std = float(scores.std(unbiased=False)) or 1.0
+    chosen, rejected = scores_of(scorer, held_out)
     metrics = {
         "accuracy": float((chosen > rejected).float().mean()),
         "loss": float(reward_model_loss(chosen, rejected)),

@@ -81,9 +81,7 @@ def load_examples(
     placed = _usable(records, examples_of, source, strict, what)
     if convert is to_examples:
         counts[NO_TARGET] = sum(not example.target for _, example in placed)
-    for text, n in counts.items():
-        if n:
-            _note(text.format(n=n, all=len(placed), source=_name(source)))
+    _say_counts(counts, len(placed), source)
     shared = template_args or {}
     return with_all_columns(
         [
@@ -129,16 +127,20 @@ def load_pairs(
     "\\n\\nHuman:" and "\\n\\nAssistant:"; the prompt is what the two share. Records without two
     different responses are left out, as in `load_examples`. Raises UserError likewise.
     """
+    counts = Counter()
 
     def pairs_of(record: dict) -> list[Pair]:
-        pair = to_pair(record, raw)
+        found = Counter()
+        pair = to_pair(record, raw, found)
         # Public data has pairs of equal responses, in which neither is preferred.
         if (pair.chosen, pair.chosen_reply) == (pair.rejected, pair.rejected_reply):
             raise UserError("'chosen' and 'rejected' are the same, so neither is preferred")
+        counts.update(found)
         return [pair]
 
     records = placed_records(source, limit, encoding, config, split, what)
     placed = _usable(records, pairs_of, source, strict, what)
+    _say_counts(counts, len(placed), source)
     shared = template_args or {}
     return [
         replace(pair, place=place, template_args={**shared, **pair.template_args})
@@ -180,6 +182,13 @@ def _usable(
 
 def _name(source: str | list[str]) -> str:
     return source if isinstance(source, str) else ", ".join(source)
+
+
+def _say_counts(counts: Counter, n_all: int, source: str | list[str]) -> None:
+    """A note for each count above 0; its text is the key."""
+    for text, n in counts.items():
+        if n:
+            _note(text.format(n=n, all=n_all, source=_name(source)))
 
 
 def _note(text: str) -> None:

@@ -42,7 +42,7 @@ def writable(tokenizer, examples: list[Example], strict: bool, say: Callable) ->
         if dialogue_of(tokenizer, example) is not None:
             split_dialogue(tokenizer, example)
 
-    return _kept(examples, check, strict, say)
+    return kept(examples, check, strict, say)
 
 
 def comparable(
@@ -62,28 +62,32 @@ def comparable(
             length = f"--max-length {limits['max_length']}"
             raise UserError(f"{pair.place}: both responses are the same once cut to {length}")
 
-    return _kept(pairs, check, strict, say)
+    return kept(pairs, check, strict, say)
 
 
-def _kept(records: list, check: Callable, strict: bool, say: Callable) -> list:
-    kept, reasons, first = [], {}, None  # reasons: text -> places
+def kept(records: list, check: Callable, strict: bool, say: Callable) -> list:
+    """The examples or pairs for which `check` raises no UserError; `say` hears about the others.
+
+    `strict` raises the first error. It is raised too if no record is left.
+    """
+    fine, reasons, first = [], {}, None  # reasons: text -> places
     for record in tqdm(
         records, desc="checking the data", leave=False, delay=2, mininterval=bar_pace()
     ):
         try:
             check(record)
-            kept.append(record)
+            fine.append(record)
         except UserError as problem:
             if strict:
                 raise
             first = first or problem
             reasons.setdefault(str(problem).rpartition(": ")[2], []).append(record.place)
-    if first is not None and not kept:
+    if first is not None and not fine:
         raise first
     for reason, places in reasons.items():
         where = f" (first: {places[0]})" if places[0] else ""
         say(f"note: {len(places)} of {len(records)} examples are left out: {reason}{where}")
-    return kept
+    return fine
 
 
 # -------------------------------------------------------------------------------------- what is cut

@@ -125,7 +125,7 @@ def test_reward_model_reads_the_last_real_token_of_prompt_and_completion(folders
 
 def test_padding_and_an_eos_in_the_text_do_not_move_the_last_token(folders):
     """pad == EOS here; Hugging Face would take a trailing EOS for padding."""
-    from judges import load_judge, sequence_logits, tokenize
+    from classifiers import load_judge, sequence_logits, tokenize
 
     model, tokenizer = load_judge(AutoModelForSequenceClassification, folders["scalar"], "cpu")
     ends_in_eos = tokenize(tokenizer, model, ["the plot<|endoftext|>"])

@@ -818,6 +818,41 @@ def test_transcripts_are_text_and_messages():
         assert to_pair(record, raw=True) == Pair(text, " yes", " no")
 
 
+def test_a_prompt_that_both_responses_repeat_is_taken_off_and_counted(tmp_path, capsys):
+    """Pairs of whole transcripts beside their prompt, which would be read twice."""
+    transcript = "\n\nHuman: hi\n\nAssistant: yes?\n\nHuman: a riddle\n\nAssistant:"
+    question = "Which fruit is green?"
+    repeated = [
+        (transcript, transcript, " A pear.", " No."),
+        (question, question, " A pear.", "\nNo. " + question),
+        ("\u54ea\u79cd\u6c34\u679c\uff1f", "\u54ea\u79cd\u6c34\u679c\uff1f", "\u68a8", ""),
+    ]
+    as_they_are = [
+        (question, "", question + " A pear.", "No."),  # one side quotes the question
+        ("Hello", "", "Hello there!", "Hello."),
+        (transcript, "", transcript[1:] + " A pear.", transcript[1:] + " No."),
+    ]
+    rows = [
+        {"prompt": prompt, "chosen": before + chosen, "rejected": before + rejected}
+        for prompt, before, chosen, rejected in [*repeated, *as_they_are]
+    ]
+    same = {"prompt": question, "chosen": question + " Yes.", "rejected": question + " Yes."}
+    source = write(tmp_path / "a.jsonl", [*rows, same])
+    for raw in (False, True):
+        pairs = load_pairs(source, raw=raw)
+        expected = [(p, chosen, rejected) for p, _, chosen, rejected in [*repeated, *as_they_are]]
+        assert [(p.prompt, p.chosen, p.rejected) for p in pairs] == expected
+        said = "3 of 6 pairs of {} both responses repeat the prompt: it is taken off them"
+        assert said.format(source) in capsys.readouterr().err
+    assert load_pairs(source)[0].messages[-1] == says("user", "a riddle")
+    # A system turn is in front of the question, so the prompt is not what the record repeats.
+    pair = to_pair({"system": "S", **rows[1]})
+    assert (pair.chosen, pair.rejected) == (" A pear.", "\nNo. " + question)
+    capsys.readouterr()
+    assert len(load_pairs(write(tmp_path / "b.jsonl", rows[3:]))) == 3
+    assert "repeat" not in capsys.readouterr().err
+
+
 def test_pairs_that_cannot_be_used_are_left_out_and_counted(tmp_path, capsys):
     record = {"prompt": "p", "chosen": "a", "rejected": "b"}
     records = [record, {**record, "rejected": None}, {**record, "rejected": "a"}]
