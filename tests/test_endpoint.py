@@ -13,7 +13,7 @@ import torch
 from conftest import FAST
 
 import endpoint
-from endpoint import asked_wait, find_key, grade_of, is_local, words_of
+from endpoint import asked_wait, find_key, grade_of, is_local, short, words_of
 from engine import UserError
 from rewards import build_reward
 from runs import read_rows
@@ -34,6 +34,8 @@ KEY = "sk-quite/secret+7731="
         (" 4\n", 4),
         ("4.", 4),
         ("2.5", 2.5),
+        ("1", 1),
+        ("5/5", 5),
         ("4/5", 4),
         ("2.5 of 5", 2.5),
         ("4 / 5.0", 4),
@@ -50,6 +52,8 @@ KEY = "sk-quite/secret+7731="
         ('"4"', 4),
         ("```\n4\n```", 4),
         ('{"grade": 4}', 4),
+        ('{"grade": 1}', 1),
+        ('{"grade": 5}', 5),
         ('{"Score": 4, "reason": "not 5, because 1 of 3 is wrong"}', 4),
         ('```json\n{"rating": 2.5}\n```', 2.5),
         ('{"grade": "4/5"}', 4),
@@ -516,6 +520,7 @@ def test_the_url_may_have_a_slash_or_the_path_of_a_chat(server):
     [
         "http://",
         "http://h:port/v1",
+        "http://h:0/v1",
         "http://me:sk-1@h/v1",
         "https://h/v1?key=sk-1",
         "http://h/v1#a",
@@ -572,6 +577,7 @@ def test_the_words_of_a_failure():
     assert words_of(b'{"object": "error", "message": "too long", "code": 400}') == "too long"
     assert words_of(b'{"detail": [{"loc": 1}]}') == '{"detail": [{"loc": 1}]}'
     assert words_of(b"\xff\n<html>") == "\ufffd"
+    assert short("a  b\nc", 5) == "a b c" and short("a b c d", 6) == "a b..."
 
 
 # ---- runs
