@@ -232,6 +232,19 @@ def test_equal_questions_of_a_batch_are_asked_once(server):
     assert scores.tolist() == [0.75, 0.25] * 20 and len(server.asked) == 2
 
 
+def test_eight_questions_are_on_their_way_together(server):
+    together = threading.Barrier(8)
+
+    def wait_for_seven_others(question, nth):
+        together.wait(20)  # breaks where fewer come
+        return "5"
+
+    server.behave = wait_for_seven_others
+    texts = [f"text {i}" for i in range(16)]
+    assert judge(server)(["p"] * 16, texts).tolist() == [1.0] * 16
+    assert len(server.asked) == 16
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -346,6 +359,10 @@ def test_long_waits_do_not_grow(server, waits):
     with pytest.raises(UserError):
         judge(server, retries=12)(["p"], ["c"])
     assert waits == [0.5, 1, 2, 4, 8, 16, 32, 60, 60, 60, 60, 60]
+    waits.clear()
+    with pytest.raises(UserError):
+        judge(server)(["p"], ["another"])
+    assert waits == [0.5, 1], "twice more, if nothing else is said"
 
 
 # ---- limits of time and bytes
