@@ -13,7 +13,7 @@ import torch
 from conftest import FAST
 
 import endpoint
-from endpoint import asked_wait, find_key, grade_of, is_local, words_of
+from endpoint import asked_wait, find_key, grade_of, is_local, short, words_of
 from engine import UserError
 from rewards import build_reward
 from runs import read_rows
@@ -34,6 +34,8 @@ KEY = "sk-quite/secret+7731="
         (" 4\n", 4),
         ("4.", 4),
         ("2.5", 2.5),
+        ("1", 1),
+        ("5/5", 5),
         ("4/5", 4),
         ("2.5 of 5", 2.5),
         ("4 / 5.0", 4),
@@ -50,6 +52,8 @@ KEY = "sk-quite/secret+7731="
         ('"4"', 4),
         ("```\n4\n```", 4),
         ('{"grade": 4}', 4),
+        ('{"grade": 1}', 1),
+        ('{"grade": 5}', 5),
         ('{"Score": 4, "reason": "not 5, because 1 of 3 is wrong"}', 4),
         ('```json\n{"rating": 2.5}\n```', 2.5),
         ('{"grade": "4/5"}', 4),
@@ -228,6 +232,19 @@ def test_equal_questions_of_a_batch_are_asked_once(server):
     assert scores.tolist() == [0.75, 0.25] * 20 and len(server.asked) == 2
 
 
+def test_eight_questions_are_on_their_way_together(server):
+    together = threading.Barrier(8)
+
+    def wait_for_seven_others(question, nth):
+        together.wait(20)  # breaks where fewer come
+        return "5"
+
+    server.behave = wait_for_seven_others
+    texts = [f"text {i}" for i in range(16)]
+    assert judge(server)(["p"] * 16, texts).tolist() == [1.0] * 16
+    assert len(server.asked) == 16
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -342,6 +359,10 @@ def test_long_waits_do_not_grow(server, waits):
     with pytest.raises(UserError):
         judge(server, retries=12)(["p"], ["c"])
     assert waits == [0.5, 1, 2, 4, 8, 16, 32, 60, 60, 60, 60, 60]
+    waits.clear()
+    with pytest.raises(UserError):
+        judge(server)(["p"], ["another"])
+    assert waits == [0.5, 1], "twice more, if nothing else is said"
 
 
 # ---- limits of time and bytes
@@ -525,6 +546,7 @@ def test_the_url_may_have_a_slash_or_the_path_of_a_chat(server):
     [
         "http://",
         "http://h:port/v1",
+        "http://h:0/v1",
         "http://me:sk-1@h/v1",
         "https://h/v1?key=sk-1",
         "http://h/v1#a",
@@ -581,6 +603,7 @@ def test_the_words_of_a_failure():
     assert words_of(b'{"object": "error", "message": "too long", "code": 400}') == "too long"
     assert words_of(b'{"detail": [{"loc": 1}]}') == '{"detail": [{"loc": 1}]}'
     assert words_of(b"\xff\n<html>") == "\ufffd"
+    assert short("a  b\nc", 5) == "a b c" and short("a b c d", 6) == "a b..."
 
 
 # ---- runs
