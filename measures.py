@@ -1,8 +1,9 @@
-"""More measures of text: chrF, coverage, relevance, style, repetition, toxicity, right answers.
+"""More measures of text: chrF, coverage, relevance, style, repetition, toxicity, sentiment, cosine.
 
 Each measure is a plain function of strings; the lower half of the file makes rewards of them, the
-table MEASURES for rewards.py. Left out on purpose: stemming, parsing, word lists of any size (give
-`toxicity` and `sentiment` a file), and everything that asks a model (judges.py).
+table MEASURES for rewards.py. Words and their lists are in words.py. Left out on purpose: stemming,
+parsing, word lists of any size (give `toxicity` and `sentiment` a file), right answers
+(answers.py), and everything that asks a model (judges.py).
 
     python rewards.py "coverage - toxicity + 0.2*style()" examples/scored.jsonl
 """
@@ -12,43 +13,27 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable
-from decimal import Decimal
 from pathlib import Path
 
 from engine import UserError
 from leaves import (
     as_list,
-    best_reference_reward,
     check_above_0,
     completion_reward,
     reference_reward,
     references_of,
     without_arguments,
 )
-
-STOP_WORDS = """
-a about above after again all also am an and any are as at be because been before being below
-between both but by can could did do does doing down during each few for from further had has have
-having he her here hers him his how i if in into is it its just me more most my no nor not now of
-off on once only or other our ours out over own same she should so some such than that the their
-theirs them then there these they this those through to too under until up very was we were what
-when where which while who whom why will with would you your yours
-""".split()
-FORMAL_WORDS = """
-accordingly additionally although consequently demonstrate furthermore hence however indicate
-moreover nevertheless notwithstanding obtain regarding require sufficient therefore thus upon
-whereas whilst
-""".split()
-INFORMAL_WORDS = """
-awesome bro btw cool crap damn dude gonna gotta guy guys haha hey kinda lol lots nah nope okay omg
-stuff super thing things wanna whatever wow ya yeah yep
-""".split()
-TOXIC_WORDS = """
-arse arsehole ass asshole bastard bitch bitches bullshit coward cretin crap cunt damn dick dickhead
-douche dumb dumbass fool freak fuck fucked fucker fucking garbage hate idiot idiotic idiots imbecile
-kill loser losers moron morons pathetic pig prick pussy retard retarded scum shit shithead shitty
-shut slut stupid suck sucks trash trashy ugly vermin whore worthless
-""".split()
+from words import (
+    DEFAULT_LEXICON,
+    FORMAL_WORDS,
+    INFORMAL_WORDS,
+    STOP_WORDS,
+    TOXIC_WORDS,
+    composed,
+    quoted_words_of,
+    words_of,
+)
 
 # ------------------------------------------------------------------ measures of one text
 
@@ -86,11 +71,6 @@ def _char_ngrams(text: str, orders: int) -> Counter:
     for n in range(1, orders + 1):
         counts.update([text[i : i + n] for i in range(len(text) - n + 1)])
     return counts
-
-
-def words_of(text: str) -> list[str]:
-    """Lower-cased words; digits, accents, and apostrophes and hyphens inside a word are kept."""
-    return re.findall(r"\w+(?:['-]\w+)*", text.lower())
 
 
 def coverage(text: str, keywords: str | list[str]) -> float:
@@ -162,28 +142,30 @@ def lexicon_toxicity(text: str, lexicon: set[str] | dict = frozenset(TOXIC_WORDS
     return hits / (hits + 1)
 
 
-def normalize_answer(text: str) -> str:
-    """Lower case, no punctuation, no articles, single spaces: SQuAD (Rajpurkar et al. 2016)."""
-    words = re.sub(r"[^\w\s]", "", text.lower()).split()
-    return " ".join(word for word in words if word not in ("a", "an", "the"))
+def cosine(a: str, b: str) -> float:
+    """Cosine of the word counts of two texts; 0..1, 0 when either has no word.
+
+    >>> round(cosine("good good plot", "good plot plot"), 4)
+    0.8
+    """
+    left, right = Counter(words_of(a)), Counter(words_of(b))
+    dot = sum(count * right[word] for word, count in left.items())
+    norm = math.sqrt(sum(c * c for c in left.values()) * sum(c * c for c in right.values()))
+    return dot / norm if dot else 0.0
 
 
-def exact_match(hypothesis: str, reference: str) -> float:
-    """1 where the two answers are equal once they are normalised, else 0."""
-    return float(normalize_answer(hypothesis) == normalize_answer(reference))
+def lexicon_sentiment(text: str, lexicon: dict[str, float] = DEFAULT_LEXICON) -> float:
+    """s / sqrt(s^2 + 15), s the summed valence of the words (the normalisation of the
+    vaderSentiment package); -1..1.
 
+    No grammar at all: "not good" is good here, and a quoted 'good' is another word. That makes it
+    easy to please, which is what the built-in task is about.
 
-def last_number(text: str) -> Decimal | None:
-    """The last number of a text, as in the answers of GSM8K: sign, commas, decimals. Else None."""
-    pattern = r"(?<![\w.])-?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
-    numbers = re.findall(pattern, text.replace("\u2212", "-"))  # the typographic minus
-    return Decimal(numbers[-1].replace(",", "")) if numbers else None
-
-
-def numeric(hypothesis: str, reference: str) -> float:
-    """1 where the last numbers of both texts are equal, else 0."""
-    wanted = last_number(reference)
-    return float(wanted is not None and last_number(hypothesis) == wanted)
+    >>> round(lexicon_sentiment("a brilliant, funny plot and a dull ending"), 4)
+    0.4588
+    """
+    total = sum(lexicon.get(word, 0.0) for word in quoted_words_of(text))
+    return total / math.sqrt(total * total + 15)
 
 
 # ------------------------------------------------------------------ rewards
@@ -213,10 +195,15 @@ def read_lexicon(path: str, default: float | None = None) -> dict[str, float]:
         except ValueError:
             message = f"expected 'word TAB valence', found {line[:40]!r}"
             raise UserError(f"{path}:{number}: {message}") from None
-        lexicon[word.strip().lower()] = valence
+        lexicon[composed(word.strip()).lower()] = valence
     if not lexicon:
         raise UserError(f"lexicon {path} is empty")
     return lexicon
+
+
+def sentiment_reward(context: dict, lexicon: str | None = None) -> Callable:
+    words = read_lexicon(lexicon) if lexicon else DEFAULT_LEXICON
+    return completion_reward(functools.partial(lexicon_sentiment, lexicon=words))
 
 
 def toxicity_reward(context: dict, lexicon: str | None = None) -> Callable:
@@ -321,14 +308,6 @@ MEASURES: dict[str, tuple[Callable, str]] = {
     "coverage": (
         without_arguments(coverage_reward),
         "0..1, keywords or target: share of their content words that appear",
-    ),
-    "exact_match": (
-        without_arguments(best_reference_reward(exact_match, "exact_match")),
-        "0 or 1, target: equal but for case, punctuation and articles",
-    ),
-    "numeric": (
-        without_arguments(best_reference_reward(numeric, "numeric")),
-        "0 or 1, target: the last numbers are equal (GSM8K)",
     ),
     "relevance": (relevance_reward, "0..1, prompt or corpus=file: TF-IDF cosine"),
     "toxicity": (toxicity_reward, "0..1, nothing or lexicon=file: toxic words, so subtract it"),

@@ -11,8 +11,8 @@ names in `REWARDS` below; expression.py is its language:
     clip(ema(sentiment), -3, 3) + 0.2*length(target=40)      mixture(bleu, rouge_l, sentiment)
 
 The metrics are written out by hand and equal the reference implementations (sacrebleu; Google's
-rouge_score without stemming) to 1e-9. More measures of text are in measures.py, rewards that ask a
-model in judges.py. Left out on purpose: stemming, and anything that looks at token ids.
+rouge_score without stemming) to 1e-9. More measures of text are in measures.py, rewards for right
+answers in answers.py, rewards that ask a model in judges.py. Left out on purpose: stemming.
 
     python rewards.py --list                                  # every name, its range, what it needs
     python rewards.py "0.7*rouge_l + 0.3*bleu" examples/scored.jsonl
@@ -28,6 +28,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
+from answers import ANSWERS
 from data import read_records
 from engine import Parser, UserError, one_line_errors
 from expression import DESCRIPTIONS, Reward, parse
@@ -41,8 +42,10 @@ from leaves import (
     reference_reward,
     without_arguments,
 )
-from measures import MEASURES, read_lexicon, truthful_reward
+from measures import MEASURES, cosine, sentiment_reward, truthful_reward
 from measures import chrf as chrf  # importable from here
+from measures import lexicon_sentiment as lexicon_sentiment
+from words import DEFAULT_LEXICON as DEFAULT_LEXICON
 
 # ------------------------------------------------------------------ BLEU
 
@@ -254,51 +257,7 @@ def _lcs_positions(a: list[str], b: list[str]) -> set[int]:
     return positions
 
 
-# ------------------------------------------------------------------ cosine, sentiment, length
-
-
-def cosine(a: str, b: str) -> float:
-    """Cosine of the word counts of two texts (lower case); 0..1, 0 when either has no word.
-
-    >>> round(cosine("good good plot", "good plot plot"), 4)
-    0.8
-    """
-    left, right = (Counter(re.findall(r"\w+", text.lower())) for text in (a, b))
-    dot = sum(count * right[word] for word, count in left.items())
-    norm = math.sqrt(sum(c * c for c in left.values()) * sum(c * c for c in right.values()))
-    return dot / norm if dot else 0.0
-
-
-POSITIVE_WORDS = """
-amazing awesome beautiful beloved best bright brilliant captivating charming clever compelling
-delightful elegant engaging enjoy enjoyed enjoyable excellent exciting fantastic fresh friend fun
-funny gentle glad good gorgeous great gripping happy heartfelt hilarious hope impressive inspired
-joy kind laughed lively love loved lovely magic masterful memorable moving nice original perfect
-pleasant powerful pretty proud remarkable rich safe satisfying smart smile smiled special stunning
-superb sweet tender thrilling touching warm witty wonderful
-""".split()
-NEGATIVE_WORDS = """
-afraid angry annoying awful bad bland bleak boring broken clumsy confusing cried cruel dead dreadful
-dreary dull empty fail failed fake flat forgettable hate hated hollow horrible hurt lame lazy
-lifeless lost mean mediocre mess messy miserable painful pathetic pointless poor predictable sad
-scared scary shallow silly sloppy slow sorry stale stupid terrible tedious tired tiresome tragic
-ugly unfunny upset weak worse worst wrong
-""".split()
-DEFAULT_LEXICON = dict.fromkeys(POSITIVE_WORDS, 2.0) | dict.fromkeys(NEGATIVE_WORDS, -2.0)
-
-
-def lexicon_sentiment(text: str, lexicon: dict[str, float] = DEFAULT_LEXICON) -> float:
-    """s / sqrt(s^2 + 15), s the summed valence of the words (the normalisation of the
-    vaderSentiment package); -1..1.
-
-    No grammar at all: "not good" is good here, and a quoted 'good' is another word. That makes it
-    easy to please, which is what the built-in task is about.
-
-    >>> round(lexicon_sentiment("a brilliant, funny plot and a dull ending"), 4)
-    0.4588
-    """
-    total = sum(lexicon.get(word, 0.0) for word in re.findall(r"[\w'-]+", text.lower()))
-    return total / math.sqrt(total * total + 15)
+# ------------------------------------------------------------------ length
 
 
 def length_fit(text: str, target: float) -> float:
@@ -333,11 +292,6 @@ def rouge_n_reward(context: dict, n: int = 1) -> Callable:
     return best_reference_reward(f1_of(rouge_n, n), "rouge_n")
 
 
-def sentiment_reward(context: dict, lexicon: str | None = None) -> Callable:
-    words = read_lexicon(lexicon) if lexicon else DEFAULT_LEXICON
-    return completion_reward(functools.partial(lexicon_sentiment, lexicon=words))
-
-
 def length_reward(context: dict, target: int = 20) -> Callable:
     check_above_0("length", "target", target)
     return completion_reward(functools.partial(length_fit, target=target))
@@ -365,6 +319,7 @@ REWARDS: dict[str, tuple[Callable, str]] = {
     "sentiment": (sentiment_reward, "-1..1, nothing or lexicon=file: praise minus blame, by words"),
     "length": (length_reward, "0..1, nothing: 1 at `target` words, 0 at none and at twice as many"),
     **MEASURES,
+    **ANSWERS,
     **JUDGES,
 }
 
