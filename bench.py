@@ -104,7 +104,7 @@ def bench_rewards(n: int, rounds: int) -> list[dict]:
         for reference, hypothesis in zip(references, hypotheses):
             function(reference, hypothesis)
 
-    left_out = {*JUDGES, "perplexity", "rouge_n"}
+    left_out = {*JUDGES, "perplexity", "rouge_n", "overlong"}
     names = [name for name in REWARDS if name not in left_out]
     documents = texts[0][0][:200]
     calls = {name: (ask_reward, build_reward(name, documents=documents)) for name in names}

@@ -13,7 +13,7 @@ import math
 import numbers
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -43,24 +43,31 @@ def reference_reward(
 ) -> Callable:
     """A reward function from metric(hypothesis, list of references).
 
-    `tokens_of` is what the metric reads of a text: the first reference of which it reads nothing is
-    noted, since nothing but 0 can come of it.
+    `tokens_of` is what the metric reads of a text: the first reference without is noted.
     """
-    is_noted = tokens_of is None
+    note = first_unread(name, tokens_of)
 
     def reward(prompts, completions, **columns):
-        nonlocal is_noted
         references = references_of(columns, name)
-        for text in itertools.chain.from_iterable(references):
-            if not is_noted and text.strip() and not tokens_of(text):
-                is_noted = True
-                say(
-                    f"note: {name} finds no word that it can read in the target {text[:40]!r}: "
-                    "such rows score 0 (chrf reads every script)"
-                )
+        note(itertools.chain.from_iterable(references))
         return [metric(text, texts) for text, texts in zip(completions, references, strict=True)]
 
     return reward
+
+
+def first_unread(name: str, tokens_of: Callable[[str], list] | None) -> Callable:
+    """A function of reference texts that notes, once, a text of which the reward reads nothing."""
+    is_noted = tokens_of is None
+
+    def note(texts: Iterable[str]) -> None:
+        nonlocal is_noted
+        for text in texts:
+            if not is_noted and text.strip() and not tokens_of(text):
+                is_noted = True
+                what = f"the target {text[:40]!r}: such rows score 0"
+                say(f"note: {name} finds nothing that it can read in {what}")
+
+    return note
 
 
 def best_reference_reward(

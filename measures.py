@@ -1,54 +1,32 @@
-"""More measures of text: chrF, coverage, relevance, style, repetition, toxicity, right answers.
+"""More measures of text: chrF, coverage, relevance, style, repetition, toxicity.
 
 Each measure is a plain function of strings; the lower half of the file makes rewards of them, the
-table MEASURES for rewards.py. Left out on purpose: stemming, parsing, word lists of any size (give
-`toxicity` and `sentiment` a file), and everything that asks a model (judges.py).
+table MEASURES for rewards.py. Words and their lists are in words.py. Left out on purpose: stemming,
+parsing, word lists of any size (give `toxicity` and `sentiment` a file), right answers
+(answers.py), and everything that asks a model (judges.py).
 
     python rewards.py "coverage - toxicity + 0.2*style()" examples/scored.jsonl
 """
 
 import functools
+import itertools
 import math
 import re
 from collections import Counter
 from collections.abc import Callable
-from decimal import Decimal
 from pathlib import Path
 
 from engine import UserError
 from leaves import (
     as_list,
-    best_reference_reward,
     check_above_0,
     completion_reward,
+    first_unread,
     reference_reward,
     references_of,
     without_arguments,
 )
-
-STOP_WORDS = """
-a about above after again all also am an and any are as at be because been before being below
-between both but by can could did do does doing down during each few for from further had has have
-having he her here hers him his how i if in into is it its just me more most my no nor not now of
-off on once only or other our ours out over own same she should so some such than that the their
-theirs them then there these they this those through to too under until up very was we were what
-when where which while who whom why will with would you your yours
-""".split()
-FORMAL_WORDS = """
-accordingly additionally although consequently demonstrate furthermore hence however indicate
-moreover nevertheless notwithstanding obtain regarding require sufficient therefore thus upon
-whereas whilst
-""".split()
-INFORMAL_WORDS = """
-awesome bro btw cool crap damn dude gonna gotta guy guys haha hey kinda lol lots nah nope okay omg
-stuff super thing things wanna whatever wow ya yeah yep
-""".split()
-TOXIC_WORDS = """
-arse arsehole ass asshole bastard bitch bitches bullshit coward cretin crap cunt damn dick dickhead
-douche dumb dumbass fool freak fuck fucked fucker fucking garbage hate idiot idiotic idiots imbecile
-kill loser losers moron morons pathetic pig prick pussy retard retarded scum shit shithead shitty
-shut slut stupid suck sucks trash trashy ugly vermin whore worthless
-""".split()
+from words import FORMAL_WORDS, INFORMAL_WORDS, STOP_WORDS, TOXIC_WORDS, composed, words_of
 
 # ------------------------------------------------------------------ measures of one text
 
@@ -88,15 +66,14 @@ def _char_ngrams(text: str, orders: int) -> Counter:
     return counts
 
 
-def words_of(text: str) -> list[str]:
-    """Lower-cased words; digits, accents, and apostrophes and hyphens inside a word are kept."""
-    return re.findall(r"\w+(?:['-]\w+)*", text.lower())
+def content_words(text: str) -> set[str]:
+    """The words without stop words."""
+    return set(words_of(text)) - set(STOP_WORDS)
 
 
 def coverage(text: str, keywords: str | list[str]) -> float:
     """Share of the keywords, without stop words, that the text has; 0..1, 0 when there are none."""
-    keywords = keywords if isinstance(keywords, str) else " ".join(keywords)
-    wanted = set(words_of(keywords)) - set(STOP_WORDS)
+    wanted = content_words(keywords if isinstance(keywords, str) else " ".join(keywords))
     return len(wanted & set(words_of(text))) / len(wanted) if wanted else 0.0
 
 
@@ -162,30 +139,6 @@ def lexicon_toxicity(text: str, lexicon: set[str] | dict = frozenset(TOXIC_WORDS
     return hits / (hits + 1)
 
 
-def normalize_answer(text: str) -> str:
-    """Lower case, no punctuation, no articles, single spaces: SQuAD (Rajpurkar et al. 2016)."""
-    words = re.sub(r"[^\w\s]", "", text.lower()).split()
-    return " ".join(word for word in words if word not in ("a", "an", "the"))
-
-
-def exact_match(hypothesis: str, reference: str) -> float:
-    """1 where the two answers are equal once they are normalised, else 0."""
-    return float(normalize_answer(hypothesis) == normalize_answer(reference))
-
-
-def last_number(text: str) -> Decimal | None:
-    """The last number of a text, as in the answers of GSM8K: sign, commas, decimals. Else None."""
-    pattern = r"(?<![\w.])-?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
-    numbers = re.findall(pattern, text.replace("\u2212", "-"))  # the typographic minus
-    return Decimal(numbers[-1].replace(",", "")) if numbers else None
-
-
-def numeric(hypothesis: str, reference: str) -> float:
-    """1 where the last numbers of both texts are equal, else 0."""
-    wanted = last_number(reference)
-    return float(wanted is not None and last_number(hypothesis) == wanted)
-
-
 # ------------------------------------------------------------------ rewards
 
 
@@ -213,7 +166,7 @@ def read_lexicon(path: str, default: float | None = None) -> dict[str, float]:
         except ValueError:
             message = f"expected 'word TAB valence', found {line[:40]!r}"
             raise UserError(f"{path}:{number}: {message}") from None
-        lexicon[word.strip().lower()] = valence
+        lexicon[composed(word.strip()).lower()] = valence
     if not lexicon:
         raise UserError(f"lexicon {path} is empty")
     return lexicon
@@ -246,15 +199,22 @@ def style_reward(context: dict, aspect: str = "all", sentence_length: float = 15
     return completion_reward(style)
 
 
-def coverage_reward(prompts, completions, **columns) -> list[float]:
-    keywords = columns.get("keywords", [None] * len(completions))
-    if None in keywords:  # where a record has no keywords, its references are used
-        references = references_of(columns, "coverage")
-        keywords = [
-            " ".join(texts) if words is None else words
-            for words, texts in zip(keywords, references, strict=True)
-        ]
-    return [coverage(text, words) for text, words in zip(completions, keywords, strict=True)]
+def coverage_reward(context: dict) -> Callable:
+    note = first_unread("coverage", content_words)
+
+    def reward(prompts, completions, **columns):
+        keywords = columns.get("keywords", [None] * len(completions))
+        if None in keywords:  # where a record has no keywords, its references are used
+            references = references_of(columns, "coverage")
+            keywords = [
+                " ".join(texts) if words is None else words
+                for words, texts in zip(keywords, references, strict=True)
+            ]
+        keywords = [words if isinstance(words, str) else " ".join(words) for words in keywords]
+        note(keywords)
+        return [coverage(text, words) for text, words in zip(completions, keywords, strict=True)]
+
+    return reward
 
 
 def relevance_reward(context: dict, corpus: str | None = None) -> Callable:
@@ -271,15 +231,19 @@ def relevance_reward(context: dict, corpus: str | None = None) -> Callable:
     return reward
 
 
-def truthful_reward(similarities: dict, context: dict, metric: str = "rouge_1") -> Callable:
+def truthful_reward(
+    similarities: dict, tokens_of: Callable, context: dict, metric: str = "rouge_1"
+) -> Callable:
     """Similarity to the nearest right answer minus that to the nearest wrong one (TruthfulQA).
 
-    `similarities`: name of a metric -> function of (hypothesis, reference), from rewards.py.
+    `similarities`: name of a metric -> function of (hypothesis, reference), from rewards.py;
+    `tokens_of` is what those whose names begin with "rouge" read of a text.
     """
     if metric not in similarities:
         known = ", ".join(similarities)
         raise UserError(f"truthful(metric={metric!r}): known metrics are {known}")
     similarity = similarities[metric]
+    note = first_unread("truthful", tokens_of if metric.startswith("rouge") else None)
 
     def nearest(completion: str, answers: list[str]) -> float:
         return max((similarity(completion, answer) for answer in answers), default=0.0)
@@ -287,6 +251,7 @@ def truthful_reward(similarities: dict, context: dict, metric: str = "rouge_1") 
     def reward(prompts, completions, **columns):
         correct = _answers(columns, "correct_answers")
         incorrect = _answers(columns, "incorrect_answers")
+        note(itertools.chain.from_iterable(correct))
         return [
             nearest(completion, right) - nearest(completion, wrong)
             for completion, right, wrong in zip(completions, correct, incorrect, strict=True)
@@ -319,16 +284,8 @@ MEASURES: dict[str, tuple[Callable, str]] = {
         "0..1, target: character n-gram F-score, equal to sacrebleu's",
     ),
     "coverage": (
-        without_arguments(coverage_reward),
+        coverage_reward,
         "0..1, keywords or target: share of their content words that appear",
-    ),
-    "exact_match": (
-        without_arguments(best_reference_reward(exact_match, "exact_match")),
-        "0 or 1, target: equal but for case, punctuation and articles",
-    ),
-    "numeric": (
-        without_arguments(best_reference_reward(numeric, "numeric")),
-        "0 or 1, target: the last numbers are equal (GSM8K)",
     ),
     "relevance": (relevance_reward, "0..1, prompt or corpus=file: TF-IDF cosine"),
     "toxicity": (toxicity_reward, "0..1, nothing or lexicon=file: toxic words, so subtract it"),

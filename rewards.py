@@ -11,8 +11,8 @@ names in `REWARDS` below; expression.py is its language:
     clip(ema(sentiment), -3, 3) + 0.2*length(target=40)      mixture(bleu, rouge_l, sentiment)
 
 The metrics are written out by hand and equal the reference implementations (sacrebleu; Google's
-rouge_score without stemming) to 1e-9. More measures of text are in measures.py, rewards that ask a
-model in judges.py. Left out on purpose: stemming, and anything that looks at token ids.
+rouge_score without stemming) to 1e-9. More measures of text are in measures.py, rewards for right
+answers in answers.py, rewards that ask a model in judges.py. Left out on purpose: stemming.
 
     python rewards.py --list                                  # every name, its range, what it needs
     python rewards.py "0.7*rouge_l + 0.3*bleu" examples/scored.jsonl
@@ -28,6 +28,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
+from answers import ANSWERS
 from data import columns_of
 from engine import Parser, UserError, one_line_errors
 from expression import DESCRIPTIONS, Reward, parse
@@ -39,11 +40,11 @@ from leaves import (
     check_above_0,
     completion_reward,
     reference_reward,
-    without_arguments,
 )
 from measures import MEASURES, read_lexicon, truthful_reward
 from measures import chrf as chrf  # importable from here
 from score_file import print_scores, read_scored, summary
+from words import DEFAULT_LEXICON, quoted_words_of, words_of
 
 # ------------------------------------------------------------------ BLEU
 
@@ -259,33 +260,15 @@ def _lcs_positions(a: list[str], b: list[str]) -> set[int]:
 
 
 def cosine(a: str, b: str) -> float:
-    """Cosine of the word counts of two texts (lower case); 0..1, 0 when either has no word.
+    """Cosine of the word counts of two texts; 0..1, 0 when either has no word.
 
     >>> round(cosine("good good plot", "good plot plot"), 4)
     0.8
     """
-    left, right = (Counter(re.findall(r"\w+", text.lower())) for text in (a, b))
+    left, right = Counter(words_of(a)), Counter(words_of(b))
     dot = sum(count * right[word] for word, count in left.items())
     norm = math.sqrt(sum(c * c for c in left.values()) * sum(c * c for c in right.values()))
     return dot / norm if dot else 0.0
-
-
-POSITIVE_WORDS = """
-amazing awesome beautiful beloved best bright brilliant captivating charming clever compelling
-delightful elegant engaging enjoy enjoyed enjoyable excellent exciting fantastic fresh friend fun
-funny gentle glad good gorgeous great gripping happy heartfelt hilarious hope impressive inspired
-joy kind laughed lively love loved lovely magic masterful memorable moving nice original perfect
-pleasant powerful pretty proud remarkable rich safe satisfying smart smile smiled special stunning
-superb sweet tender thrilling touching warm witty wonderful
-""".split()
-NEGATIVE_WORDS = """
-afraid angry annoying awful bad bland bleak boring broken clumsy confusing cried cruel dead dreadful
-dreary dull empty fail failed fake flat forgettable hate hated hollow horrible hurt lame lazy
-lifeless lost mean mediocre mess messy miserable painful pathetic pointless poor predictable sad
-scared scary shallow silly sloppy slow sorry stale stupid terrible tedious tired tiresome tragic
-ugly unfunny upset weak worse worst wrong
-""".split()
-DEFAULT_LEXICON = dict.fromkeys(POSITIVE_WORDS, 2.0) | dict.fromkeys(NEGATIVE_WORDS, -2.0)
 
 
 def lexicon_sentiment(text: str, lexicon: dict[str, float] = DEFAULT_LEXICON) -> float:
@@ -298,7 +281,7 @@ def lexicon_sentiment(text: str, lexicon: dict[str, float] = DEFAULT_LEXICON) ->
     >>> round(lexicon_sentiment("a brilliant, funny plot and a dull ending"), 4)
     0.4588
     """
-    total = sum(lexicon.get(word, 0.0) for word in re.findall(r"[\w'-]+", text.lower()))
+    total = sum(lexicon.get(word, 0.0) for word in quoted_words_of(text))
     return total / math.sqrt(total * total + 15)
 
 
@@ -319,9 +302,13 @@ def f1_of(rouge: Callable[..., Rouge], *arguments) -> Callable[[str, str], float
     return f1
 
 
-def best_of(metric: Callable[[str, str], float], name: str) -> Callable:
+def best_of(metric: Callable[[str, str], float], name: str, tokens_of: Callable) -> Callable:
     """The `make` of a reward without arguments: metric(completion, best reference)."""
-    return without_arguments(best_reference_reward(metric, name))
+    return lambda context: best_reference_reward(metric, name, tokens_of)
+
+
+def best_rouge(metric: Callable[[str, str], float], name: str) -> Callable:
+    return best_of(metric, name, tokenize_rouge)
 
 
 def bleu_reward(context: dict, max_order: int = 4) -> Callable:
@@ -331,7 +318,7 @@ def bleu_reward(context: dict, max_order: int = 4) -> Callable:
 
 def rouge_n_reward(context: dict, n: int = 1) -> Callable:
     check_above_0("rouge_n", "n", n)
-    return best_reference_reward(f1_of(rouge_n, n), "rouge_n")
+    return best_reference_reward(f1_of(rouge_n, n), "rouge_n", tokenize_rouge)
 
 
 def sentiment_reward(context: dict, lexicon: str | None = None) -> Callable:
@@ -347,25 +334,28 @@ def length_reward(context: dict, target: int = 20) -> Callable:
 ROUGE_1, ROUGE_2 = f1_of(rouge_n, 1), f1_of(rouge_n, 2)
 ROUGE_L, ROUGE_LSUM = f1_of(rouge_l), f1_of(rouge_lsum)
 
+SIMILARITIES = {"rouge_1": ROUGE_1, "rouge_l": ROUGE_L, "bleu": bleu}
+
 # name -> (make(context, **arguments) -> reward function, "range, needs: meaning")
 REWARDS: dict[str, tuple[Callable, str]] = {
     "bleu": (bleu_reward, "0..1, target: sentence BLEU, equal to sacrebleu's"),
-    "rouge_1": (best_of(ROUGE_1, "rouge_1"), "0..1, target: shared words, F1"),
-    "rouge_2": (best_of(ROUGE_2, "rouge_2"), "0..1, target: shared word pairs, F1"),
+    "rouge_1": (best_rouge(ROUGE_1, "rouge_1"), "0..1, target: shared words, F1"),
+    "rouge_2": (best_rouge(ROUGE_2, "rouge_2"), "0..1, target: shared word pairs, F1"),
     "rouge_n": (rouge_n_reward, "0..1, target: shared n-grams, F1"),
-    "rouge_l": (best_of(ROUGE_L, "rouge_l"), "0..1, target: longest common subsequence, F1"),
+    "rouge_l": (best_rouge(ROUGE_L, "rouge_l"), "0..1, target: longest common subsequence, F1"),
     "rouge_lsum": (
-        best_of(ROUGE_LSUM, "rouge_lsum"),
+        best_rouge(ROUGE_LSUM, "rouge_lsum"),
         "0..1, target: the same over the lines of a summary, F1",
     ),
-    "cosine": (best_of(cosine, "cosine"), "0..1, target: bag-of-words cosine"),
+    "cosine": (best_of(cosine, "cosine", words_of), "0..1, target: bag-of-words cosine"),
     "truthful": (
-        functools.partial(truthful_reward, {"rouge_1": ROUGE_1, "rouge_l": ROUGE_L, "bleu": bleu}),
+        functools.partial(truthful_reward, SIMILARITIES, tokenize_rouge),
         "-1..1, correct_answers and incorrect_answers: nearer to which (TruthfulQA)",
     ),
     "sentiment": (sentiment_reward, "-1..1, nothing or lexicon=file: praise minus blame, by words"),
     "length": (length_reward, "0..1, nothing: 1 at `target` words, 0 at none and at twice as many"),
     **MEASURES,
+    **ANSWERS,
     **JUDGES,
 }
 

@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from test_rewards import perturbed, random_text
 from data import read_records
 from engine import UserError
 from measures import chrf
-from rewards import build_reward, rouge_n
+from rewards import DEFAULT_LEXICON, build_reward, cosine, lexicon_sentiment, rouge_n
+from words import quoted_words_of, words_of
 
 
 def test_chrf_equals_sacrebleu():
@@ -140,31 +142,65 @@ def test_truthful_on_truthfulqa(shared):
     assert (best > 0).float().mean() > 0.9 and (wrong < 0).float().mean() > 0.9
 
 
-def test_exact_match_and_numeric():
-    exact = build_reward("exact_match")(
-        ["q"] * 4, ["The Eiffel Tower!", "eiffel tower", "tower", ""], target=["Eiffel Tower"] * 4
-    )
-    assert exact.tolist() == [1, 1, 0, 0]
+def test_words_of_many_scripts():
+    """A sign that stands on a letter belongs to the word, so no other word equals a piece of it."""
     cases = [
-        ("so 3 + 4 = 7", "#### 7", 1),
-        ("$1,234.50", "1234.5", 1),
-        ("-5", "5", 0),
-        ("7.0", "7", 1),
-        ("none", "7", 0),
-        ("7", "no number", 0),
+        ("काम कम", ["काम", "कम"]),
+        ("हिन्दी।", ["हिन्दी"]),
+        ("நான் வந்தேன்", ["நான்", "வந்தேன்"]),
+        ("กำลัง ไป", ["กำลัง", "ไป"]),
+        ("كِتَاب", ["كِتَاب"]),
+        ("می\u200cخواهم", ["می\u200cخواهم"]),  # one word with a joiner that is not drawn
+        ("क्\u200dष", ["क्\u200dष"]),
+        ("Cafe\u0301 CAFÉ", ["café", "café"]),
+        ("İ i\u0307", ["i\u0307", "i\u0307"]),
+        ("Ｐａｒｉｓ１", ["paris1"]),
+        ("co\u00adop a\u200bb", ["coop", "a", "b"]),
+        ("é it's well-known 'x' y- don’t", ["é", "it's", "well-known", "x", "y", "don", "t"]),
+        ("it's well-known 'x' y-", ["it's", "well-known", "x", "y"]),
+        ("snake_case 3,000 -- '", ["snake_case", "3", "000"]),
+        ("❤\ufe0f 5\ufe0f\u20e3 \u0301 👩\u200d💻", ["5"]),
+        ("", []),
     ]
-    cases += [
-        ("there are 12, then 13.", "13", 1),
-        ("v2", "2", 0),
-        ("No.5", "0.5", 0),
-        ("\u22125", "-5", 1),
-        ("1,23", "23", 1),
-        ("", "", 0),
-        (".5", "0.50", 1),
-        ("٣", "3", 0),
-    ]
-    for completion, target, expected in cases:
-        assert build_reward("numeric")(["q"], [completion], target=[target]).item() == expected, (
-            completion,
-            target,
-        )
+    for text, expected in cases:
+        assert words_of(text) == expected, text
+    assert quoted_words_of("'x' y- काम-") == ["'x'", "y-", "काम-"]
+    assert quoted_words_of("'x' y--z -") == ["'x'", "y--z", "-"]
+
+
+def test_all_measures_of_words_know_a_word_of_hindi():
+    assert cosine("काम", "कम") == 0 and cosine("cafe\u0301", "café") == 1
+    assert cosine("it's", "it is") == 0
+    assert build_reward("coverage")(["p"], ["कम"], target=["काम"]).item() == 0
+    assert build_reward("relevance")(["काम"] * 2, ["कम", "काम"]).tolist() == [0, 1]
+    assert build_reward("repetition(n=1)")(["p"], ["काम कम"]).item() == 1
+    assert build_reward('style("type_token_ratio")')(["p"], ["काम कम काम"]).item() == pytest.approx(
+        2 / 3
+    )
+
+
+def test_word_lists_of_other_scripts(tmp_path):
+    (tmp_path / "words.txt").write_text("काम\t3\n", encoding="utf-8")
+    texts = ["काम", "कम"]
+    scores = build_reward(f'sentiment(lexicon="{tmp_path}/words.txt")')(["p"] * 2, texts)
+    assert scores.tolist() == pytest.approx([3 / math.sqrt(9 + 15), 0])
+    scores = build_reward(f'toxicity(lexicon="{tmp_path}/words.txt")')(["p"] * 2, texts)
+    assert scores.tolist() == [0.5, 0]
+
+
+def test_sentiment_counts_words_as_it_always_did():
+    """Runs depend on its numbers: in ASCII it counts runs of letters, apostrophes and hyphens."""
+    rng = random.Random(3)
+    pieces = [*DEFAULT_LEXICON, "'", "-", '"', ".", ", ", " ", " ", "--", "_", "it's", "1", "X"]
+    for _ in range(500):
+        text = "".join(rng.choice(pieces) for _ in range(30))
+        words = re.findall(r"[\w'-]+", text.lower())
+        total = sum(DEFAULT_LEXICON.get(word, 0) for word in words)
+        assert lexicon_sentiment(text) == total / math.sqrt(total**2 + 15)
+    assert lexicon_sentiment("'good'") == 0 < lexicon_sentiment('"good"')
+
+
+def test_the_words_of_a_lexicon_are_looked_up_as_the_text_is_written(tmp_path):
+    (tmp_path / "words.txt").write_text("cafe\u0301\t1\n", encoding="utf-8")
+    reward = build_reward(f'sentiment(lexicon="{tmp_path}/words.txt")')
+    assert reward(["p"] * 2, ["caf\u00e9", "Cafe\u0301"]).tolist() == [0.25, 0.25]

@@ -312,7 +312,7 @@ def degenerate_table() -> list[str]:
     )
     rows = []
     for name in REWARDS:
-        if name not in JUDGES and name not in ("perplexity", "rouge_n"):
+        if name not in JUDGES and name not in ("perplexity", "rouge_n", "overlong"):
             scores = build_reward(name, documents=[PROMPT])([PROMPT] * 7, texts, **columns)
             assert torch.isfinite(scores).all()
             rows.append(
@@ -347,7 +347,10 @@ def test_an_expression_is_the_sum_it_says_and_logs_its_leaves_raw():
     assert list(reward.parts) == ["rouge_l", "bleu", "length(target=4)"]
 
 
-@pytest.mark.parametrize("name", [n for n in REWARDS if n not in JUDGES or n == "perplexity"])
+# overlong needs arguments.
+@pytest.mark.parametrize(
+    "name", [n for n in REWARDS if (n not in JUDGES or n == "perplexity") and n != "overlong"]
+)
 def test_every_reward_survives_degenerate_texts(name, tokenizer):
     lm = build_lm("llama", vocab_size=len(tokenizer), max_position_embeddings=64)
     reward = build_reward(name, model=lm, tokenizer=tokenizer)
@@ -413,6 +416,32 @@ def test_a_row_without_references_falls_back_on_its_target():
     assert build_reward("rouge_l")(
         ["p"] * 3, ["a b"] * 3, target=["a b"] * 3, references=[None, [], ["x"]]
     ).tolist() == [1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "expression, text, is_read",
+    [
+        ("rouge_l", "今天天气很好", False),
+        ("rouge_n(n=2)", "मौसम", False),
+        ("rouge_lsum", "Ünïcödé", True),
+        ("cosine", "今天天气很好", True),
+        ("cosine", "👍 !", False),
+        ("coverage", "of the", False),
+        ("truthful", "погода", False),
+        ('truthful("bleu")', "погода", True),
+        ("bleu", "погода", True),
+        ("rouge_1", "  ", True),
+    ],
+)
+def test_a_target_that_a_reward_cannot_read_is_said_once(capsys, expression, text, is_read):
+    columns = dict(target=["good", text, text], correct_answers=[["good"], [text], [text]])
+    reward = build_reward(expression)
+    for _ in range(2):
+        reward(["p"] * 3, ["good"] * 3, incorrect_answers=[["x"]] * 3, **columns)
+    notes = capsys.readouterr().err.splitlines()
+    name = expression.partition("(")[0]
+    said = f"note: {name} finds nothing that it can read in the target {text!r}: such rows score 0"
+    assert notes == ([] if is_read else [said])
 
 
 def test_a_reward_beyond_float32_is_refused(tmp_path):
