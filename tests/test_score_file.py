@@ -84,7 +84,7 @@ def test_summary():
     assert summary({"total": torch.tensor([float("nan")])}, ["a"])[1:] == ["1 of 1 have no score"]
 
 
-def test_a_pipe_gets_the_scores_alone_and_may_close(tmp_path):
+def test_a_pipe_gets_the_scores_alone_and_may_close(tmp_path, capsys):
     (tmp_path / "r.py").write_text(
         "print('loading')\n"
         "def f(completions, **kwargs):\n"
@@ -92,14 +92,15 @@ def test_a_pipe_gets_the_scores_alone_and_may_close(tmp_path):
         "    return [None, *range(len(completions) - 1)]\n"
     )
     file = save(tmp_path, *[{"completion": f"text {i}"} for i in range(20_000)])
-    command = [sys.executable, "rewards.py", f"{tmp_path}/r.py:f", file]
-    options = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    whole = subprocess.run(command, **options)
-    rows = [json.loads(line) for line in whole.stdout.splitlines()]
+    expression = f"{tmp_path}/r.py:f"
+    main([expression, file])
+    said = capsys.readouterr()
+    rows = [json.loads(line) for line in said.out.splitlines()]
     assert [row["total"] for row in rows] == [None, *range(19_999)]
-    assert whole.stderr.startswith("loading\nscoring\nmean  total 9999.0000")
+    assert said.err.startswith("loading\nscoring\nmean  total 9999.0")
+    command = [sys.executable, "rewards.py", expression, file]
+    options = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     closed = subprocess.Popen(command, **options)
     assert json.loads(closed.stdout.readline())["completion"] == "text 0"
     closed.stdout.close()
-    said = closed.stderr.read()
-    assert closed.wait() == 0 and "mean  total" in said and "Broken" not in said
+    assert "mean  total" in closed.stderr.read() and closed.wait() == 0
