@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import formulas
 from engine import UserError
-from formulas import last_number
+from formulas import last_number, numbers_from_the_end
 from leaves import best_reference_reward, check_above_0, completion_reward, without_arguments
 from words import composed
 
@@ -172,7 +172,9 @@ def _in_box(text: str, start: int) -> str:
 
 _TEXT = re.compile(r"\\(?:text|textrm|textbf|textit|mathrm|mathbf|mbox)\s?\{([^{}]*)\}")
 # \text{ cm}^2 behind something: its letters, its power
-_UNIT = re.compile(r"(?<=.)\\(?:text|textrm|mathrm|mbox)\s?\{([^{}0-9]*)\}(\^\{?[0-9]\}?)?")
+_UNIT = re.compile(
+    r"(?<=.)\\(?:text|textrm|mathrm|mbox)\s?\{([^{}0-9]*)\}(\^\{?[0-9]\}?)?(?!\s*[\w\\])"
+)
 _NUMBER_AND_UNIT = re.compile(r"(.*[0-9}%]) ?([^\W\d_]{2}[^\d\\^*/=<>+|()\[\]{}]*)")
 _NO_UNIT = re.compile(
     r"\b(?:hundred|thousand|[mb]illion|trillion|dozen|percent|factorial|squared|cubed|or|and)\b",
@@ -193,14 +195,15 @@ def same_answer(answer: str, target: str) -> bool:
     (mine, my_unit), (theirs, their_unit) = _value_and_unit(answer), _value_and_unit(target)
     if my_unit and their_unit and my_unit != their_unit:
         return False
-    if mine == theirs != "":
-        return True
+    if not mine or not theirs:
+        return False
     readings = _readings(mine, theirs)
     for (my_name, my_value), (their_name, their_value) in readings:
         is_one_name = my_name == their_name or not my_name or not their_name
         if my_value == their_value and is_one_name:
             return True
-    return not readings and math_verify_says(answer, target)
+    is_one_text = mine.replace(", ", ",") == theirs.replace(", ", ",")
+    return not readings and (is_one_text or math_verify_says(answer, target))
 
 
 def _value_and_unit(text: str) -> tuple[str, str]:
@@ -340,6 +343,10 @@ def _equality(metric: Callable[[str, str], float], name: str) -> Callable:
     return without_arguments(best_reference_reward(metric, name))
 
 
+def numeric_reward(context: dict) -> Callable:
+    return best_reference_reward(numeric, "numeric", lambda text: list(numbers_from_the_end(text)))
+
+
 # name -> (make(context, **arguments) -> reward function, "range, needs: meaning")
 ANSWERS: dict[str, tuple[Callable, str]] = {
     "exact_match": (
@@ -347,7 +354,7 @@ ANSWERS: dict[str, tuple[Callable, str]] = {
         "0 or 1, target: equal but for case, articles, punctuation around words",
     ),
     "numeric": (
-        _equality(numeric, "numeric"),
+        numeric_reward,
         "0 or 1, target: the last numbers are equal (GSM8K)",
     ),
     "boxed": (

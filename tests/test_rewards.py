@@ -428,13 +428,15 @@ def test_a_row_without_references_falls_back_on_its_target():
         ("cosine", "👍 !", False),
         ("coverage", "of the", False),
         ("truthful", "погода", False),
+        ("numeric", "seven", False),
+        ("numeric", "I say 7", True),
         ('truthful("bleu")', "погода", True),
         ("bleu", "погода", True),
         ("rouge_1", "  ", True),
     ],
 )
 def test_a_target_that_a_reward_cannot_read_is_said_once(capsys, expression, text, is_read):
-    columns = dict(target=["good", text, text], correct_answers=[["good"], [text], [text]])
+    columns = dict(target=["good 1", text, text], correct_answers=[["good"], [text], [text]])
     reward = build_reward(expression)
     for _ in range(2):
         reward(["p"] * 3, ["good"] * 3, incorrect_answers=[["x"]] * 3, **columns)
