@@ -353,10 +353,7 @@ ANSWERS: dict[str, tuple[Callable, str]] = {
         _equality(exact_match, "exact_match"),
         "0 or 1, target: equal but for case, articles, punctuation around words",
     ),
-    "numeric": (
-        numeric_reward,
-        "0 or 1, target: the last numbers are equal (GSM8K)",
-    ),
+    "numeric": (numeric_reward, "0 or 1, target: the last numbers are equal (GSM8K)"),
     "boxed": (
         _equality(boxed, "boxed"),
         r"0 or 1, target: the final answer is marked (\boxed, ####, answer:) and equal",
