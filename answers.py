@@ -91,7 +91,7 @@ def normalize_answer(text: str) -> str:
         if not (is_article and len(following) > 1 and following[0].isalpha()):
             kept.append(word)
     normal = " ".join(filter(None, kept)) or " ".join(text.split())
-    return unicodedata.normalize("NFC", normal.casefold())
+    return normal.casefold()
 
 
 def exact_match(hypothesis: str, reference: str) -> float:
@@ -137,10 +137,9 @@ def final_answer(text: str) -> str | None:
     if text is None:
         return None
     before, closed, _ = text.rpartition("</answer>")
-    _, opened, inside = before.rpartition("<answer>")
-    is_tagged = bool(closed and opened)
-    if is_tagged:
-        text = inside
+    opened = ""
+    if closed:
+        _, opened, text = before.rpartition("<answer>")
     boxes, lines, said = list(_BOX.finditer(text)), _GSM8K.findall(text), list(_SAYS.finditer(text))
     if boxes:
         answer = _in_box(text, boxes[-1].end())
@@ -149,7 +148,7 @@ def final_answer(text: str) -> str | None:
     elif said:
         answer = _END_OF_SENTENCE.split(text[said[-1].end() :], maxsplit=1)[0]
     else:
-        answer = text if is_tagged else ""
+        answer = text if opened else ""
     return answer.strip().strip("*_").strip() or None
 
 
@@ -172,7 +171,9 @@ def _in_box(text: str, start: int) -> str:
 
 _TEXT = re.compile(r"\\(?:text|textrm|textbf|textit|mathrm|mathbf|mbox)\s?\{([^{}]*)\}")
 # \text{ cm}^2 behind something: its letters, its power
-_UNIT = re.compile(r"(?<=.)\\(?:text|textrm|mathrm|mbox)\s?\{([^{}0-9]*)\}(\^\{?[0-9]\}?)?")
+_UNIT = re.compile(
+    r"(?<=.)\\(?:text|textrm|mathrm|mbox)\s?\{([^{}0-9]*)\}(\^\{?[0-9]\}?)?(?!\s*[\w\\])"
+)
 _NUMBER_AND_UNIT = re.compile(r"(.*[0-9}%]) ?([^\W\d_]{2}[^\d\\^*/=<>+|()\[\]{}]*)")
 _NO_UNIT = re.compile(
     r"\b(?:hundred|thousand|[mb]illion|trillion|dozen|percent|factorial|squared|cubed|or|and)\b",
@@ -193,14 +194,15 @@ def same_answer(answer: str, target: str) -> bool:
     (mine, my_unit), (theirs, their_unit) = _value_and_unit(answer), _value_and_unit(target)
     if my_unit and their_unit and my_unit != their_unit:
         return False
-    if mine == theirs != "":
-        return True
+    if not mine or not theirs:
+        return False
     readings = _readings(mine, theirs)
     for (my_name, my_value), (their_name, their_value) in readings:
         is_one_name = my_name == their_name or not my_name or not their_name
         if my_value == their_value and is_one_name:
             return True
-    return not readings and math_verify_says(answer, target)
+    is_one_text = mine.replace(", ", ",") == theirs.replace(", ", ",")
+    return not readings and (is_one_text or math_verify_says(answer, target))
 
 
 def _value_and_unit(text: str) -> tuple[str, str]:

@@ -74,9 +74,10 @@ NUMBER = re.compile(_NUMBER, re.VERBOSE)
 _BEFORE_TEN = re.compile(rf"{_TIMES} 10 $", re.VERBOSE)
 _SLASH = re.compile(" ?/ ?")
 _CURRENCY = "[$¢£¤¥€₠-₿]"
-# What stands before a number: a minus, but not that of 3-5; also -$5, but not that of $3$-$5$.
-_MINUS = re.compile(rf"(?:(?:^|[^\w.])-|(?:^|[^\w.)\]}}$])-\\?{_CURRENCY} ?)$")
-# x_2 and x^{{-1}} hold no number. `_42_` is one, in italics.
+# What stands before a number: a minus, but not that of 3-5; also -$5 and -US$5, but not the minus
+# of $3$-$5$.
+_MINUS = re.compile(rf"(?:(?:^|[^\w.])-|(?:^|[^\w.)\]}}$])-[A-Z]{{0,3}}\\?{_CURRENCY} ?)$")
+# x_2 and x^{-1} hold no number. `_42_` is one, in italics.
 _INSIDE_A_NAME = re.compile(r"(?:[^\W_]_|[)}]_|_\{|\^\{?-?)$")
 
 
@@ -402,7 +403,6 @@ _LATEX = [
         (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle)(?![a-zA-Z])", ""),
         (r"\^ ?(?:\{ ?\\circ ?\}|\\circ(?![a-zA-Z]))|\\degree(?![a-zA-Z])|°", ""),
         (rf"\\[\[\]()]|\\?{_CURRENCY}", ""),
-        (r"(?<=[0-9]),\\!(?=[0-9])", ","),
         (r"\\!", ""),
         (r"\\[,;: ]|~|\\q?quad(?![a-zA-Z])|\s+", " "),
         (r"\\(?:cdot|times|ast)(?![a-zA-Z])|[×·⋅]|(?<=[0-9]) x (?=[0-9])", "*"),
