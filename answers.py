@@ -91,7 +91,7 @@ def normalize_answer(text: str) -> str:
         if not (is_article and len(following) > 1 and following[0].isalpha()):
             kept.append(word)
     normal = " ".join(filter(None, kept)) or " ".join(text.split())
-    return unicodedata.normalize("NFC", normal.casefold())
+    return normal.casefold()
 
 
 def exact_match(hypothesis: str, reference: str) -> float:
@@ -137,10 +137,9 @@ def final_answer(text: str) -> str | None:
     if text is None:
         return None
     before, closed, _ = text.rpartition("</answer>")
-    _, opened, inside = before.rpartition("<answer>")
-    is_tagged = bool(closed and opened)
-    if is_tagged:
-        text = inside
+    opened = ""
+    if closed:
+        _, opened, text = before.rpartition("<answer>")
     boxes, lines, said = list(_BOX.finditer(text)), _GSM8K.findall(text), list(_SAYS.finditer(text))
     if boxes:
         answer = _in_box(text, boxes[-1].end())
@@ -149,7 +148,7 @@ def final_answer(text: str) -> str | None:
     elif said:
         answer = _END_OF_SENTENCE.split(text[said[-1].end() :], maxsplit=1)[0]
     else:
-        answer = text if is_tagged else ""
+        answer = text if opened else ""
     return answer.strip().strip("*_").strip() or None
 
 

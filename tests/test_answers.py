@@ -68,6 +68,7 @@ SAME_TEXT = [
     ("👍", "👍"),
     ("the", "The"),
     ("Vitamin A", "vitamin a."),
+    ("(Paris)", "Paris"),
 ]
 OTHER_TEXT = [
     ("", ""),
@@ -100,6 +101,16 @@ OTHER_TEXT = [
     ("a*b*c", "abc"),
     ("2**3**4", "234"),
     ("A*", "A"),
+    ("a*b*", "ab"),
+    ("*a*b", "ab"),
+    ("5'3'", "53"),
+    ("'a'b", "ab"),
+    ("ab)", "ab"),
+    ("f(1,234)", "f(1234)"),
+    ("1,2345", "12345"),
+    ("x%", "x"),
+    ("a 15", "15"),
+    ("A 1st", "1st"),
     ("$5", "5"),
     ("50%", "50"),
     ("-x", "x"),
@@ -189,6 +200,7 @@ NUMBERS = [
     ("1’000’000", 1000000),
     ("12,34,567", 1234567),
     ("1,00,000", 100000),
+    ("12,34,5678", 5678),
     ("9 500", 9500),
     ("9\u00a0500", 9500),
     ("9\u202f500", 9500),
@@ -209,7 +221,7 @@ NUMBERS = [
     ("3 1/2", "7/2"),
     ("-3 1/2", "-7/2"),
     ("3 7/2", "7/2"),
-    ("3 1/2/3", 3),
+    ("3 1/2/4", 3),
     ("1,000/3", "1000/3"),
     ("5/0", None),
     ("3 or 5/0", 3),
@@ -268,6 +280,8 @@ NUMBERS = [
     ("1e999999999", None),
     ("1e-999999999", None),
     ("9^999999999", None),
+    ("9^" + "9" * 5000, None),
+    ("9e" + "9" * 5000, None),
     ("9" * 1001, None),
     ("9" * 10_000 + " 5", 5),
 ]
@@ -343,6 +357,11 @@ FINAL = [
     ("<answer>1</answer><answer>2</answer>", "2"),
     ("<answer></answer>", None),
     ("</answer> 5", None),
+    ("5</answer>", None),
+    ("answer: 5</answer>. The answer is 6", "5"),
+    ("<answer>4 answer: 5", "5"),
+    ("answer: 東京。はい", "東京"),
+    ("answer: 5 apples। x", "5 apples"),
     ("<answer> 5", None),
 ]
 
@@ -418,6 +437,8 @@ SAME_VALUE = [
     ("\\text{Paris}", "paris"),
     ("\\textbf{(B)}", "B"),
     ("\\sin(2x)", "\\sin( 2x )"),
+    ("\\dfrac{x}{2}", "x/2"),
+    ("5\\!\\sqrt{2}", "5\\sqrt2"),
     ("x_{1}", "x_1"),
     ("a=1, b=2", "a = 1,b = 2"),
     ("(5\\text{ cm}, 6\\text{ cm})", "(5, 6)"),
@@ -477,6 +498,13 @@ OTHER_VALUE = [
     ("5x", "5"),
     ("1/2x", "\\frac{x}{2}"),
     ("2^{0.5}", "2"),
+    ("2^{0.5}", "1"),
+    ("2x + 1 = 5", "2x + 1"),
+    ("3 + 4 = 8", "7"),
+    ("$", ""),
+    ("$", "\\$"),
+    ("5(( apples", "5(("),
+    ("\\log 4 apples", "\\log 4"),
     ("काम", "कम"),
     ("(0,1) \\cup (2,3)", "(0,1) \\cup (2,4)"),
 ]
@@ -574,7 +602,8 @@ def test_what_is_too_large_is_not_read():
         "((" * 60 + "x" + "))" * 60,
     ):
         assert read(text) is None
-    assert read("x" * 301) is None and read("(1, 2") is None and read("1)(2") is None
+    assert read("1+" * 150 + "1") is None and read("1+" * 149 + "1") is not None
+    assert read("(1, 2") is None and read("1)(2") is None
     assert read("(a+b)^{20}") is not None and read("1" * 300) is not None
     assert read("\\sqrt{1000000}") is None and read("\\sqrt{999983}") is not None
 
@@ -670,6 +699,13 @@ def test_overlong_counts_tokens_or_says_that_it_counts_words(tokenizer, capsys):
     assert length > 3
     reward = build_reward(f"overlong(soft={length - 1}, hard={length + 3})", tokenizer=tokenizer)
     assert reward(["p"] * 2, [text, "a"]).tolist() == [-0.25, 0] and capsys.readouterr().err == ""
+    with_start = types.SimpleNamespace(
+        encode=lambda text, add_special_tokens=True, verbose=True: (
+            text.split() + [0] * add_special_tokens
+        )
+    )
+    reward = build_reward("overlong(soft=1, hard=2)", tokenizer=with_start)
+    assert reward(["p"], ["a"]).item() == 0, "a token that starts every text is not the model's"
     reward = build_reward("overlong(soft=2, hard=4.0)")
     assert capsys.readouterr().err.startswith("note: overlong counts words here")
     assert reward(["p"] * 5, ["", "a b", "a b c", "a b c d", "a " * 9]).tolist() == [
