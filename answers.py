@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import formulas
 from engine import UserError
-from formulas import last_number, numbers_from_the_end
+from formulas import last_number
 from leaves import best_reference_reward, check_above_0, completion_reward, without_arguments
 from words import composed
 
@@ -343,7 +343,7 @@ def _equality(metric: Callable[[str, str], float], name: str) -> Callable:
 
 
 def numeric_reward(context: dict) -> Callable:
-    return best_reference_reward(numeric, "numeric", lambda text: list(numbers_from_the_end(text)))
+    return best_reference_reward(numeric, "numeric", lambda text: last_number(text) is not None)
 
 
 # name -> (make(context, **arguments) -> reward function, "range, needs: meaning")

@@ -37,13 +37,11 @@ def completion_reward(measure: Callable[[str], float]) -> Callable:
 
 
 def reference_reward(
-    metric: Callable[[str, list[str]], float],
-    name: str,
-    tokens_of: Callable[[str], list] | None = None,
+    metric: Callable[[str, list[str]], float], name: str, tokens_of: Callable | None = None
 ) -> Callable:
     """A reward function from metric(hypothesis, list of references).
 
-    `tokens_of` is what the metric reads of a text: the first reference without is noted.
+    `tokens_of(text)` is what the metric reads of a text: the first reference without is noted.
     """
     note = first_unread(name, tokens_of)
 
@@ -55,7 +53,7 @@ def reference_reward(
     return reward
 
 
-def first_unread(name: str, tokens_of: Callable[[str], list] | None) -> Callable:
+def first_unread(name: str, tokens_of: Callable | None) -> Callable:
     """A function of reference texts that notes, once, a text of which the reward reads nothing."""
     is_noted = tokens_of is None
 
@@ -71,7 +69,7 @@ def first_unread(name: str, tokens_of: Callable[[str], list] | None) -> Callable
 
 
 def best_reference_reward(
-    metric: Callable[[str, str], float], name: str, tokens_of: Callable[[str], list] | None = None
+    metric: Callable[[str, str], float], name: str, tokens_of: Callable | None = None
 ) -> Callable:
     """A reward function from metric(hypothesis, reference): the best reference counts."""
 
