@@ -111,8 +111,13 @@ def numeric(hypothesis: str, reference: str) -> float:
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _GSM8K = re.compile(r"(?<!#)####(?!#)(.*)")
-_SAYS = re.compile(r"\banswers?[*_]*(?:\s+(?:is|are)\b|\s*:)[*_:\s]*", re.IGNORECASE)
-_END_OF_SENTENCE = re.compile(r"\.(?=[*_$]*(?:\s|$))|[\n。।]")
+_SAYS = re.compile(r"\banswers?[*_]*(?:\s+(?:is|are)\b|\s*[:：])[*_:：\s]*", re.IGNORECASE)
+_END_OF_SENTENCE = re.compile(
+    r"(?<!\bDr)(?<!\bMr)(?<!\bMrs)(?<!\bSt)\.(?=[*_$]*(?:\s|$))"
+    r"|(?<![0-9])[!?](?=[*_]*(?:\s|$))|[\n。।]|,?\s(?:because|since)\s"
+)
+_END_TOKENS = re.compile(r"(?:\s*(?:<\|[^<>|]{1,30}\|>|</s>))+$")  # that a response may hold
+_IS_NUMBER = re.compile(r"\s*[*_]*[-+−(\\$€£]*\s*[0-9.\\]")
 
 
 def after_thinking(text: str) -> str | None:
@@ -125,7 +130,8 @@ def final_answer(text: str) -> str | None:
     r"""The answer that a text marks as its last; None where it marks none.
 
     That is what the last \boxed or \fbox holds; else what follows the last `####` in its line
-    (GSM8K); else what follows the last "answer is" or "answer:", up to the end of the sentence.
+    (GSM8K), where that is a number or ends the text: else it is a heading of Markdown; else what
+    follows the last "answer is" or "answer:", up to the end of the sentence.
     Where there is <answer>...</answer>, only the last one is looked at, and without a mark in it
     all of it is the answer. What stands in <think>...</think> does not count. An empty or
     unfinished last \boxed is no answer, whatever stands before it.
@@ -136,17 +142,23 @@ def final_answer(text: str) -> str | None:
     text = after_thinking(text)
     if text is None:
         return None
+    text = _END_TOKENS.sub("", text)
     before, closed, _ = text.rpartition("</answer>")
     opened = ""
     if closed:
         _, opened, text = before.rpartition("<answer>")
-    boxes, lines, said = list(_BOX.finditer(text)), _GSM8K.findall(text), list(_SAYS.finditer(text))
+    boxes, said = list(_BOX.finditer(text)), list(_SAYS.finditer(text))
+    last_line = text.rstrip().rpartition("\n")[2]
+    lines = [line for line in _GSM8K.findall(text) if _IS_NUMBER.match(line) or line in last_line]
     if boxes:
         answer = _in_box(text, boxes[-1].end())
-    elif lines:
+    elif lines and not _SAYS.search(lines[-1]):
         answer = lines[-1]
     elif said:
         answer = _END_OF_SENTENCE.split(text[said[-1].end() :], maxsplit=1)[0]
+        answer = re.sub(r"\*\*(?=\s|$)", "", answer)  # the answer is **42** apples
+        if answer.endswith((")", "]")) and not re.search(r"[(\[]", answer):
+            answer = answer[:-1]  # (The answer is 42)
     else:
         answer = text if opened else ""
     return answer.strip().strip("*_").strip() or None
@@ -170,14 +182,32 @@ def _in_box(text: str, start: int) -> str:
 # ------------------------------------------------------------------ equal in value
 
 _TEXT = re.compile(r"\\(?:text|textrm|textbf|textit|mathrm|mathbf|mbox)\s?\{([^{}]*)\}")
-# \text{ cm}^2 behind something: its letters, its power
+# \text{ cm}^2 at the end of a value: its letters, its power
 _UNIT = re.compile(
-    r"(?<=.)\\(?:text|textrm|mathrm|mbox)\s?\{([^{}0-9]*)\}(\^\{?[0-9]\}?)?(?!\s*[\w\\])"
+    r"(?<=.)\\(?:text|textrm|mathrm|mbox)\s?\{([^{}0-9]*)\}(\^\{?[0-9]\}?)?"
+    r"(?=\s*(?:$|[,)\]}.$]|\\[)\]]))"
 )
 _NUMBER_AND_UNIT = re.compile(r"(.*[0-9}%]) ?([^\W\d_]{2}[^\d\\^*/=<>+|()\[\]{}]*)")
-_NO_UNIT = re.compile(
-    r"\b(?:hundred|thousand|[mb]illion|trillion|dozen|percent|factorial|squared|cubed|or|and)\b",
-    re.IGNORECASE,
+_UNITS = set(
+    """cm mm km in ft yd mi kg mg lb lbs oz ml hr hrs min sec ms mph kph sq cu day pm am per a
+    of""".split()
+)
+# Behind a number these are no unit: they change it, or say something else.
+_NO_UNIT = set(
+    """zero three four five seven eight nine eleven twelve point half halves third thirds quarter
+    quarters fourth fourths fifth fifths sixth sixths seventh sevenths eighth eighths ninth ninths
+    tenth tenths tens dozen dozens hundred hundreds hundredths thousand thousands thousandths lakh
+    crore million millions billion billions trillion trillions mille percent factorial squared cubed
+    times minus plus divided over choose modulo remainder less more than fewer least most between
+    below above under negative positive unless except either wrong even from mehr oder sinh cosh
+    tanh sqrt cbrt floor ceil theta alpha beta gamma delta sigma omega lambda""".split()
+)
+_CURRENCY = re.compile(r"\\\$|[¢£¤¥€₠-₿]")
+_MONEY = {"dollar": "$", "dollars": "$", "usd": "$", "euro": "€", "euros": "€"}
+_MONEY |= {"cent": "¢", "cents": "¢"}
+_CHOICE = re.compile(
+    r"(?:(?:option|choice)\s+)?(?:\(([A-J])\)|([A-J])[).:])(?:\s.*)?|(?:option|choice)\s+([A-J])",
+    re.DOTALL,
 )
 
 
@@ -186,13 +216,16 @@ def same_answer(answer: str, target: str) -> bool:
 
     Values are compared exactly: 0.5 is 1/2, and 0.333 is not 1/3. Formulas are calculated, so 2 + 3
     is 5: a question that is a formula is its own answer. 50% is 0.5 and also 50, because questions
-    ask for both. (1, 2) and 1, 2 are compared in order, {1, 2} in any. x = 5 is 5. A unit behind a
-    number counts where both answers have one.
+    ask for both. (1, 2) and 1, 2 are compared in order, {1, 2} in any. x = 5 is 5. A unit or a
+    currency counts where both answers have one. "(B) Paris" is the choice B.
     """
-    if exact_match(_TEXT.sub(r"\1", answer), _TEXT.sub(r"\1", target)):
+    mine, theirs = _TEXT.sub(r"\1", answer).strip(), _TEXT.sub(r"\1", target).strip()
+    if exact_match(mine, theirs):
         return True
-    (mine, my_unit), (theirs, their_unit) = _value_and_unit(answer), _value_and_unit(target)
-    if my_unit and their_unit and my_unit != their_unit:
+    if _is_choice(mine, theirs) or _is_choice(theirs, mine):
+        return True
+    (mine, *my_units), (theirs, *their_units) = _value_and_units(answer), _value_and_units(target)
+    if any(one and other and one != other for one, other in zip(my_units, their_units)):
         return False
     if not mine or not theirs:
         return False
@@ -205,17 +238,41 @@ def same_answer(answer: str, target: str) -> bool:
     return not readings and (is_one_text or math_verify_says(answer, target))
 
 
-def _value_and_unit(text: str) -> tuple[str, str]:
-    r"""An answer in plain LaTeX without its unit, and the unit: of 5\text{ cm}^2, $18 a day."""
-    text = text.strip().strip("*_").strip().rstrip(".")
+def _is_choice(answer: str, letter: str) -> bool:
+    """Whether an answer such as "(B) Paris" is the choice that a letter alone names."""
+    choice = _CHOICE.fullmatch(answer)
+    return choice is not None and _bare_answer(letter) in (choice[1], choice[2], choice[3])
+
+
+def _value_and_units(text: str) -> tuple[str, str, str]:
+    r"""An answer in plain LaTeX without its unit, then its currency and its unit: of $18 a day."""
+    text = re.sub(r"(?<!\.)\.$", "", text.strip().strip("*_").strip())
     if len(text) > formulas.LONGEST:
-        return text, ""
-    units = "".join(letters + power for letters, power in _UNIT.findall(text))
-    value = formulas.plain_latex(_TEXT.sub(r"\1", _UNIT.sub(" ", text)))
+        return text, "", ""
+    sign = _CURRENCY.search(text)
+    currency = "$" if text.replace("\\$", "").count("$") % 2 else ""  # an even number is LaTeX's
+    currency = sign[0][-1] if sign else currency
+    words = " ".join(letters for letters, _ in _UNIT.findall(text))
+    power = "".join(power for _, power in _UNIT.findall(text))
+    without = _UNIT.sub(" ", text) if _is_unit(words) else text
+    words = words if _is_unit(words) else ""
+    value = formulas.plain_latex(_TEXT.sub(r"\1", without))
+    value = re.sub(r"(?<=[0-9]) percent$", "%", value)
     match = _NUMBER_AND_UNIT.fullmatch(value)
-    if match and not _NO_UNIT.search(match[2]) and formulas.read(match[1]):
-        value, units = match[1], units + match[2]
-    return value, "".join(filter(str.isalnum, units)).casefold()
+    if match and _is_unit(match[2]) and formulas.read(match[1]):
+        value, words = match[1], f"{words} {match[2]}"
+    words = [word.strip(".,").casefold() for word in words.split()]
+    currency = next((_MONEY[word] for word in words if word in _MONEY), currency)
+    unit = "".join(word for word in words if word not in _MONEY)
+    return value, currency, "".join(filter(str.isalnum, unit + power))
+
+
+def _is_unit(text: str) -> bool:
+    """Whether these words behind a number say of what it is, as in "5 green apples"."""
+    words = [word.strip(".,").casefold() for word in text.split()]
+    return 0 < len(words) <= 4 and all(
+        word in _UNITS or (len(word) > 3 and word not in _NO_UNIT) for word in words
+    )
 
 
 def _readings(mine: str, theirs: str) -> list[tuple]:
@@ -280,7 +337,11 @@ def math_equal(hypothesis: str, reference: str) -> float:
         return 0.0
     if same_answer(rest, target):
         return 1.0
-    value = formulas.read(_value_and_unit(target)[0].rstrip("%"))
+    wanted, *units = _value_and_units(target)
+    others = _value_and_units(rest)[1:]
+    if any(one and other and one != other for one, other in zip(units, others)):
+        return 0.0
+    value = formulas.read(wanted.rstrip("%"))
     number = formulas.number_of(value[1]) if value else None
     return float(number is not None and last_number(rest) == number)
 

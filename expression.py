@@ -373,7 +373,7 @@ class _Parser:
         source = WINDOWS_STRING.sub(lambda match: match[0].replace("\\", r"\\"), source)
         try:
             return ast.parse(source, mode="eval").body
-        except (SyntaxError, RecursionError, MemoryError, OverflowError) as problem:
+        except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError) as problem:
             raise self.no_expression(problem) from None
 
     def without_files(self, text: str) -> str:
@@ -435,13 +435,14 @@ class _Parser:
 
     def call(self, node: ast.Call, name: str) -> Node:
         if name in self.files:
-            arguments = {keyword.arg: keyword.value for keyword in node.keywords}
-            if node.args or list(arguments) != ["messages"]:
+            arguments = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
+            wants_messages = arguments.get("messages")
+            if node.args or len(arguments) != 1 or not isinstance(wants_messages, bool):
                 raise self.error(
                     f"cannot read {self.text(node)!r}; a function of a file takes no arguments "
                     "here but messages=True, for texts as messages"
                 )
-            return self.file_function(name, self.literal(arguments["messages"]) is True)
+            return self.file_function(name, wants_messages)
         if name in self.names:
             return self.reward(node, name)
         if name in POST_PROCESSORS and node.args:
@@ -522,7 +523,11 @@ class _Parser:
     def literal(self, node: ast.expr):
         if isinstance(node, ast.Name) and node.id in self.files:  # a text that is a path
             return self.restore(node.id)
-        value = ast.literal_eval(node)
+        try:
+            value = ast.literal_eval(node)
+        except ValueError:
+            what = f"{self.text(node)!r} is no number, no text and no list of them"
+            raise ValueError(what) from None
         return self.restore(value) if isinstance(value, str) else value
 
     def text(self, node: ast.expr) -> str:

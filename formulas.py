@@ -81,6 +81,10 @@ _MINUS = re.compile(rf"(?:(?:^|[^\w.])-|(?:^|[^\w.)\]}}$])-[A-Z]{{0,3}}\\?{_CURR
 _INSIDE_A_NAME = re.compile(r"(?:[^\W_]_|[)}]_|_\{|\^\{?-?)$")
 
 
+_OF_A_CLOCK = re.compile("[0-9]:$")  # 10:30, and a ratio such as 2:3
+_DASHED = re.compile("[0-9]-$")  # twice in a date: 2024-05-06
+
+
 def _decimal(text: str) -> Fraction | None:
     """The value of `1{,}234.5e3` without a sign; None for 1.2.3, which is no number."""
     digits, _, exponent = re.sub(r"[^0-9.eE+-]", "", text).lower().partition("e")
@@ -138,7 +142,14 @@ def _unsigned(match: re.Match) -> Fraction | None:
 
 def _value_in(text: str, match: re.Match) -> Fraction | None:
     """The same with its sign; None also for a number that belongs to a name: v2, H2O, x_2."""
-    before = text[max(0, match.start() - 8) : match.start()]
+    before, after = text[max(0, match.start() - 8) : match.start()], text[match.end() :][:5]
+    if _OF_A_CLOCK.search(before) or re.match(":[0-9]", after):
+        return None
+    n_dashes = sum(map(bool, (_DASHED.search(before), re.match("-[0-9]", after))))
+    if n_dashes == 2 or re.search("[0-9]-[0-9]{1,2}-$", before):
+        return None
+    if re.match("-[0-9]{1,2}-[0-9]", after):
+        return None
     letter = before[-1:]
     has_case = letter.lower() != letter.upper()  # Chinese has none, and no spaces: 共42个
     if has_case or _INSIDE_A_NAME.search(before):
@@ -164,7 +175,8 @@ def last_number(text: str) -> Fraction | None:
     space of any kind, if the groups have three digits and no other number stands beside them. A
     comma before other than three digits separates two numbers, as in "1,23". A percent sign is not
     looked at. No numbers are: digits in a name (v2, x_2), exponents of letters, dates and versions
-    (2024/05/06, 1.2.3), a division by zero, and what has more than 1000 digits.
+    (2024/05/06, 2024-05-06, 1.2.3), times and ratios (10:30), a division by zero, and what has more
+    than 1000 digits.
 
     >>> last_number("it costs -$1,234.50")
     Fraction(-2469, 2)
@@ -327,6 +339,9 @@ class _Reader:
         while True:
             operator = self.take("*", "/")
             before, (kind, following) = kind, self.next
+            is_mixed = self.next[0] == "number" and self.tokens[1:2] == [("other", "\\frac")]
+            if operator == "/" and is_mixed:
+                raise Unreadable("an unclear denominator")  # 1/2\frac12
             if operator == "/":
                 value, divided = _times(value, _to_the(self.power(), -1)), True
             elif operator:
@@ -374,7 +389,7 @@ class _Reader:
             above = self.argument()
             return _times(above, _to_the(self.argument(), -1))
         if token == "\\sqrt":
-            return _root(self.base())
+            return _root(self.argument())  # of \sqrt16 LaTeX takes the 1
         raise Unreadable(token)
 
     def argument(self) -> Formula:
@@ -410,6 +425,7 @@ _LATEX = [
         (r"\\([{}%])", r"\1"),
         (r"\*\*", "^"),
         ("π", r"\\pi "),
+        (r"√ ?([0-9]+)", r"\\sqrt{\1}"),
         ("√", r"\\sqrt "),
         ("∞", r"\\infty "),
         (r"(?<![\w,]) +| +(?!\w)", ""),  # 1, 234 are two numbers
@@ -473,7 +489,7 @@ def read(text: str) -> tuple[str, Value] | None:
     if len(text) > LONGEST:
         return None
     name, *sides = text.split("=")
-    if not sides or not _NAME.fullmatch(name.strip()):
+    if not sides or not _NAME.fullmatch(name.strip()) or name.strip() == "\\not":
         name, sides = "", text.split("=")
     try:
         values = [_value(side.strip()) for side in sides]

@@ -109,8 +109,19 @@ def references_of(columns: dict[str, list], name: str) -> list[list[str]]:
 
 
 def as_list(references: str | list[str]) -> list[str]:
-    """One text or several -> a list."""
-    return [references] if isinstance(references, str) else list(references)
+    """One text or several -> a list. Raises UserError for anything else."""
+    texts = [references] if isinstance(references, str) else references
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+        raise UserError(
+            f"a target is {references!r}; a reward compares with a text, or with a list of texts"
+        )
+    return list(texts)
+
+
+def check_count(reward: str, name: str, value: int) -> None:
+    """Raises UserError, naming the reward and the argument, unless it is a count up to 100."""
+    if type(value) is not int or not 0 < value <= 100:
+        raise UserError(f"{reward}({name}={value!r}): expected a whole number above 0, at most 100")
 
 
 def check_above_0(reward: str, name: str, value: float) -> None:

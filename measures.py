@@ -20,6 +20,7 @@ from engine import UserError
 from leaves import (
     as_list,
     check_above_0,
+    check_count,
     completion_reward,
     first_unread,
     reference_reward,
@@ -173,12 +174,14 @@ def read_lexicon(path: str, default: float | None = None) -> dict[str, float]:
 
 
 def toxicity_reward(context: dict, lexicon: str | None = None) -> Callable:
-    words = set(read_lexicon(lexicon, default=-1.0)) if lexicon else frozenset(TOXIC_WORDS)
+    words = frozenset(TOXIC_WORDS)
+    if lexicon is not None:
+        words = frozenset(read_lexicon(lexicon, default=-1.0))
     return completion_reward(functools.partial(lexicon_toxicity, lexicon=words))
 
 
 def repetition_reward(context: dict, n: int = 2) -> Callable:
-    check_above_0("repetition", "n", n)
+    check_count("repetition", "n", n)
     return completion_reward(functools.partial(distinct_n, n=n))
 
 

@@ -33,6 +33,7 @@ SYSTEM_FIELDS = ("system", "system_prompt", "system_message", "system_instructio
 NO_TARGET = "{n} of {all} examples have no target: they serve the reward steps only"
 WEIGHT_0 = "{n} assistant turns of {source} have weight 0: they are read, but not trained"
 UNWANTED = "{n} completions of {source} have label false: their prompts serve the reward steps only"
+SCRIPTS_WITHOUT_SPACES = re.compile("[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]")  # Thai, Chinese
 REPEATED = (
     "in {n} of {all} pairs of {source} both responses repeat the prompt: it is taken off them"
 )
@@ -433,12 +434,20 @@ def _repeated(prompt: str | list, chosen: str, rejected: str) -> int:
     """How many characters at the beginning of both responses are the prompt again, maybe 0.
 
     Where one response alone begins so, it quotes the prompt, and people judged it as it is. One
-    word is no sign either: "Hello" is answered by "Hello".
+    word is no sign either ("Hello" is answered by "Hello"), but a sentence of a script without
+    spaces is. Nothing is cut inside a word, and something must be left of both.
     """
-    if not isinstance(prompt, str) or (prompt.isascii() and len(prompt.split()) < 2):
+    if not isinstance(prompt, str):
         return 0
-    is_repeated = chosen.startswith(prompt) and rejected.startswith(prompt)
-    return len(prompt) if is_repeated else 0
+    is_sentence = SCRIPTS_WITHOUT_SPACES.search(prompt) and not prompt[-1].isalnum()
+    if len(prompt.split()) < 2 and not is_sentence:
+        return 0
+    for response in (chosen, rejected):
+        rest = response[len(prompt) :]
+        is_inside_a_word = prompt[-1:].isalnum() and rest[:1].isalnum()
+        if not response.startswith(prompt) or not rest.strip() or is_inside_a_word:
+            return 0
+    return len(prompt)
 
 
 def _message_pair(record: dict) -> Pair:

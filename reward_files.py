@@ -38,6 +38,7 @@ ANYTHING = (Exception, SystemExit)
 class RewardFile:
     """A Python file, executed once. It may import the modules beside it, by `import helpers` or
     `from .helpers import x`; they never stand in for ours, nor ours for them, whatever their names.
+    A helper that is called like another module which is loaded already, as json, is not found.
     """
 
     def __init__(self, file: str):
@@ -55,12 +56,12 @@ class RewardFile:
 
     @contextlib.contextmanager
     def imports(self):
-        """While code of the file runs: `import` finds the modules beside it first."""
-        if self.path.parent == HERE:  # what is beside it is ours
-            yield
-            return
+        """While code of the file runs: `import` finds the modules beside it first, and what it
+        changes of the process's settings is put back at the end."""
         folder = self.path.parent
-        beside = {path.stem for path in folder.iterdir()}  # what `import` may find there
+        # What `import` may find there; what is beside a file in our own folder is ours.
+        beside = set() if folder == HERE else {path.stem for path in folder.iterdir()}
+        settings = os.getcwd(), torch.get_default_dtype(), torch.is_grad_enabled()
         ours = {name: sys.modules.pop(name) for name in beside & set(sys.modules) if is_ours(name)}
         before = set(sys.modules)
         sys.modules.update(self._modules)
@@ -74,6 +75,9 @@ class RewardFile:
             theirs = [name for name in new if _place_of(name).startswith(f"{folder}{os.sep}")]
             self._modules = {name: sys.modules.pop(name) for name in theirs}
             sys.modules.update(ours)
+            os.chdir(settings[0])  # what the file changes here would change the whole run
+            torch.set_default_dtype(settings[1])
+            torch.set_grad_enabled(settings[2])
 
 
 def is_ours(name: str) -> bool:
@@ -86,6 +90,15 @@ def _place_of(name: str) -> str:
     if spec is None:
         return ""
     return spec.origin or next(iter(spec.submodule_search_locations or [""]))
+
+
+async def _outcome(coroutine) -> tuple:
+    """(what it returns, None), or (None, what it raises): sys.exit() would end the loop's thread,
+    and nobody would hear of it."""
+    try:
+        return await coroutine, None
+    except ANYTHING as problem:
+        return None, problem
 
 
 class FileReward:
@@ -117,7 +130,10 @@ class FileReward:
         with self.source.imports():
             values = self.function(**given)
             if inspect.iscoroutine(values):
-                values = asyncio.run_coroutine_threadsafe(values, self._loop).result()
+                outcome = asyncio.run_coroutine_threadsafe(_outcome(values), self._loop).result()
+                if isinstance(outcome[1], BaseException):
+                    raise outcome[1]
+                values = outcome[0]
         return values
 
     @functools.cached_property
@@ -139,15 +155,17 @@ class FileReward:
 
     def state_dict(self):
         """The state of a class that has one. Raises UserError for what a checkpoint cannot hold."""
-        state, file = copy.deepcopy(self.function.state_dict()), io.BytesIO()
-        torch.save(state, file)
-        file.seek(0)
+        file = io.BytesIO()
         try:
+            state = copy.deepcopy(self.function.state_dict())
+            torch.save(state, file)
+            file.seek(0)
             torch.load(file, weights_only=True)
-        except Exception as problem:  # pickle's errors have no common class
+        except ANYTHING as problem:  # of the user's code, of copying, of pickle
             raise UserError(
-                f"reward '{self.name}': state_dict() holds what a checkpoint does not keep "
-                f"({first_line(problem)}); expected numbers, texts, lists, dicts and tensors"
+                f"reward '{self.name}': its state_dict() is nothing that a checkpoint keeps "
+                f"({type(problem).__name__}: {first_line(problem)}); "
+                "expected numbers, texts, lists, dicts and tensors"
             ) from None
         return state
 
@@ -184,4 +202,6 @@ def load_function(
         except ANYTHING as problem:
             message = f"{name}() raised {type(problem).__name__}: {problem}"
             raise UserError(f"{source}: {message}") from problem
+        if not callable(function):
+            raise UserError(f"{source}: the class has no __call__(self, completions, **columns)")
     return FileReward(loaded[path], function, name, wants_messages)

@@ -38,6 +38,7 @@ from leaves import (
     as_list,
     best_reference_reward,
     check_above_0,
+    check_count,
     completion_reward,
     reference_reward,
 )
@@ -312,17 +313,17 @@ def best_rouge(metric: Callable[[str, str], float], name: str) -> Callable:
 
 
 def bleu_reward(context: dict, max_order: int = 4) -> Callable:
-    check_above_0("bleu", "max_order", max_order)
+    check_count("bleu", "max_order", max_order)
     return reference_reward(functools.partial(bleu, max_order=max_order), "bleu")
 
 
 def rouge_n_reward(context: dict, n: int = 1) -> Callable:
-    check_above_0("rouge_n", "n", n)
+    check_count("rouge_n", "n", n)
     return best_reference_reward(f1_of(rouge_n, n), "rouge_n", tokenize_rouge)
 
 
 def sentiment_reward(context: dict, lexicon: str | None = None) -> Callable:
-    words = read_lexicon(lexicon) if lexicon else DEFAULT_LEXICON
+    words = DEFAULT_LEXICON if lexicon is None else read_lexicon(lexicon)
     return completion_reward(functools.partial(lexicon_sentiment, lexicon=words))
 
 

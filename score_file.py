@@ -34,7 +34,6 @@ def read_scored(file: str) -> tuple[list[str], list[Example]]:
     """
     completions, examples, n_targets = [], [], 0
     for place, record in placed_records(file, what="FILE"):
-        record = {name: value for name, value in record.items() if value is not None}
         try:
             completion, rest = _take_completion(record)
             example = _example(rest)
@@ -60,14 +59,23 @@ def read_scored(file: str) -> tuple[list[str], list[Example]]:
 
 
 def _take_completion(record: dict) -> tuple[str | None, dict]:
-    """-> the text to score (None: there is none), and the record without it."""
-    for name in COMPLETION_FIELDS:
-        value = record.get(name)
-        rest = {other: value for other, value in record.items() if other != name}
-        if isinstance(value, str) and not is_dialogue(value):
-            return value, rest
-        if name in record and is_dialogue(value):
-            return said_in(to_messages(value, name)[0][-1]), rest
+    """-> the text to score (None: there is none), and what else the record holds. A field that
+    stands there without a value, as an empty cell of a table does, is an empty text."""
+    holds = {name: value for name, value in record.items() if value is not None}
+    names = [name for name in COMPLETION_FIELDS if name in holds]
+    names = names or [name for name in COMPLETION_FIELDS if name in record]
+    for name in names[:1]:
+        value = holds.pop(name, "")
+        if not is_dialogue(value):
+            if not isinstance(value, str):
+                kind = type(value).__name__
+                raise UserError(f"field '{name}' must be a string or messages, found {kind}")
+            return value, holds
+        messages = to_messages(value, name)[0]
+        if len(messages) > 1:
+            raise UserError(f"field '{name}' holds {len(messages)} messages; expected one")
+        return said_in(messages[0]), holds
+    record = holds
     for name in DIALOGUE_FIELDS:
         messages = to_messages(record[name], name)[0] if name in record else []
         if messages and messages[-1]["role"] == "assistant":

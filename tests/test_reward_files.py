@@ -1,6 +1,7 @@
 """Reward functions in a user's own file: TRL's signature, imports, copies, states, errors."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -172,8 +173,9 @@ def test_a_function_may_read_messages(tmp_path):
     assert list(reward.parts) == ["by_argument(messages=True)", "by_attribute"]
     with pytest.raises(UserError, match=r"reads messages.*file.py:function\(messages=True\)"):
         build_reward(f"{path}:by_argument")(["p"], ["abc"])
-    with pytest.raises(UserError, match="takes no arguments here but messages=True"):
-        build_reward(f"{path}:by_argument(top=3)")
+    for argument in ("top=3", "messages=1", "True", "messages='yes'"):
+        with pytest.raises(UserError, match="takes no arguments here but messages=True"):
+            build_reward(f"{path}:by_argument({argument})")
 
 
 def test_the_turns_of_a_dialogue_arrive_as_messages(tmp_path):
@@ -304,6 +306,36 @@ def test_whatever_ends_a_function_is_named(tmp_path, ending):
         build_reward(f"{tmp_path}/r.py:f")(["p"], ["c"])
 
 
+@pytest.mark.parametrize("ending", ["sys.exit(3)", "raise ValueError('v')"])
+def test_whatever_ends_an_async_function_is_named(tmp_path, ending):
+    write(tmp_path, r=f"import sys\nasync def f(completions, **kwargs):\n    {ending}\n")
+    reward = build_reward(f"{tmp_path}/r.py:f")
+    for _ in range(2):
+        with pytest.raises(UserError, match="reward 'f' raised (SystemExit: 3|ValueError: v)"):
+            reward(["p"], ["c"])
+
+
+def test_a_class_that_cannot_be_called_is_named(tmp_path):
+    write(tmp_path, r="class Judge:\n    def score(self): return 1\n")
+    with pytest.raises(UserError, match="the class has no __call__"):
+        build_reward(f"{tmp_path}/r.py:Judge")
+
+
+def test_what_a_file_changes_of_the_process_is_put_back(tmp_path):
+    change = (
+        "os.chdir(FOLDER); torch.set_default_dtype(torch.float64); torch.set_grad_enabled(False)"
+    ).replace("FOLDER", repr(str(tmp_path)))
+    write(
+        tmp_path,
+        r=f"import os, torch\n{change}\n"
+        f"def f(completions, **kwargs):\n    {change}\n    return [1.0] * len(completions)\n",
+    )
+    before = os.getcwd()
+    build_reward(f"{tmp_path}/r.py:f")(["p"], ["c"])
+    assert os.getcwd() == before and torch.is_grad_enabled()
+    assert torch.get_default_dtype() == torch.float32
+
+
 def test_a_file_that_exits_is_named(tmp_path):
     write(tmp_path, r="import sys\nsys.exit('bye')\n")
     with pytest.raises(UserError, match="importing the file raised SystemExit: bye"):
@@ -350,8 +382,17 @@ def test_a_state_is_saved_and_is_frozen_for_measuring(tmp_path):
 def test_a_state_that_no_checkpoint_keeps_is_refused_before_training(tmp_path):
     path = f"{write(tmp_path, r=COUNTER.replace('BAD', 'Counter'))}/r.py"
     (tmp_path / "d.jsonl").write_text(json.dumps({"prompt": "p", "target": "t"}) + "\n")
-    with pytest.raises(UserError, match="state_dict.. holds what a checkpoint does not keep"):
+    with pytest.raises(UserError, match="state_dict.. is nothing that a checkpoint keeps"):
         build_reward(f"{path}:Counter").try_on(load_examples(str(tmp_path / "d.jsonl")))
+
+
+@pytest.mark.parametrize("state", ["__import__('threading').Lock()", "1 / 0"])
+def test_a_state_that_cannot_be_taken_is_named(tmp_path, state):
+    path = f"{write(tmp_path, r=COUNTER.replace('BAD', state))}/r.py"
+    with pytest.raises(
+        UserError, match=r"'Counter': its state_dict\(\) .* \((Type|ZeroDivision)Error"
+    ):
+        build_reward(f"{path}:Counter").state_dict()
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 from pathlib import Path
@@ -20,6 +21,7 @@ import pytest
 import torch
 from conftest import FAST, ROOT
 from safetensors.torch import load_file
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import dpo
@@ -80,6 +82,8 @@ def in_a_child(argv: list[str]) -> int:
     pid = os.fork()
     if pid == 0:
         torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+        # All forks would share one lock of tqdm's, and one that is killed may hold it for ever.
+        tqdm.set_lock(threading.RLock())
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         devnull = os.open(os.devnull, os.O_WRONLY)
         os.dup2(devnull, 1)

@@ -32,6 +32,8 @@ def save(tmp_path, *records):
         ({"question": "p", "response": "c", "answer": "t"}, "c", "p", {}),
         ({"instruction": "p", "input": "i", "output": "c"}, "c", "p\n\ni", {"input": "i"}),
         ({"completion": "c", "answers": "a"}, "c", "", {"answers": "a"}),
+        ({"prompt": "p", "completion": None, "target": "t"}, "", "p", {}),
+        ({"prompt": "p", "completion": None, "response": "c"}, "c", "p", {}),
         ({"query": "p", "completion": [DIALOGUE[2]], "prompt": None}, "the answer", "p", {}),
         ({"messages": DIALOGUE, "x": 3}, "the answer", "System:\ns\n\nUser:\nq\n\n", {"x": 3}),
     ],
@@ -60,6 +62,26 @@ def test_what_cannot_be_scored_is_named_with_its_line(tmp_path):
     file = save(tmp_path, {"completion": "c"}, {"prompt": "p", "chosen": "a", "rejected": "b"})
     with pytest.raises(UserError, match=r"scored.jsonl:2: no text to score.*has prompt, chosen"):
         read_scored(file)
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        (5, "field 'completion' must be a string or messages, found int"),
+        (["5"], "field 'completion' must be a string or messages, found list"),
+        (DIALOGUE, "field 'completion' holds 3 messages; expected one"),
+    ],
+)
+def test_a_completion_of_another_kind_is_no_text(tmp_path, value, message):
+    with pytest.raises(UserError, match=rf"scored.jsonl:1: {message}"):
+        read_scored(save(tmp_path, {"completion": value, "target": "5"}))
+
+
+@pytest.mark.parametrize("target", [5, {"a": 5}, ["5", 6]])
+def test_a_target_of_another_kind_is_named(tmp_path, capsys, target):
+    with pytest.raises(SystemExit):
+        main(["exact_match", save(tmp_path, {"completion": "5", "target": target})])
+    assert "a reward compares with a text, or with a list of texts" in capsys.readouterr().err
 
 
 def test_summary():

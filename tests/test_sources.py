@@ -825,9 +825,12 @@ def test_a_prompt_that_both_responses_repeat_is_taken_off_and_counted(tmp_path, 
     repeated = [
         (transcript, transcript, " A pear.", " No."),
         (question, question, " A pear.", "\nNo. " + question),
-        ("\u54ea\u79cd\u6c34\u679c\uff1f", "\u54ea\u79cd\u6c34\u679c\uff1f", "\u68a8", ""),
+        ("\u54ea\u79cd\u6c34\u679c\uff1f", "\u54ea\u79cd\u6c34\u679c\uff1f", "\u68a8", "\u4e0d"),
     ]
     as_they_are = [
+        ("I am", "", "I am fine", "I ambled off"),  # inside a word
+        ("Hello there", "", "Hello there", "Hello there friend"),  # nothing would be left
+        ("\u043f\u0440\u0438", "", "\u043f\u0440\u0438! \u0434", "\u043f\u0440\u0438 \u044f"),
         (question, "", question + " A pear.", "No."),  # one side quotes the question
         ("Hello", "", "Hello there!", "Hello."),
         (transcript, "", transcript[1:] + " A pear.", transcript[1:] + " No."),
@@ -842,14 +845,14 @@ def test_a_prompt_that_both_responses_repeat_is_taken_off_and_counted(tmp_path, 
         pairs = load_pairs(source, raw=raw)
         expected = [(p, chosen, rejected) for p, _, chosen, rejected in [*repeated, *as_they_are]]
         assert [(p.prompt, p.chosen, p.rejected) for p in pairs] == expected
-        said = "3 of 6 pairs of {} both responses repeat the prompt: it is taken off them"
+        said = "3 of 9 pairs of {} both responses repeat the prompt: it is taken off them"
         assert said.format(source) in capsys.readouterr().err
     assert load_pairs(source)[0].messages[-1] == says("user", "a riddle")
     # A system turn is in front of the question, so the prompt is not what the record repeats.
     pair = to_pair({"system": "S", **rows[1]})
     assert (pair.chosen, pair.rejected) == (" A pear.", "\nNo. " + question)
     capsys.readouterr()
-    assert len(load_pairs(write(tmp_path / "b.jsonl", rows[3:]))) == 3
+    assert len(load_pairs(write(tmp_path / "b.jsonl", rows[3:]))) == 6
     assert "repeat" not in capsys.readouterr().err
 
 
