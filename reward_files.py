@@ -69,7 +69,8 @@ class RewardFile:
         try:
             yield
         finally:
-            sys.path.remove(str(folder))
+            if str(folder) in sys.path:  # the file may have changed that too
+                sys.path.remove(str(folder))
             new = [name for name in sys.modules if name not in before]
             new = [name for name in new if name.partition(".")[0] in beside]
             theirs = [name for name in new if _place_of(name).startswith(f"{folder}{os.sep}")]
@@ -204,4 +205,7 @@ def load_function(
             raise UserError(f"{source}: {message}") from problem
         if not callable(function):
             raise UserError(f"{source}: the class has no __call__(self, completions, **columns)")
-    return FileReward(loaded[path], function, name, wants_messages)
+    try:
+        return FileReward(loaded[path], function, name, wants_messages)
+    except (ValueError, TypeError) as problem:  # such as max: Python does not know its parameters
+        raise UserError(f"{source}: {problem}; expected a function written in Python") from None

@@ -315,6 +315,12 @@ def test_whatever_ends_an_async_function_is_named(tmp_path, ending):
             reward(["p"], ["c"])
 
 
+def test_a_function_without_known_parameters_is_named(tmp_path):
+    write(tmp_path, r="f = max\n")
+    with pytest.raises(UserError, match=r"r.py:f: .*expected a function written in Python"):
+        build_reward(f"{tmp_path}/r.py:f")
+
+
 def test_a_class_that_cannot_be_called_is_named(tmp_path):
     write(tmp_path, r="class Judge:\n    def score(self): return 1\n")
     with pytest.raises(UserError, match="the class has no __call__"):
