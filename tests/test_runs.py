@@ -332,8 +332,8 @@ REWARD_FLAGS = (
     "call, failure, says",
     [
         (5, "raise ValueError('oops')", "saved as of step 3"),  # in the rollout of step 4
-        (5, "sys.exit(3)", "something called sys.exit(3); saved as of step 3"),
-        (4, "sys.exit('enough')", "something called sys.exit('enough'); saved as of step 2"),
+        (5, "sys.exit(3)", "saved as of step 3"),
+        (4, "sys.exit('enough')", "saved as of step 2"),
         (4, "raise ValueError('oops')", "saved as of step 2"),  # in the evaluation of step 2
     ],
 )
@@ -346,12 +346,28 @@ def test_a_run_that_failed_goes_on_bit_by_bit_once_it_is_mended(
     (tmp_path / "r.py").write_text(REWARD_THAT_FAILS.format(call, failure))
     with pytest.raises(SystemExit):
         main([*flags, "--out", str(tmp_path / "run")])
-    assert says in capsys.readouterr().err
+    said = capsys.readouterr().err
+    name = "ValueError: oops" if "oops" in failure else "SystemExit: "
+    assert f"reward 'r' raised {name}" in said and says in said
     (tmp_path / "r.py").write_text(REWARD_THAT_FAILS.format(0, "pass"))
     main(["--resume", str(tmp_path / "run")])
     assert_equal_runs(tmp_path / "whole", tmp_path / "run")
     evaluations = [r["step"] for r in rows_of(tmp_path / "run") if r["phase"] == "eval"]
     assert evaluations == [0, 2, 4, 6], "the evaluation that failed is made up"
+
+
+def test_whatever_calls_sys_exit_is_said_to_have_done_so(tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def leaves(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs) if len(calls) < 3 else sys.exit("enough")
+
+    original = train.sft_step
+    monkeypatch.setattr(train, "sft_step", leaves)
+    with pytest.raises(SystemExit):
+        main([*SHORT, "--ppo-ratio", "0", "--out", str(tmp_path / "run")])
+    assert "something called sys.exit('enough'); saved as of step 2" in capsys.readouterr().err
 
 
 def test_what_is_printed_cannot_lose_a_step(tmp_path, monkeypatch, capsys):
