@@ -11,24 +11,20 @@ purpose: answers of several sentences, and code that has to be run.
 
 import functools
 import re
-import sys
 import threading
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import formulas
+import parallel
 from engine import UserError
 from formulas import last_number
-from leaves import best_reference_reward, check_above_0, completion_reward, without_arguments
-from words import composed
+from leaves import best_of, check_above_0, completion_reward
+from words import DASHES, composed
 
 # ------------------------------------------------------------------ equal as texts
 
-_SAME = str.maketrans(
-    dict.fromkeys("‘’‚‹›", "'")
-    | dict.fromkeys("“”„«»「」『』", '"')
-    | dict.fromkeys("−–‐‑‒﹣", "-")
-)
+_SAME = str.maketrans(dict.fromkeys("‘’‚‹›", "'") | dict.fromkeys("“”„«»「」『』", '"') | DASHES)
 _QUOTED = re.compile(r"""(?<!\w)(["'])([^"']+)\1(?!\w)""")
 _EMPHASIS = re.compile(r"(?<![\w*])(\*{1,3}|`)(?=\S)([^*`]+)(?<=\S)\1(?![\w*])")  # of Markdown
 _THOUSANDS = re.compile(r"(?<![\w.,(\[{])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![\w,])")
@@ -225,7 +221,7 @@ def same_answer(answer: str, target: str) -> bool:
     if _is_choice(mine, theirs) or _is_choice(theirs, mine):
         return True
     (mine, *my_units), (theirs, *their_units) = _value_and_units(answer), _value_and_units(target)
-    if any(one and other and one != other for one, other in zip(my_units, their_units)):
+    if _differ(my_units, their_units):
         return False
     if not mine or not theirs:
         return False
@@ -252,11 +248,13 @@ def _value_and_units(text: str) -> tuple[str, str, str]:
     sign = _CURRENCY.search(text)
     currency = "$" if text.replace("\\$", "").count("$") % 2 else ""  # an even number is LaTeX's
     currency = sign[0][-1] if sign else currency
-    words = " ".join(letters for letters, _ in _UNIT.findall(text))
-    power = "".join(power for _, power in _UNIT.findall(text))
-    without = _UNIT.sub(" ", text) if _is_unit(words) else text
-    words = words if _is_unit(words) else ""
-    value = formulas.plain_latex(_TEXT.sub(r"\1", without))
+    found = _UNIT.findall(text)
+    words, power = " ".join(letters for letters, _ in found), "".join(power for _, power in found)
+    if _is_unit(words):
+        text = _UNIT.sub(" ", text)
+    else:
+        words = ""
+    value = formulas.plain_latex(_TEXT.sub(r"\1", text))
     value = re.sub(r"(?<=[0-9]) percent$", "%", value)
     match = _NUMBER_AND_UNIT.fullmatch(value)
     if match and _is_unit(match[2]) and formulas.read(match[1]):
@@ -265,6 +263,11 @@ def _value_and_units(text: str) -> tuple[str, str, str]:
     currency = next((_MONEY[word] for word in words if word in _MONEY), currency)
     unit = "".join(word for word in words if word not in _MONEY)
     return value, currency, "".join(filter(str.isalnum, unit + power))
+
+
+def _differ(units: Iterable[str], others: Iterable[str]) -> bool:
+    """Whether two answers have another currency or another unit, where both have one."""
+    return any(one and other and one != other for one, other in zip(units, others))
 
 
 def _is_unit(text: str) -> bool:
@@ -338,8 +341,7 @@ def math_equal(hypothesis: str, reference: str) -> float:
     if same_answer(rest, target):
         return 1.0
     wanted, *units = _value_and_units(target)
-    others = _value_and_units(rest)[1:]
-    if any(one and other and one != other for one, other in zip(units, others)):
+    if _differ(units, _value_and_units(rest)[1:]):
         return 0.0
     value = formulas.read(wanted.rstrip("%"))
     number = formulas.number_of(value[1]) if value else None
@@ -387,8 +389,7 @@ def overlong_reward(context: dict, soft: float, hard: float) -> Callable:
         raise UserError(f"overlong(soft={soft}, hard={hard}): expected soft <= hard")
     tokenizer = context.get("tokenizer")
     if tokenizer is None:
-        note = "note: overlong counts words here, for want of a tokenizer; a run counts tokens"
-        print(note, file=sys.stderr)
+        parallel.note("overlong counts words here, for want of a tokenizer; a run counts tokens")
 
     def penalty(text: str) -> float:
         if tokenizer is None:
@@ -399,27 +400,26 @@ def overlong_reward(context: dict, soft: float, hard: float) -> Callable:
     return completion_reward(penalty)
 
 
-def _equality(metric: Callable[[str, str], float], name: str) -> Callable:
-    return without_arguments(best_reference_reward(metric, name))
-
-
-def numeric_reward(context: dict) -> Callable:
-    return best_reference_reward(numeric, "numeric", lambda text: last_number(text) is not None)
+def has_number(text: str) -> bool:
+    return last_number(text) is not None
 
 
 # name -> (make(context, **arguments) -> reward function, "range, needs: meaning")
 ANSWERS: dict[str, tuple[Callable, str]] = {
     "exact_match": (
-        _equality(exact_match, "exact_match"),
+        best_of(exact_match, "exact_match"),
         "0 or 1, target: equal but for case, articles, punctuation around words",
     ),
-    "numeric": (numeric_reward, "0 or 1, target: the last numbers are equal (GSM8K)"),
+    "numeric": (
+        best_of(numeric, "numeric", has_number),
+        "0 or 1, target: the last numbers are equal (GSM8K)",
+    ),
     "boxed": (
-        _equality(boxed, "boxed"),
+        best_of(boxed, "boxed"),
         r"0 or 1, target: the final answer is marked (\boxed, ####, answer:) and equal",
     ),
     "math_equal": (
-        _equality(math_equal, "math_equal"),
+        best_of(math_equal, "math_equal"),
         "0 or 1, target: the final answers are equal in value: 1/2, 0.5, 50%",
     ),
     "format": (

@@ -35,7 +35,7 @@ import torch
 import parallel
 from data import Example, columns_of
 from engine import NonFiniteReward, UserError
-from leaves import COMPLETION_MESSAGES, call_leaf, say
+from leaves import COMPLETION_MESSAGES, call_leaf
 from mixture import Mixture, RunningNorm, fit_to_pairs
 from reward_files import FileReward, RewardFile, load_function
 from self_play import SelfPlay
@@ -209,8 +209,8 @@ class Reward:
         with self.frozen():
             total = self([e.prompt for e in probe], [e.target for e in probe], **columns)
             if total.isnan().all():
-                say("note: the reward has no score for the targets that it was tried on")
-            self.state_dict()  # can a checkpoint keep it?
+                parallel.note("the reward has no score for the targets that it was tried on")
+            self.check_state()
 
     def _ask_leaves(
         self, prompts: list[str], completions: list[str], columns: dict[str, list]
@@ -279,6 +279,11 @@ class Reward:
 
     def state_dict(self) -> dict[str, dict]:
         return {key: function.state_dict() for key, function in self._stateful.items()}
+
+    def check_state(self) -> None:
+        """Raises UserError where a class of the user's has a state that no checkpoint can hold."""
+        for function in self._all(FileReward).values():
+            function.check_state()
 
     def load_state_dict(self, state: dict[str, dict]) -> None:
         for key, function in self._stateful.items():

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from fractions import Fraction
 
-from words import composed
+from words import DASHES, composed
 
 LIMIT = 1000  # digits of a number that is read; a larger one could take hours, or all the memory
 LONGEST = 300  # characters of a formula that is read
@@ -25,7 +25,7 @@ LONGEST = 300  # characters of a formula that is read
 _VULGAR = re.compile("(?P<digit>[0-9]?)(?P<fraction>[¼-¾⅐-⅞])")  # 2½ is 2 1/2
 _SUPERSCRIPT = re.compile("[⁺⁻]?[⁰¹²³⁴-⁹]+")
 _OTHER_DIGIT = re.compile(r"(?![0-9])\d")  # of Arabic, Devanagari, Thai, ...
-_SAME = str.maketrans(dict.fromkeys("−–‐‑‒﹣", "-") | {"⁄": "/", "∕": "/"})
+_SAME = str.maketrans(DASHES | {"⁄": "/", "∕": "/"})
 _SAME |= str.maketrans("٫٬٪", ".,%")
 
 
@@ -81,8 +81,10 @@ _MINUS = re.compile(rf"(?:(?:^|[^\w.])-|(?:^|[^\w.)\]}}$])-[A-Z]{{0,3}}\\?{_CURR
 _INSIDE_A_NAME = re.compile(r"(?:[^\W_]_|[)}]_|_\{|\^\{?-?)$")
 
 
-_OF_A_CLOCK = re.compile("[0-9]:$")  # 10:30, and a ratio such as 2:3
-_DASHED = re.compile("[0-9]-$")  # twice in a date: 2024-05-06
+# Around a number in a date (2024-05-06), a time (10:30), a ratio (2:3)
+_DATE_BEFORE = re.compile("[0-9](?::|-[0-9]{1,2}-)$")
+_DATE_AFTER = re.compile(":[0-9]|-[0-9]{1,2}-[0-9]")
+_DASH_BEFORE, _DASH_AFTER = re.compile("[0-9]-$"), re.compile("-[0-9]")
 
 
 def _decimal(text: str) -> Fraction | None:
@@ -142,13 +144,10 @@ def _unsigned(match: re.Match) -> Fraction | None:
 
 def _value_in(text: str, match: re.Match) -> Fraction | None:
     """The same with its sign; None also for a number that belongs to a name: v2, H2O, x_2."""
-    before, after = text[max(0, match.start() - 8) : match.start()], text[match.end() :][:5]
-    if _OF_A_CLOCK.search(before) or re.match(":[0-9]", after):
-        return None
-    n_dashes = sum(map(bool, (_DASHED.search(before), re.match("-[0-9]", after))))
-    if n_dashes == 2 or re.search("[0-9]-[0-9]{1,2}-$", before):
-        return None
-    if re.match("-[0-9]{1,2}-[0-9]", after):
+    before = text[max(0, match.start() - 8) : match.start()]
+    after = text[match.end() : match.end() + 5]
+    is_between = _DASH_BEFORE.search(before) and _DASH_AFTER.match(after)
+    if is_between or _DATE_BEFORE.search(before) or _DATE_AFTER.match(after):
         return None
     letter = before[-1:]
     has_case = letter.lower() != letter.upper()  # Chinese has none, and no spaces: 共42个

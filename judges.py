@@ -17,12 +17,12 @@ from collections.abc import Callable
 import torch
 from transformers import AutoModelForSequenceClassification
 
+import parallel
 from classifiers import BATCH_SIZE, HOW, PAIR, TEXT, Scorer, batched_logits, input_form, load_judge
 from data import Example, encode_prompt, encode_target
 from embeddings import SentenceEncoder, pool
 from endpoint import grader
 from engine import UserError
-from leaves import say
 from lm import context_of, load_lm
 
 # ------------------------------------------------------------------ classifiers and encoders
@@ -79,7 +79,7 @@ def reward_model(context: dict, path: str, pair: bool | None = None) -> Callable
     scorer = Scorer(name, model, tokenizer, input_form(name, model, tokenizer, pair))
     mean, std = getattr(model.config, "reward_mean", 0.0), getattr(model.config, "reward_std", 1.0)
     asked = " (pair=False: as one text)" if scorer.form == PAIR and pair is None else ""
-    say(f"note: {name} reads prompts and answers {HOW[scorer.form]}{asked}")
+    parallel.note(f"{name} reads prompts and answers {HOW[scorer.form]}{asked}")
 
     def reward(prompts, completions, **columns):
         return ((scorer.scores(prompts, completions).double() - mean) / std).tolist()

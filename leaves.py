@@ -11,14 +11,12 @@ file (reward_files.py).
 import itertools
 import math
 import numbers
-import sys
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import parallel
 from engine import NonFiniteReward, UserError, first_line
@@ -63,7 +61,7 @@ def first_unread(name: str, tokens_of: Callable | None) -> Callable:
             if not is_noted and text.strip() and not tokens_of(text):
                 is_noted = True
                 what = f"the target {text[:40]!r}: such rows score 0"
-                say(f"note: {name} finds nothing that it can read in {what}")
+                parallel.note(f"{name} finds nothing that it can read in {what}")
 
     return note
 
@@ -79,11 +77,11 @@ def best_reference_reward(
     return reference_reward(best, name, tokens_of)
 
 
-def say(line: str) -> None:
-    """A line for the reader of a run, on process 0: above a progress bar, and on stderr, so that
-    scores which are printed stay apart."""
-    if parallel.rank() == 0:
-        tqdm.write(line, file=sys.stderr)
+def best_of(
+    metric: Callable[[str, str], float], name: str, tokens_of: Callable | None = None
+) -> Callable:
+    """The `make` of a reward without arguments: metric(completion, best reference)."""
+    return lambda context: best_reference_reward(metric, name, tokens_of)
 
 
 def without_arguments(reward: Callable) -> Callable:

@@ -18,6 +18,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 
 def start(device: torch.device) -> torch.device:
@@ -52,6 +53,13 @@ def world() -> int:
 def rank() -> int:
     """The number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def note(text: str) -> None:
+    """Say `note: text` on process 0: on stderr, so that what is printed stays apart, and above a
+    progress bar."""
+    if rank() == 0:
+        tqdm.write(f"note: {text}", file=sys.stderr)
 
 
 def share(rows):

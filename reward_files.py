@@ -155,20 +155,30 @@ class FileReward:
         return logged
 
     def state_dict(self):
-        """The state of a class that has one. Raises UserError for what a checkpoint cannot hold."""
-        file = io.BytesIO()
-        try:
-            state = copy.deepcopy(self.function.state_dict())
+        """A copy of the state of a class that has one. Raises UserError."""
+        with self._naming():
+            return copy.deepcopy(self.function.state_dict())
+
+    def check_state(self) -> None:
+        """Raises UserError for a state that a checkpoint cannot hold. Not for every step: the whole
+        state is written and read."""
+        state, file = self.state_dict(), io.BytesIO()
+        with self._naming():
             torch.save(state, file)
             file.seek(0)
             torch.load(file, weights_only=True)
-        except ANYTHING as problem:  # of the user's code, of copying, of pickle
+
+    @contextlib.contextmanager
+    def _naming(self):
+        """Whatever goes wrong with the state is named: the user's code, copying, pickle."""
+        try:
+            yield
+        except ANYTHING as problem:
             raise UserError(
                 f"reward '{self.name}': its state_dict() is nothing that a checkpoint keeps "
                 f"({type(problem).__name__}: {first_line(problem)}); "
                 "expected numbers, texts, lists, dicts and tensors"
             ) from None
-        return state
 
     def load_state_dict(self, state) -> None:
         self.function.load_state_dict(copy.deepcopy(state))

@@ -36,6 +36,7 @@ from judges import JUDGES
 from judges import perplexity as perplexity  # importable from here
 from leaves import (
     as_list,
+    best_of,
     best_reference_reward,
     check_above_0,
     check_count,
@@ -301,11 +302,6 @@ def f1_of(rouge: Callable[..., Rouge], *arguments) -> Callable[[str, str], float
         return rouge(hypothesis, reference, *arguments).f1
 
     return f1
-
-
-def best_of(metric: Callable[[str, str], float], name: str, tokens_of: Callable) -> Callable:
-    """The `make` of a reward without arguments: metric(completion, best reference)."""
-    return lambda context: best_reference_reward(metric, name, tokens_of)
 
 
 def best_rouge(metric: Callable[[str, str], float], name: str) -> Callable:

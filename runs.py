@@ -167,6 +167,8 @@ class RunFolder:
         parallel.on_main(append_rows, self.place / "samples.jsonl", rows)
 
     def save(self, run: Run, name: str) -> None:
+        if run.reward is not None:
+            run.reward.check_state()
         # On every process: the state of ZeRO's optimiser is spread over them.
         states = {name: thing.state_dict() for name, thing in run.stateful().items()}
         parallel.on_main(save_checkpoint, self.out / name, run, states, self.keep)

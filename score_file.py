@@ -16,9 +16,9 @@ from collections import Counter
 
 import torch
 
+import parallel
 from cli import UserError, visible
 from files import DIALOGUE_FIELDS, PROMPT_FIELDS, TARGET_FIELDS, placed_records
-from leaves import say
 from messages import is_dialogue, said_in, to_messages
 from sources import Example, to_prompts, with_all_columns
 
@@ -54,7 +54,7 @@ def read_scored(file: str) -> tuple[list[str], list[Example]]:
         raise UserError(f"{file} holds no record")
     if n_targets:
         counted = f"{n_targets} of {len(examples)} records"
-        say(f"note: {counted} have no completion: their target is scored")
+        parallel.note(f"{counted} have no completion: their target is scored")
     return completions, with_all_columns(examples)
 
 

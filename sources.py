@@ -8,7 +8,6 @@ Token ids and batches are in data.py. Left out on purpose: endless corpora, clea
 """
 
 import random
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -176,7 +175,7 @@ def _usable(
         reasons.append(f"and {len(counts) - len(reasons)} other reasons")
     if counts:
         left_out = f"{counts.total()} of {n_records} records of {_name(source)} are left out"
-        _note(f"{left_out}: {'; '.join(reasons)}")
+        parallel.note(f"{left_out}: {'; '.join(reasons)}")
     return placed
 
 
@@ -188,13 +187,7 @@ def _say_counts(counts: Counter, n_all: int, source: str | list[str]) -> None:
     """A note for each count above 0; its text is the key."""
     for text, n in counts.items():
         if n:
-            _note(text.format(n=n, all=n_all, source=_name(source)))
-
-
-def _note(text: str) -> None:
-    """A line on stderr, of one process only."""
-    if parallel.rank() == 0:
-        print(f"note: {text}", file=sys.stderr)
+            parallel.note(text.format(n=n, all=n_all, source=_name(source)))
 
 
 def make_reviews(n: int, seed: int = 0) -> list[Example]:

@@ -53,6 +53,7 @@ ugly unfunny upset weak worse worst wrong
 """.split()
 DEFAULT_LEXICON = dict.fromkeys(POSITIVE_WORDS, 2.0) | dict.fromkeys(NEGATIVE_WORDS, -2.0)
 
+DASHES = dict.fromkeys("−–‐‑‒﹣", "-")  # which are written for a minus or a hyphen
 _FULL_WIDTH = re.compile(r"[\uff00-\uffef]+")  # Ａ, １, ％; and Japanese letters of half the width
 # Soft hyphen, marks of direction, word joiner, byte order mark: a reader sees none of them.
 _INVISIBLE = re.compile(r"[\u00ad\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]")
