@@ -31,6 +31,7 @@ from measure_model import diversity as diversity  # importable from here
 from plot import draw
 from runs import read_rows
 from sft import held_out_nll
+from tasks import task_of
 
 
 def measure(run, args, folder) -> None:
@@ -50,7 +51,7 @@ def _measure(run, args, folder) -> None:
     options = dict(
         **run.sampling, turns=args.turns, user=run.user, turn_rewards=args.turn_rewards,
         prompts=run.held_out_prompts, reference=run.reference, batch_size=args.batch_size,
-        micro_batch_size=args.micro_batch_size, seed=args.seed, is_reviews=args.data == "reviews",
+        micro_batch_size=args.micro_batch_size, seed=args.seed, task=task_of(args.data),
     )  # fmt: skip
     what = run.model, run.tokenizer, run.held_out
     try:

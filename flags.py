@@ -14,6 +14,7 @@ from pathlib import Path
 
 from cli import Parser, UserError, number, one_line_errors
 from files import PROMPT_FIELDS, TARGET_FIELDS
+from tasks import task_of
 
 # --resume does not take these from config.json
 NOT_REMEMBERED = ("resume", "overwrite", "deepspeed", "dry_run", "accept_changes")
@@ -61,9 +62,11 @@ def make_parser(algorithms: dict | None = None, schedules: dict | None = None) -
     add("--model", default="tiny", help="'tiny' (built here, 1 M parameters), a local folder, or a hub id such as gpt2")
     add("--data", nargs="+", action=Sources, metavar="SOURCE",
         help="files (.jsonl .json .csv .tsv .parquet .txt, also .gz .bz2 .xz .zst), a save_to_disk folder, or a hub "
-        "dataset id (default: reviews, built in)")
+        "dataset id; or a built-in task: reviews (default), or sort, which brings defaults of its own")
     add("--prompts", nargs="+", action=Sources, metavar="SOURCE",
         help="prompts for the steps with a reward, read like --data; their targets are not trained (default: --data)")
+    add("--demonstrations", type=number(int, 0), metavar="N",
+        help="only so many training examples keep their target; the reward still sees all (default: all)")
     add_data_flags(parser.add_argument_group("how --data is read"))
     add = parser.add_argument_group("training").add_argument
     add("--algorithm", choices=algorithms, metavar="{ppo,grpo,dpo}", default="ppo",
@@ -77,6 +80,7 @@ def make_parser(algorithms: dict | None = None, schedules: dict | None = None) -
     add("--max-length", type=number(int, 2),
         help="tokens of prompt and response together (default: 1024, or the model's context)")
     add("--lr", type=positive, help=f"peak learning rate (usual with adamw: 1e-6 to 1e-3; default: {default_rates()})")
+    add("--rl-lr", type=positive, help="the same for the updates of --algorithm (default: that of --lr)")
     add("--optimizer", choices=tuple(DEFAULT_LR), default="adamw",
         help="torch's own; muon takes the matrices, AdamW the rest")
     add("--scheduler", choices=("constant", "linear", "cosine", "wsd"), default="linear",
@@ -255,6 +259,10 @@ def parse_args(
     argv = join_metric(sys.argv[1:] if argv is None else argv)
     parser = make_parser(algorithms, schedules)
     args = parser.parse_args(argv)
+    task = task_of(args.data)
+    if task is not None and task.defaults:
+        parser.set_defaults(**task.defaults)
+        args = parser.parse_args(argv)
     if args.resume is None:
         if args.accept_changes:
             raise UserError("--accept-changes is for --resume and does nothing here; leave it out")

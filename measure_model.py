@@ -28,7 +28,6 @@ from data import (
     data_options,
     demonstration_batch,
     load_examples,
-    review_metrics,
     split_examples,
 )
 from dialogue import Episode, sample_episodes
@@ -39,6 +38,7 @@ from ppo import Scores, kl_estimate, score_episodes
 from references import ReferenceMixture, reference_logprobs
 from rewards import build_reward
 from sft import held_out_nll
+from tasks import Task, task_of
 
 
 class Evaluation(NamedTuple):
@@ -63,7 +63,7 @@ def evaluate(
     batch_size: int,
     micro_batch_size: int,
     seed: int,
-    is_reviews: bool,
+    task: Task | None,
     prompts: list[Example] | None = None,
     turns: int = 1,
     user=None,
@@ -134,9 +134,9 @@ def evaluate(
         for row, row_kl in zip(samples, kl.tolist()):
             row["kl"] = row_kl
 
-    if is_reviews:
+    if task is not None:
         texts = [episode.text() for episode in episodes]
-        metrics |= review_metrics([example.prompt for example in asked], texts)
+        metrics |= task.metrics([example.prompt for example in asked], texts)
     metrics = {f"eval/{name}": float(value) for name, value in metrics.items()}
     return Evaluation(metrics, samples, episodes)
 
@@ -247,7 +247,7 @@ def measure_model(args) -> dict[str, float]:
         model, tokenizer, examples, reward=reward, reference=None, max_length=args.max_length,
         max_new_tokens=args.max_new_tokens, batch_size=args.batch_size, seed=args.seed,
         temperature=temperature,
-        micro_batch_size=args.batch_size, is_reviews=source == "reviews",
+        micro_batch_size=args.batch_size, task=task_of(source),
         prompts=[example for example in examples for _ in range(args.samples)],
         turns=args.turns, user=user, turn_rewards=args.turn_rewards,
     )  # fmt: skip

@@ -13,6 +13,7 @@ import torch
 from chat import dialogue_of
 from engine import seconds_of_product
 from runs import Run
+from tasks import task_of
 
 GB = 1e9
 WORTH_A_HINT = 2e7  # parameters; below, the arithmetic is not what takes the time
@@ -30,8 +31,9 @@ def device_line(args, device: torch.device) -> str:
 def data_line(args, n_train: int, n_held_out: int, n_pairs: int) -> str:
     """What is learnt from, with counts."""
     source = args.data if isinstance(args.data, str) else " ".join(args.data or ["the pairs"])
-    if args.data == "reviews":
-        source = "the built-in film reviews"
+    task = task_of(args.data)
+    if task is not None:
+        source = task.said
     pairs = f", {n_pairs:,} preference pairs" if n_pairs else ""
     return f"data: {source}: {n_train:,} examples to train on, {n_held_out:,} held out{pairs}"
 
@@ -55,7 +57,10 @@ def training_line(args, run: Run) -> str:
     if args.schedule != "ratio":
         steps += f" (--schedule {args.schedule})"
     reward = f"reward: {args.reward}" if args.reward is not None else "no reward"
-    rate = f"lr {args.lr:g}, {args.scheduler} after {args.warmup_steps} steps"
+    rate = f"lr {args.lr:g}"
+    if args.rl_lr != args.lr:
+        rate += f" for SFT and {args.rl_lr:g} for {args.algorithm.upper()}"
+    rate += f", {args.scheduler} after {args.warmup_steps} steps"
     return f"training: {steps} of {args.batch_size}; {reward}; {args.optimizer}, {rate}"
 
 

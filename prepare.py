@@ -58,6 +58,8 @@ from references import ReferenceMixture, load_references
 from rewards import build_reward
 from runs import FAILED, Algorithm, Run
 from schedules import SCHEDULES
+from sources import without_target
+from tasks import task_of
 
 
 def prepare(args, algorithm: Algorithm) -> Run:
@@ -136,6 +138,7 @@ def load_data(args, algorithm: Algorithm) -> Data:
             say("no --data was given: training is on the built-in film reviews")
         examples = load_examples(args.data, **data_options(args), seed=args.seed)
     data = Data(*split_examples(examples))
+    keep_demonstrations(args, data)
     if args.prompts is not None:
         add_prompts(data, load_prompts(args.prompts, **data_options(args), what="--prompts"))
     if algorithm.preference_pairs is not None and not pairs:
@@ -145,6 +148,15 @@ def load_data(args, algorithm: Algorithm) -> Data:
         data.pairs = without_prompts_of(data.pairs, data.held_out, "preference pairs")
         data.train = without_prompts_of(data.train, data.held_out_pairs, "examples")
     return data
+
+
+def keep_demonstrations(args, data: Data) -> None:
+    """Take the target off all but the first --demonstrations training examples; a reward still
+    finds it among the columns."""
+    if args.demonstrations is not None:
+        n, train = args.demonstrations, data.train
+        data.train = train[:n] + [without_target(example) for example in train[n:]]
+        say(f"note: {min(n, len(train))} of {len(train)} training examples have a demonstration")
 
 
 def add_prompts(data: Data, prompts: list[Example]) -> None:
@@ -233,6 +245,8 @@ def resolve_defaults(args, algorithm: Algorithm, context: int) -> None:
     if args.lr is None:
         for_tiny, for_others = DEFAULT_LR[args.optimizer]
         args.lr = for_tiny if is_tiny else for_others
+    if args.rl_lr is None:
+        args.rl_lr = args.lr
     if args.sft_warmup is None:
         # A model that has not learnt to write yet has nothing for PPO to improve.
         args.sft_warmup = round(0.3 * args.steps) if is_tiny and args.ppo_ratio not in (0, 1) else 0
@@ -274,10 +288,11 @@ def resolve_defaults(args, algorithm: Algorithm, context: int) -> None:
         )
     for extension in (schedules, references, dialogue):
         extension.check_flags(args)
-    wants_reward = args.ppo_ratio != 0 and (algorithm.samples or args.data == "reviews")
+    task = task_of(args.data)
+    wants_reward = args.ppo_ratio != 0 and (algorithm.samples or task is not None)
     if args.reward is None and wants_reward:
-        args.reward = "sentiment"
-        if args.data != "reviews":
+        args.reward = "sentiment" if task is None else task.reward
+        if task is None:
             say("no --reward was given: it is sentiment, praise minus blame by a word list")
 
 

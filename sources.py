@@ -19,6 +19,7 @@ from flags import add_data_flags, data_options, pair_options
 from messages import plain_reply, render_dialogue
 from records import NO_TARGET, Example, Pair, to_examples, to_pair, to_prompts, without_target
 from reviews import BLAME, PRAISE, review_texts, with_judgements
+from tasks import task_of
 
 # What belongs to records, and the flags by which a source is read, are offered here too.
 __all__ = [
@@ -60,7 +61,7 @@ def load_examples(
     what: str = "--data",
     convert: Callable | None = None,
 ) -> list[Example]:
-    """Examples from `reviews` (built in), files, patterns of files, or a hub dataset id.
+    """Examples from a built-in task (tasks.py), files, patterns of files, or a hub dataset id.
 
     A record is one of: prompt + target (other names in files.py; context, system, history, tools
     beside them are part of the prompt); `messages`, one example for every assistant turn, with its
@@ -69,8 +70,9 @@ def load_examples(
     cannot be used are left out and counted on stderr; with `strict`, or if there is no other, the
     first is a UserError that names file and line. `convert` is `to_examples` or the like.
     """
-    if source in ("reviews", ["reviews"]):
-        return make_reviews(limit or 4000, seed)
+    task = task_of(source)
+    if task is not None:
+        return [Example(prompt, target) for prompt, target in task.texts(limit or 4000, seed)]
     counts, convert = Counter(), convert or to_examples
 
     def examples_of(record: dict) -> list[Example]:
@@ -103,7 +105,7 @@ def load_prompts(source: str | list[str], **options) -> list[Example]:
     the first user turn that nobody answers, or with the first one if all are answered. `options`
     and errors are those of `load_examples`.
     """
-    if source in ("reviews", ["reviews"]):
+    if task_of(source) is not None:
         return [without_target(example) for example in load_examples(source, **options)]
     return load_examples(source, **options, convert=to_prompts)
 

@@ -42,7 +42,6 @@ def train(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
     """The whole run: step, write it down, measure, save. -> the last evaluation."""
     run = prepare(args, ALGORITHMS[args.algorithm])  # every mistake of the user shows here
     folder = RunFolder(args, run)  # with --resume it puts `run` back where it was
-    lr_factor = learning_rate_factor(args.scheduler, args.steps, args.warmup_steps)
     if folder.owes_evaluation(run, args.eval_every):
         measure(run, args, folder)
         print_evaluation(run)
@@ -55,15 +54,12 @@ def train(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
         while run.step < args.steps:
             with folder.nothing_lost(run):  # a failure ends the run, saved as of the last step
                 started = time.perf_counter()
-                lr = args.lr * lr_factor(run.step)
-                for group in run.optimizer.param_groups:
-                    group["lr"] = lr
-
                 phase, metrics = take_step(run, args)
                 run.step += 1
 
                 # ---- write it down
-                metrics |= {"lr": lr, "seconds": time.perf_counter() - started}
+                metrics["lr"] = run.optimizer.param_groups[0]["lr"]
+                metrics["seconds"] = time.perf_counter() - started
                 folder.write(run, phase, metrics)
                 bar.show(metrics)
                 time_left.saw(phase, metrics["seconds"])
@@ -93,8 +89,10 @@ def is_due(step: int, every: int) -> bool:
 def take_step(run: Run, args: argparse.Namespace) -> tuple[str, dict[str, float]]:
     """One step: learn from demonstrations, or from the reward. -> its name and its metrics."""
     if run.schedule.phase(run.step) == "sft":
+        set_rate(run, args, args.lr)
         return "sft", train_on_demonstrations(run, args)
     renew_reference(run, args)
+    set_rate(run, args, args.rl_lr)
     metrics = {f"{args.algorithm}/skipped_steps": 1.0}  # stays if the reward is not finite
     try:
         metrics = run.algorithm.train_on(run, args)
@@ -103,6 +101,13 @@ def take_step(run: Run, args: argparse.Namespace) -> tuple[str, dict[str, float]
     run.rl_steps += 1
     follow_policy(run, args)
     return args.algorithm, metrics
+
+
+def set_rate(run: Run, args: argparse.Namespace, peak: float) -> None:
+    """Give the optimiser the learning rate `peak`, as the scheduler scales it at this step."""
+    factor = learning_rate_factor(args.scheduler, args.steps, args.warmup_steps)
+    for group in run.optimizer.param_groups:
+        group["lr"] = peak * factor(run.step)
 
 
 def train_on_demonstrations(run: Run, args: argparse.Namespace) -> dict[str, float]:
@@ -140,6 +145,7 @@ def train_on_reward(run: Run, args: argparse.Namespace) -> dict[str, float]:
         options |= dict(demonstrations=batch.to(run.device), sft_weight=sft_weight)
     metrics |= algorithm.step(run.model, rollout, run.optimizer, **options)
     if hard:
+        set_rate(run, args, args.lr)
         batch = demonstration_batch(run.tokenizer, hard, **run.limits).to(run.device)
         metrics |= sft_step(run.model, batch, run.optimizer, **run.update)
 
