@@ -185,6 +185,25 @@ def learning_rate_factor(name: str, steps: int, warmup_steps: int) -> Callable[[
     return factor
 
 
+def enter_phase(optimizer: torch.optim.Optimizer, phase: str, lr: float) -> None:
+    """Before the updates of a phase (`sft`, `ppo`, ...): set its learning rate.
+
+    Where SFT came before, the momentum starts again from 0: else the first updates on a reward go
+    on in the direction of the demonstrations, which PPO has not sampled and cannot clip. The second
+    moments, and all of it between updates of one kind, are kept.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    was_sft = optimizer.param_groups[0].get("phase") == "sft"
+    optimizer.param_groups[0]["phase"] = phase  # in the optimiser, so that a checkpoint keeps it
+    if phase == "sft" or not was_sft:
+        return
+    for part in getattr(optimizer, "optimizers", [optimizer]):
+        for state in part.state.values():
+            for name in state.keys() & {"exp_avg", "momentum_buffer"}:
+                state[name].zero_()
+
+
 class Backend:
     """Computes and applies gradients: plain torch, GradScaler for fp16, DDP for several processes.
 

@@ -80,7 +80,8 @@ def make_parser(algorithms: dict | None = None, schedules: dict | None = None) -
     add("--max-length", type=number(int, 2),
         help="tokens of prompt and response together (default: 1024, or the model's context)")
     add("--lr", type=positive, help=f"peak learning rate (usual with adamw: 1e-6 to 1e-3; default: {default_rates()})")
-    add("--rl-lr", type=positive, help="the same for the updates of --algorithm (default: that of --lr)")
+    add("--rl-lr", type=positive,
+        help="the same for the updates of --algorithm (default: half of --lr for 'tiny', else all of it)")
     add("--optimizer", choices=tuple(DEFAULT_LR), default="adamw",
         help="torch's own; muon takes the matrices, AdamW the rest")
     add("--scheduler", choices=("constant", "linear", "cosine", "wsd"), default="linear",
@@ -95,26 +96,7 @@ def make_parser(algorithms: dict | None = None, schedules: dict | None = None) -
         help="divides the logits of policy, old policy and reference (usual: 0.7 to 1)")
     add("--missing-eos-penalty", type=number(float, 0), default=0.0,
         help="subtracted from the score of a response that hit the length limit")
-    add = parser.add_argument_group("ppo and grpo").add_argument
-    add("--group-size", type=count, default=1,
-        help="responses to each prompt, part of --batch-size; grpo needs 2 or more (usual: 4 to 16)")
-    add("--kl-coef", type=number(float, 0), default=0.05,
-        help="what is subtracted from the reward for one nat of KL (usual: 0.01 to 0.2)")
-    add("--kl-target", type=positive, help="adapt kl_coef until a response has this KL (k1), in nats (usual: 1 to 10)")
-    add("--kl-horizon", type=positive, default=1000, help="episodes in which kl_coef can change by a factor of 1.2")
-    add("--kl-estimator", choices=("k1", "k2", "k3"), default="k1",
-        help="ppo: per-token KL in the reward; only k1 also gives the KL's unbiased gradient")
-    add("--ppo-epochs", type=count, default=2, help="passes over each rollout (usual: 1 to 4)")
-    add("--minibatches", type=count, default=2, help="updates per pass (usual: 1 to 8)")
-    add("--cliprange", type=positive, default=0.2, help="the ratio may leave 1 by this much (usual: 0.1 to 0.3)")
-    add("--cliprange-value", type=positive, default=0.2,
-        help="ppo: a value may move by this much from what it was at sampling")
-    add("--vf-coef", type=number(float, 0), default=0.1, help="ppo: weight of the value loss")
-    add("--gamma", type=share, default=1.0, help="ppo: discount per token; 1 for text")
-    add("--lam", type=share, default=0.95, help="ppo: GAE lambda, 1 unbiased, 0 smallest variance (usual: 0.9 to 1)")
-    add("--target-kl", type=positive,
-        help="stop the passes over a rollout once approxkl exceeds this (usual: 0.01 to 0.1)")
-    add("--whiten-rewards", action="store_true", help="ppo: scale per-token rewards to unit variance")
+    add_ppo_flags(parser)
     add = parser.add_argument_group("run").add_argument
     add("--out", default="out", help="run folder: config, metrics, samples, checkpoints, final model")
     add("--overwrite", action="store_true", help="replace the run that --out holds")
@@ -148,6 +130,30 @@ def make_parser(algorithms: dict | None = None, schedules: dict | None = None) -
 
 
 # fmt: off
+def add_ppo_flags(parser: Parser) -> None:
+    """What PPO and GRPO do with a rollout."""
+    add = parser.add_argument_group("ppo and grpo").add_argument
+    add("--group-size", type=count, default=1,
+        help="responses to each prompt, part of --batch-size; grpo needs 2 or more (usual: 4 to 16)")
+    add("--kl-coef", type=number(float, 0), default=0.05,
+        help="what is subtracted from the reward for one nat of KL (usual: 0.01 to 0.2)")
+    add("--kl-target", type=positive, help="adapt kl_coef until a response has this KL (k1), in nats (usual: 1 to 10)")
+    add("--kl-horizon", type=positive, default=1000, help="episodes in which kl_coef can change by a factor of 1.2")
+    add("--kl-estimator", choices=("k1", "k2", "k3"), default="k1",
+        help="ppo: per-token KL in the reward; only k1 also gives the KL's unbiased gradient")
+    add("--ppo-epochs", type=count, default=2, help="passes over each rollout (usual: 1 to 4)")
+    add("--minibatches", type=count, default=2, help="updates per pass (usual: 1 to 8)")
+    add("--cliprange", type=positive, default=0.2, help="the ratio may leave 1 by this much (usual: 0.1 to 0.3)")
+    add("--cliprange-value", type=positive, default=0.2,
+        help="ppo: a value may move by this much from what it was at sampling")
+    add("--vf-coef", type=number(float, 0), default=0.1, help="ppo: weight of the value loss")
+    add("--gamma", type=share, default=1.0, help="ppo: discount per token; 1 for text")
+    add("--lam", type=share, default=0.95, help="ppo: GAE lambda, 1 unbiased, 0 smallest variance (usual: 0.9 to 1)")
+    add("--target-kl", type=positive,
+        help="stop the passes over a rollout once approxkl exceeds this (usual: 0.01 to 0.1)")
+    add("--whiten-rewards", action="store_true", help="ppo: scale per-token rewards to unit variance")
+
+
 def add_extension_flags(parser: Parser, schedules: dict | None = None) -> None:
     """The flags of schedules.py, references.py, dialogue.py and dpo.py, a group for each."""
     add = parser.add_argument_group("schedule").add_argument

@@ -45,6 +45,7 @@ from engine import (
     UserError,
     check_amp,
     compile_lm,
+    learning_rate_factor,
     make_scaler,
     pick_device,
     seed_everything,
@@ -240,16 +241,18 @@ def resolve_defaults(args, algorithm: Algorithm, context: int) -> None:
 
     `context` is the number of tokens that the model can look at together. Raises UserError.
     """
-    is_tiny = args.model == "tiny"
+    is_tiny, task = args.model == "tiny", task_of(args.data)
     resolve_length(args, context)
     if args.lr is None:
         for_tiny, for_others = DEFAULT_LR[args.optimizer]
-        args.lr = for_tiny if is_tiny else for_others
+        args.lr = for_tiny * (1.0 if task is None else task.lr) if is_tiny else for_others
     if args.rl_lr is None:
-        args.rl_lr = args.lr
+        args.rl_lr = args.lr * (0.5 if is_tiny else 1.0)  # PPO's steps are noisier than SFT's
     if args.sft_warmup is None:
         # A model that has not learnt to write yet has nothing for PPO to improve.
-        args.sft_warmup = round(0.3 * args.steps) if is_tiny and args.ppo_ratio not in (0, 1) else 0
+        needs_warmup = is_tiny and args.ppo_ratio not in (0, 1)
+        share = 0.3 if task is None else task.warmup
+        args.sft_warmup = round(share * args.steps) if needs_warmup else 0
     if args.micro_batch_size is None:
         parts = parallel.world() * (args.grad_accum or 1)
         args.micro_batch_size = math.ceil(args.batch_size / parts)
@@ -288,7 +291,6 @@ def resolve_defaults(args, algorithm: Algorithm, context: int) -> None:
         )
     for extension in (schedules, references, dialogue):
         extension.check_flags(args)
-    task = task_of(args.data)
     wants_reward = args.ppo_ratio != 0 and (algorithm.samples or task is not None)
     if args.reward is None and wants_reward:
         args.reward = "sentiment" if task is None else task.reward
@@ -346,6 +348,7 @@ def make_run(args, algorithm, model, tokenizer, data: Data) -> Run:
         held_out_prompts=held_out_prompts[: args.eval_size],
         held_out_pairs=data.held_out_pairs[: args.eval_size],
         optimizer=optimizer,
+        lr_factor=learning_rate_factor(args.scheduler, args.steps, args.warmup_steps),
         backend=backend,
         scaler=scaler,
         kl_controller=AdaptiveKLController(args.kl_coef, args.kl_target, args.kl_horizon),

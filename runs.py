@@ -73,6 +73,7 @@ class Run:
     held_out_prompts: list  # those that responses are sampled for: the reward
     held_out_pairs: list  # of preferences
     optimizer: torch.optim.Optimizer
+    lr_factor: Callable[[int], float]  # step -> the share of the peak learning rate
     backend: object  # computes and applies gradients (engine.py)
     scaler: object  # of fp16, else None
     kl_controller: object

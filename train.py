@@ -26,7 +26,7 @@ import dpo
 import grpo
 import parallel
 from data import demonstration_batch
-from engine import NonFiniteReward, learning_rate_factor, one_line_errors
+from engine import NonFiniteReward, enter_phase, one_line_errors
 from evaluate import measure, print_evaluation, print_summary
 from lock import one_writer
 from plan import TimeLeft
@@ -58,8 +58,8 @@ def train(args: argparse.Namespace, stop: Stop) -> dict[str, float]:
                 run.step += 1
 
                 # ---- write it down
-                metrics["lr"] = run.optimizer.param_groups[0]["lr"]
-                metrics["seconds"] = time.perf_counter() - started
+                lr = run.optimizer.param_groups[0]["lr"]
+                metrics |= {"lr": lr, "seconds": time.perf_counter() - started}
                 folder.write(run, phase, metrics)
                 bar.show(metrics)
                 time_left.saw(phase, metrics["seconds"])
@@ -89,10 +89,10 @@ def is_due(step: int, every: int) -> bool:
 def take_step(run: Run, args: argparse.Namespace) -> tuple[str, dict[str, float]]:
     """One step: learn from demonstrations, or from the reward. -> its name and its metrics."""
     if run.schedule.phase(run.step) == "sft":
-        set_rate(run, args, args.lr)
+        enter_phase(run.optimizer, "sft", args.lr * run.lr_factor(run.step))
         return "sft", train_on_demonstrations(run, args)
     renew_reference(run, args)
-    set_rate(run, args, args.rl_lr)
+    enter_phase(run.optimizer, args.algorithm, args.rl_lr * run.lr_factor(run.step))
     metrics = {f"{args.algorithm}/skipped_steps": 1.0}  # stays if the reward is not finite
     try:
         metrics = run.algorithm.train_on(run, args)
@@ -101,13 +101,6 @@ def take_step(run: Run, args: argparse.Namespace) -> tuple[str, dict[str, float]
     run.rl_steps += 1
     follow_policy(run, args)
     return args.algorithm, metrics
-
-
-def set_rate(run: Run, args: argparse.Namespace, peak: float) -> None:
-    """Give the optimiser the learning rate `peak`, as the scheduler scales it at this step."""
-    factor = learning_rate_factor(args.scheduler, args.steps, args.warmup_steps)
-    for group in run.optimizer.param_groups:
-        group["lr"] = peak * factor(run.step)
 
 
 def train_on_demonstrations(run: Run, args: argparse.Namespace) -> dict[str, float]:
@@ -145,7 +138,7 @@ def train_on_reward(run: Run, args: argparse.Namespace) -> dict[str, float]:
         options |= dict(demonstrations=batch.to(run.device), sft_weight=sft_weight)
     metrics |= algorithm.step(run.model, rollout, run.optimizer, **options)
     if hard:
-        set_rate(run, args, args.lr)
+        enter_phase(run.optimizer, "sft", args.lr * run.lr_factor(run.step))
         batch = demonstration_batch(run.tokenizer, hard, **run.limits).to(run.device)
         metrics |= sft_step(run.model, batch, run.optimizer, **run.update)
 

@@ -19,6 +19,7 @@ from engine import (
     apply_gradients,
     check_amp,
     compile_lm,
+    enter_phase,
     learning_rate_factor,
     make_scaler,
 )
@@ -141,6 +142,62 @@ def test_the_built_in_model_learns_at_the_default_rate(name, tiny):
         batch = demonstration_batch(tiny[1], examples, 64)
         losses.append(sft_step(model, batch, optimizer)["sft/loss"])
     assert losses[0] > 5.9 and sum(losses[-3:]) / 3 < 4.0, losses
+
+
+def momenta(optimizer) -> dict[str, list]:
+    """Clones of first and second moments: {name of the state: one tensor a parameter}."""
+    found = {}
+    for part in getattr(optimizer, "optimizers", [optimizer]):
+        for state in part.state.values():
+            for name, value in state.items():
+                if torch.is_tensor(value) and value.numel() > 1:
+                    found.setdefault(name, []).append(value.clone())
+    return found
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_rl_update_does_not_go_on_in_the_direction_of_sft(name):
+    model = HybridModel(build_lm("llama"))
+    optimizer = OPTIMIZERS[name](model, 1e-3)
+    enter_phase(optimizer, "sft", 1e-3)
+    train(model, optimizer)
+    before = momenta(optimizer)
+    first = {"exp_avg", "momentum_buffer"} & before.keys()
+    assert all(x.abs().sum() > 0 for moment in first for x in before[moment])
+    assert bool(first) == (name != "adafactor"), "only Adafactor has no momentum"
+
+    enter_phase(optimizer, "ppo", 3e-4)
+    after = momenta(optimizer)
+    assert {group["lr"] for group in optimizer.param_groups} == {3e-4}
+    for moment, tensors in after.items():
+        for x, old in zip(tensors, before[moment], strict=True):
+            assert torch.equal(x, torch.zeros_like(old) if moment in first else old), moment
+
+
+@pytest.mark.parametrize("phases", [("ppo", "ppo"), ("ppo", "sft"), ("sft", "sft")])
+def test_other_changes_of_phase_keep_the_momentum(phases):
+    model = HybridModel(build_lm("llama"))
+    optimizer = OPTIMIZERS["adamw"](model, 1e-3)
+    enter_phase(optimizer, phases[0], 1e-3)
+    train(model, optimizer)
+    before = momenta(optimizer)
+    enter_phase(optimizer, phases[1], 1e-3)
+    for moment, tensors in momenta(optimizer).items():
+        assert all(map(torch.equal, tensors, before[moment])), moment
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_saved_optimiser_knows_what_its_momentum_is_of(name):
+    model = HybridModel(build_lm("llama"))
+    optimizer = OPTIMIZERS[name](model, 1e-3)
+    enter_phase(optimizer, "sft", 1e-3)
+    train(model, optimizer)
+    other = OPTIMIZERS[name](model, 1e-3)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    enter_phase(other, "grpo", 1e-3)
+    after = momenta(other)
+    first = {"exp_avg", "momentum_buffer"} & after.keys()
+    assert first and not any(x.any() for moment in first for x in after[moment])
 
 
 def rates(name, steps=50, warmup=10):

@@ -1,0 +1,211 @@
+"""The built-in tasks: what they ask, measure and bring; few demonstrations; two learning rates."""
+
+import json
+import re
+
+import pytest
+from conftest import FAST
+
+import prepare
+import sft
+import train
+from data import load_examples, load_prompts
+from flags import parse_args
+from letters import is_right, letter_metrics, letter_texts
+from reviews import review_metrics
+from schedules import SCHEDULES
+from tasks import task_of
+from train import ALGORITHMS, main
+
+
+def run(tmp_path, *flags, name="run"):
+    """A short run; -> (its metrics, the rows of its metrics.jsonl)."""
+    metrics = main([*FAST, "--out", str(tmp_path / name), *map(str, flags)])
+    lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+    return metrics, [json.loads(line) for line in lines]
+
+
+# ---- the letters
+
+
+def test_every_prompt_is_new_and_its_answer_holds_the_same_letters_in_order():
+    texts = letter_texts(4000, seed=3)
+    assert len({prompt for prompt, _ in texts}) == 4000
+    for prompt, answer in texts:
+        letters = re.fullmatch(r"sort ((?:[a-h] ){3,5}):", prompt)[1].split()
+        assert re.fullmatch(r"( [a-h]){3,5}", answer)
+        assert sorted(letters) == answer.split()
+    assert texts == letter_texts(4000, seed=3) != letter_texts(4000, seed=4)
+    some_stand_twice = [len(set(answer.split())) < len(answer.split()) for _, answer in texts]
+    assert 0.5 < sum(some_stand_twice) / 4000 < 0.9
+
+
+def test_there_are_only_so_many_prompts():
+    assert len(letter_texts(10**6)) == 8**3 + 8**4 + 8**5
+
+
+@pytest.mark.parametrize(
+    "completion, right",
+    [
+        (" a c c f", True),
+        ("  a c  c f\n", True),
+        (" a c f", False),  # one c is missing
+        (" a c c c f", False),
+        (" a c f c", False),
+        (" a c c f .", False),
+        (" A C C F", False),
+        ("accf", False),
+        ("", False),
+    ],
+)
+def test_what_is_right(completion, right):
+    assert is_right("sort c f a c :", completion) is right
+
+
+def test_the_share_of_right_answers():
+    prompts = ["sort b a :", "sort d c h :", "sort a a g :"]
+    assert letter_metrics(prompts, [" a b", " c d h", " a g"]) == {"right": 2 / 3}
+
+
+# ---- a task
+
+
+def test_a_task_is_known_by_its_name():
+    assert task_of("sort") is task_of(["sort"]) is not None
+    assert task_of("reviews").metrics is review_metrics
+    for other in (None, "sort.jsonl", ["sort", "reviews"], [], "Sort"):
+        assert task_of(other) is None
+
+
+def test_sort_has_a_metric_and_a_reward_of_its_own_and_they_agree(tmp_path):
+    metrics, rows = run(tmp_path, "--data", "sort", "--demonstrations", 7, "--ppo-ratio", 1)
+    first, last = [row for row in rows if row["phase"] == "eval"]
+    assert first["eval/right"] == first["eval/reward"] and "eval/right" in last
+    assert "reward/exact_match" in next(row for row in rows if row["phase"] == "ppo")
+    assert "eval/fluent" not in metrics
+
+
+def test_right_answers_are_measured_without_a_reward_too(tmp_path):
+    metrics, _ = run(tmp_path, "--data", "sort", "--ppo-ratio", 0)
+    assert "eval/right" in metrics and "eval/reward" not in metrics
+
+
+def test_a_task_brings_defaults_and_a_flag_that_is_given_wins():
+    flags = parse_args(["--data", "sort", "--batch-size", "7"], ALGORITHMS, SCHEDULES)
+    assert (flags.demonstrations, flags.steps, flags.kl_coef) == (100, 600, 0.02)
+    assert flags.batch_size == 7
+    assert parse_args([], ALGORITHMS, SCHEDULES).demonstrations is None
+
+
+def test_the_built_in_model_learns_at_a_rate_of_the_task_and_another_model_does_not(tiny_folder):
+    for model, lr, warmup in (("tiny", 1e-3, 100), (str(tiny_folder), 1e-5, 0)):
+        flags = parse_args(["--data", "sort", "--model", model], ALGORITHMS, SCHEDULES)
+        prepare.resolve_defaults(flags, ALGORITHMS["ppo"], 64)
+        assert (flags.lr, flags.sft_warmup) == (pytest.approx(lr), warmup)
+
+
+# ---- few demonstrations
+
+
+def test_sft_sees_the_first_targets_alone_and_the_reward_sees_all(tmp_path, monkeypatch, capsys):
+    shown, scored = set(), []
+
+    def step(model, batch, *rest, **options):
+        shown.update(texts_of(batch))
+        return sft.sft_step(model, batch, *rest, **options)
+
+    def texts_of(batch):
+        return [
+            tuple(ids[mask].tolist())
+            for ids, mask in zip(batch.input_ids, batch.response_mask, strict=True)
+        ]
+
+    monkeypatch.setattr(train, "sft_step", step)
+    reward = tmp_path / "keep.py"
+    reward.write_text(
+        "def keep(prompts, completions, target):\n"
+        f"    with open({str(tmp_path / 'targets')!r}, 'a') as file:\n"
+        "        file.writelines(text + '\\n' for text in target)\n"
+        "    return [0.25 * len(text) for text in target]\n"
+    )
+    flags = ("--data", "sort", "--demonstrations", 3, "--steps", 12, "--limit", 40)
+    run(tmp_path, *flags, "--reward", f"{reward}:keep")
+    scored = (tmp_path / "targets").read_text().splitlines()
+    assert len(shown) == 3
+    assert len(set(scored)) > 10 and all(scored)
+    said = capsys.readouterr()
+    assert re.search(r"3 of 3\d training examples have a demonstration", said.out + said.err)
+
+
+def test_more_demonstrations_than_there_are_is_all_of_them(tmp_path, capsys):
+    run(tmp_path, "--demonstrations", 999, "--steps", 1)
+    said = capsys.readouterr()
+    n = re.search(r"(\d+) of (\d+) training examples have a demonstration", said.out + said.err)
+    assert n[1] == n[2]
+
+
+def test_no_demonstration_leaves_nothing_for_sft(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--demonstrations", 0)
+    assert "has no target to learn from: only --ppo-ratio 1 can use it" in capsys.readouterr().err
+    run(tmp_path, "--demonstrations", 0, "--ppo-ratio", 1, "--steps", 1)
+
+
+def test_prompts_of_a_task_have_no_target():
+    texts = load_prompts("sort", limit=9)
+    assert [e.prompt for e in texts] == [e.prompt for e in load_examples("sort", limit=9)]
+    assert not any(e.target for e in texts) and all(e.columns["target"] for e in texts)
+
+
+# ---- two learning rates
+
+
+@pytest.mark.parametrize(
+    "flags, phases",
+    [
+        (["--sft-warmup", 1], ["sft", "sft", "ppo", "sft", "ppo", "sft"]),
+        (["--ppo-ratio", 1, "--algorithm", "grpo", "--group-size", 2], ["grpo"] * 6),
+        (["--algorithm", "dpo", "--beta", 0.3], ["sft", "dpo"] * 3),
+    ],
+)
+def test_each_phase_has_its_peak_rate_and_the_schedule_scales_both(tmp_path, flags, phases):
+    rates = ("--lr", 7e-4, "--rl-lr", 3e-4, "--warmup-steps", 2, "--scheduler", "linear")
+    _, rows = run(tmp_path, *flags, *rates)
+    steps = [row for row in rows if row["phase"] != "eval"]
+    if "dpo" not in phases:
+        assert [row["phase"] for row in steps] == phases
+    factors = [1 / 2, 1, 1, 3 / 4, 2 / 4, 1 / 4]
+    for row, factor in zip(steps, factors, strict=True):
+        peak = 7e-4 if row["phase"] == "sft" else 3e-4
+        assert row["lr"] == pytest.approx(peak * factor)
+
+
+def test_the_optimiser_has_the_rate_of_the_phase_when_it_steps(tmp_path, monkeypatch):
+    """Also in the two updates of a gate's step: those on the reward, then SFT on hard prompts."""
+    seen = []
+
+    def spy(name, real):
+        def step(model, batch, optimizer, **options):
+            seen.append((name, {group["lr"] for group in optimizer.param_groups}))
+            return real(model, batch, optimizer, **options)
+
+        return step
+
+    monkeypatch.setattr(train, "sft_step", spy("sft", train.sft_step))
+    ppo = ALGORITHMS["ppo"]
+    monkeypatch.setitem(
+        ALGORITHMS, "ppo", train.Algorithm(**{**vars(ppo), "step": spy("ppo", ppo.step)})
+    )
+    flags = ("--schedule", "gate", "--threshold", 0.7, "--scheduler", "constant")
+    run(tmp_path, *flags, "--sft-warmup", 1, "--lr", 7e-4, "--rl-lr", 3e-4, "--steps", 3)
+    assert seen[:3] == [("sft", {7e-4}), ("ppo", {3e-4}), ("sft", {7e-4})]
+
+
+def test_a_resumed_run_keeps_both_rates(tmp_path):
+    flags = ("--lr", 7e-4, "--rl-lr", 3e-4, "--sft-warmup", 1)
+    whole, rows = run(tmp_path, *flags, name="whole")
+    run(tmp_path, *flags, "--save-every", 3, name="cut")
+    for row in [r for r in rows if r["phase"] == "ppo"]:
+        assert row["lr"] <= 3e-4
+    config = json.loads((tmp_path / "cut" / "config.json").read_text())
+    assert (config["lr"], config["rl_lr"]) == (7e-4, 3e-4)
