@@ -81,7 +81,7 @@ def make_parser(algorithms: dict | None = None, schedules: dict | None = None) -
         help="tokens of prompt and response together (default: 1024, or the model's context)")
     add("--lr", type=positive, help=f"peak learning rate (usual with adamw: 1e-6 to 1e-3; default: {default_rates()})")
     add("--rl-lr", type=positive,
-        help="the same for the updates of --algorithm (default: half of --lr for 'tiny', else all of it)")
+        help="the same for the updates of --algorithm (default: --lr; for 'tiny' 0.3 of it)")
     add("--optimizer", choices=tuple(DEFAULT_LR), default="adamw",
         help="torch's own; muon takes the matrices, AdamW the rest")
     add("--scheduler", choices=("constant", "linear", "cosine", "wsd"), default="linear",
@@ -166,7 +166,9 @@ def add_extension_flags(parser: Parser, schedules: dict | None = None) -> None:
     add("--sft-warmup", type=number(int, 0),
         help="SFT steps before the first PPO step (default: 30%% of a mixed run of 'tiny', else 0)")
     add("--threshold", type=number(float, -1e9), default=0.0,
-        help="gate, buffer: a prompt whose responses all score below this is hard")
+        help="gate, buffer, hints: a prompt whose responses all score below this is hard")
+    add("--hints", type=number(float, 0, 1, above=True), metavar="SHARE",
+        help="rollouts: a hard prompt comes with this share of its target, less and less until two thirds of the run")
     add = parser.add_argument_group("references").add_argument
     add("--ref-model", action="append", metavar="REF",
         help="reference of the KL penalty, a folder or hub id; or several times NAME=PATH:WEIGHT, for their mixture "
@@ -368,6 +370,8 @@ def check_flags_matter(parser: Parser, args: argparse.Namespace, algorithms: dic
     used_by = {name: (*entry.step_flags, *entry.flags) for name, entry in algorithms.items()}
     used_by |= {name: schedule.flags for name, schedule in schedules.items()}
     used_here = {*used_by[args.algorithm], *used_by[args.schedule]}
+    if args.hints is not None:
+        used_here.add("threshold")
     for flag in dict.fromkeys(flag for flags in used_by.values() for flag in flags):
         if flag not in used_here and getattr(args, flag) != parser.get_default(flag):
             owners = [name for name, flags in used_by.items() if flag in flags]

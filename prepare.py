@@ -52,6 +52,7 @@ from engine import (
 )
 from fingerprint import used_paths
 from flags import DEFAULT_LR, NOT_REMEMBERED, limits_of, read_config, resolve_length
+from hints import Hints, check_prompts
 from hybrid import HybridModel, build_tiny
 from lm import release_files
 from ppo import AdaptiveKLController
@@ -247,7 +248,7 @@ def resolve_defaults(args, algorithm: Algorithm, context: int) -> None:
         for_tiny, for_others = DEFAULT_LR[args.optimizer]
         args.lr = for_tiny * (1.0 if task is None else task.lr) if is_tiny else for_others
     if args.rl_lr is None:
-        args.rl_lr = args.lr * (0.5 if is_tiny else 1.0)  # PPO's steps are noisier than SFT's
+        args.rl_lr = args.lr * (0.3 if is_tiny else 1.0)  # a reward is noisier than a target
     if args.sft_warmup is None:
         # A model that has not learnt to write yet has nothing for PPO to improve.
         needs_warmup = is_tiny and args.ppo_ratio not in (0, 1)
@@ -284,10 +285,11 @@ def resolve_defaults(args, algorithm: Algorithm, context: int) -> None:
             f"--schedule {args.schedule} demonstrates the prompts that score badly, and those of "
             "--prompts have no target; leave one of the two out"
         )
-    if not algorithm.samples and (args.schedule != "ratio" or args.turns > 1):
+    needs_samples = args.schedule != "ratio" or args.turns > 1 or args.hints is not None
+    if not algorithm.samples and needs_samples:
         raise UserError(
-            f"--algorithm {args.algorithm} samples nothing, so it goes with --schedule ratio and "
-            "one turn"
+            f"--algorithm {args.algorithm} samples nothing, so it goes with --schedule ratio, one "
+            "turn and no --hints"
         )
     for extension in (schedules, references, dialogue):
         extension.check_flags(args)
@@ -312,6 +314,8 @@ def check_data(args, tokenizer, data: Data) -> None:
     prompts, held_out_prompts = data.prompts(args.prompts is not None)
     if args.ppo_ratio != 0 and not (prompts and held_out_prompts):
         raise UserError("--prompts needs two different prompts at least: one of them is held out")
+    if args.hints is not None:
+        check_prompts(tokenizer, prompts)
     check_replies(args, prompts, source)
     limits = limits_of(args)
     survey.say_shared(data.train, data.held_out, say)
@@ -352,14 +356,7 @@ def make_run(args, algorithm, model, tokenizer, data: Data) -> Run:
         backend=backend,
         scaler=scaler,
         kl_controller=AdaptiveKLController(args.kl_coef, args.kl_target, args.kl_horizon),
-        schedule=SCHEDULES[args.schedule](
-            prompts,
-            ppo_ratio=args.ppo_ratio,
-            steps=args.steps,
-            sft_warmup=args.sft_warmup,
-            threshold=args.threshold,
-            batch_size=args.batch_size,
-        ),
+        schedule=make_schedule(args, prompts),
         sft_stream=BatchStream(with_target, args.batch_size, seed=args.seed),
         prompt_stream=BatchStream(prompts, prompts_at_once, seed=args.seed + 1),
         pair_stream=BatchStream(data.pairs, args.batch_size, args.seed),
@@ -377,6 +374,20 @@ def make_run(args, algorithm, model, tokenizer, data: Data) -> Run:
             temperature=args.temperature,
         ),
     )
+
+
+def make_schedule(args, prompts: list[Example]):
+    """The schedule that --schedule names, or the one of --hints."""
+    options = dict(
+        ppo_ratio=args.ppo_ratio,
+        steps=args.steps,
+        sft_warmup=args.sft_warmup,
+        threshold=args.threshold,
+        batch_size=args.batch_size,
+    )
+    if args.hints is not None:
+        return Hints(prompts, hints=args.hints, **options)
+    return SCHEDULES[args.schedule](prompts, **options)
 
 
 def load_reward(args, run: Run, data: Data, start: Callable):

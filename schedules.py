@@ -77,6 +77,10 @@ class Ratio:
         """The share of SFT in the loss of an RL update."""
         return 0.0
 
+    def prompts(self, examples: list[Example], step: int) -> list[Example]:
+        """What a rollout is sampled for, where these examples were drawn."""
+        return examples
+
     def after_rollout(self, examples: list[Example], scores: torch.Tensor) -> list[Example]:
         """The examples of a rollout and their scores (B,), NaN where there is none -> the examples
         that get an SFT update now; their rows are then left out of the RL loss."""
@@ -189,6 +193,8 @@ def leave_out(rollout, examples: list[Example], chosen: list[Example]) -> None:
 
 def check_flags(args) -> None:
     """Raises UserError for flags of a schedule that contradict each other."""
+    if args.hints is not None and (args.schedule != "ratio" or args.ppo_ratio == 0):
+        raise UserError("--hints is for rollouts of --schedule ratio; leave one of the two out")
     if args.schedule != "ratio" and args.ppo_ratio == 0:
         raise UserError(
             f"--schedule {args.schedule} without PPO is pure SFT: say --ppo-ratio 0 alone"

@@ -113,7 +113,8 @@ def train_on_demonstrations(run: Run, args: argparse.Namespace) -> dict[str, flo
 def train_on_reward(run: Run, args: argparse.Namespace) -> dict[str, float]:
     """PPO, GRPO: sample responses, score them, update. On-policy, because they are sampled here."""
     algorithm, kl_coef = run.algorithm, run.kl_controller.value
-    run.drawn = [e for e in run.prompt_stream.next() for _ in range(args.group_size)]
+    prompts = run.schedule.prompts(run.prompt_stream.next(), run.step)
+    run.drawn = [example for example in prompts for _ in range(args.group_size)]
     # A seed of its own for each step and process: room for a million steps on 1,024 processes
     seed = (args.seed * 2**20 + run.step) * 2**10 + parallel.rank()
     rollout, metrics = collect_rollout(

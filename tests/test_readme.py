@@ -126,6 +126,7 @@ def test_every_logged_metric_is_in_the_glossary_and_no_other(tmp_path, tiny_fold
         "self": ["--reward", "self_play(length)", "--schedule", "buffer"],
         "gate": ["--schedule", "gate", "--reward", f"{tmp_path}/r.py:f + sentiment"],
         "mix": ["--schedule", "mix"],
+        "hints": ["--data", "sort", "--hints", 0.5],
         "dpo": ["--algorithm", "dpo"],
         "grpo": ["--algorithm", "grpo", "--group-size", 2, "--schedule", "mix"],
         "refs": refs,
