@@ -1,21 +1,30 @@
-"""SFT alone, PPO alone, SFT then PPO, and the hybrid: with equal code, data, steps and tuning.
+"""Schedules side by side: SFT, PPO, SFT then PPO, the hybrid, others. Code, data, tuning are equal.
 
     python compare.py --seeds 5 --out compare                                # the built-in task
-    python compare.py --out compare-mine -- --model gpt2 --data examples/my_data.jsonl
+    python compare.py --arms sft then@0.25 turns --out compare-mine -- --data examples/my_data.jsonl
+    python compare.py --untuned --out compare-sort -- --data sort
 
-What follows `--` goes to train.py. Every step of every arm is ONE update on one batch
-(`--ppo-epochs 1 --minibatches 1`, unless you give others): equal steps are equal updates on equally
-many rows. The table also has what sampling takes: tokens and seconds. Every arm is tuned over the
-same learning rates and KL coefficients, on seed 0, which is not reported; --select says by what.
+A row of the table is an arm (arms.py): a schedule, or any flags of train.py. What follows `--` goes
+to train.py for all arms. Every step is ONE update on one batch (`--ppo-epochs 1 --minibatches 1`,
+unless you give others), so equal steps are equal updates on equally many rows. Every arm is tuned
+over the same learning rates and KL coefficients, on seed 0, which is not reported; --select says by
+what. An arm that names --lr or --kl-coef keeps it.
 
-`--tax` adds the perplexity of the model before training and of every final model on a text that the
-runs did not train on. The same command continues an interrupted comparison. A complete run is not
-repeated, also when seeds, rates or coefficients are added; one that failed is. What a run printed
-is in its log. No train.py goes on after compare.py has ended, however it ended (children.py).
+With `--untuned` nothing is tuned or preset: rates, KL coefficient, passes over a rollout are those
+of train.py and of the task, and seeds are 0, 1, ... --steps is 600; with --untuned it is that of
+the task or of train.py. The reward is that of the task, else `sentiment`.
 
-The table has means and 95 % intervals (Student's t over seeds). compare.json has every number.
-pareto.png shows the reward against the held-out NLL along training, a line for each arm: up and to
-the left is better. Left out on purpose: a winner.
+The table has means and 95 % intervals (Student's t over seeds) and what a run took. Its last
+columns have --metric at the end and at equal updates, sampled tokens and seconds: at the most that
+every run which samples has spent, linearly between evaluations; a run that spent less shows its
+end. A run read before its end has a learning rate that has not decayed yet (budgets.py).
+
+pareto.png has the metric against the held-out NLL; compare.json has every number. `--tax` adds the
+perplexity of the model before training and of every final model on a text that the runs did not
+train on, the KL between the two (razor.py) and razor.png. The same command continues an interrupted
+comparison. A complete run is not repeated, also when arms, seeds, rates or coefficients are added;
+one that failed is. What a run printed is in its log. No train.py goes on after compare.py has
+ended, however it ended (children.py). Left out on purpose: a winner.
 """
 
 import itertools
@@ -28,19 +37,28 @@ from typing import NamedTuple
 
 import transformers
 
+import arms
 import flags
+import schedules
+from arms import exact
+from budgets import metric_of, summarise, utility
 from children import Children
 from engine import Parser, UserError, check_new_folder, number, one_line_errors
-from evaluate import perplexity, whole_texts
+from evaluate import whole_texts
 from lock import one_writer
 from plot import load_pyplot
+from razor import add_tax
+from report import write_report
 from runs import read_config, read_rows
 from schedules import SCHEDULES
-from tables import at_equal_reward, markdown, pareto
+from tasks import task_of
 from train import ALGORITHMS
 
-# Flags of train.py that may not follow `--`
-SET_HERE = ("steps", "seed", "out", "lr", "kl_coef", "ppo_ratio", "resume", "overwrite", "dry_run")
+# Flags of train.py that neither an arm may have nor what follows `--`
+SET_HERE = ("seed", "out", "resume", "overwrite", "dry_run")
+# Those that what follows `--` may not have: the arms differ in it, or compare has a flag for it
+OF_ARMS = ("steps", "ppo_ratio")
+TUNED = ("lr", "kl_coef")  # nor these, unless nothing is tuned
 
 
 class RunFailed(UserError):
@@ -52,57 +70,47 @@ class Job(NamedTuple):
 
     arm: str
     seed: int
-    lr: float
-    kl_coef: float
+    lr: float | None  # None: not set here
+    kl_coef: float | None
 
     def folder(self, out: Path) -> Path:
-        arm = self.arm.replace(", ", "-").replace(" ", "-").lower()
-        return out / f"{arm}-seed{self.seed}-lr{exact(self.lr)}-kl{exact(self.kl_coef)}"
+        lr = "" if self.lr is None else f"-lr{exact(self.lr)}"
+        kl = "" if self.kl_coef is None else f"-kl{exact(self.kl_coef)}"
+        return out / f"{arms.slug(self.arm)}-seed{self.seed}{lr}{kl}"
+
+    def said(self) -> str:
+        lr = "" if self.lr is None else f", lr {exact(self.lr)}"
+        kl = "" if self.kl_coef is None else f", kl-coef {exact(self.kl_coef)}"
+        return f"{self.arm} (seed {self.seed}{lr}{kl})"
 
 
-def exact(value: float) -> str:
-    """The shortest text that means this number and no other one: no two share a folder."""
-    return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+class Arm(NamedTuple):
+    """One row of the table: its flags of train.py, and what follows from them."""
+
+    words: list[str]  # all but seed, lr, kl_coef, out
+    steps: int
+    lrs: list[float | None]  # to try
+    kl_coefs: list[float | None]
 
 
-def arms(steps: int) -> dict[str, list[str]]:
-    """The flags in which the arms differ. The hybrid keeps the SFT warm-up of train.py."""
-    return {
-        "SFT": ["--ppo-ratio", "0"],
-        "PPO": ["--ppo-ratio", "1", "--sft-warmup", "0"],
-        "SFT, then PPO": ["--ppo-ratio", "1", "--sft-warmup", str(steps // 2)],
-        "hybrid": ["--ppo-ratio", "0.5"],
-    }
-
-
-def summarise(rows: list[dict], batch_size: int) -> dict:
-    """metrics.jsonl -> the last evaluation, the first, the curve (step, NLL, reward), COUNTS."""
-    evaluations = []
-    for row in rows:
-        if row["phase"] == "eval":
-            metrics = {n: value for n, value in row.items() if n == "step" or n.startswith("eval/")}
-            evaluations.append(metrics)
-    lengths = [row["ppo/response_length"] for row in rows if "ppo/response_length" in row]
-    return {
-        **evaluations[-1],
-        "before": evaluations[0],
-        "curve": [(e["step"], e.get("eval/nll"), e.get("eval/reward")) for e in evaluations],
-        "PPO steps": len(lengths),
-        "sampled tokens": round(sum(lengths) * batch_size),
-        "seconds": sum(row.get("seconds", 0.0) for row in rows),
-    }
-
-
-def utility(summary: dict, select: str) -> float:
-    """What tuning maximises: a metric, or (the default) the reward minus the held-out NLL."""
-    if select == "reward-nll":
-        return summary["eval/reward"] - summary["eval/nll"]
-    if select not in summary:
-        metrics = ", ".join(name for name in summary if name.startswith("eval/"))
-        raise UserError(
-            f"--select {select} is no metric of these runs; they have reward-nll, {metrics}"
-        )
-    return summary[select]
+def make_arm(own: list[str], args, train_flags: list[str]) -> Arm:
+    """An arm from its own flags and those of the command. Raises UserError for a wrong flag."""
+    given = given_flags(own)
+    refuse(given, SET_HERE, "an arm")
+    run = flags.parse_args(["--steps", str(args.steps), *train_flags, *own], ALGORITHMS, SCHEDULES)
+    schedules.check_flags(run)
+    samples = run.ppo_ratio != 0 and ALGORITHMS[run.algorithm].samples
+    task = task_of(run.data or "reviews")
+    reward = "sentiment" if task is None else task.reward
+    words = ["--steps", run.steps, "--eval-every", max(1, run.steps // 10), "--save-every", 0]
+    words += ["--reward", reward]
+    if samples and not args.untuned:
+        words += ["--ppo-epochs", 1, "--minibatches", 1]
+    words = [*map(str, words), *train_flags, *own]
+    is_lr_set = args.untuned or given["lr"] is not None
+    is_kl_set = args.untuned or given["kl_coef"] is not None or not samples
+    lrs = [None] if is_lr_set else args.lrs
+    return Arm(words, run.steps, lrs, [None] if is_kl_set else args.kl_coefs)
 
 
 def is_complete(folder: Path, steps: int) -> bool:
@@ -113,83 +121,91 @@ def is_complete(folder: Path, steps: int) -> bool:
     return measured and (folder / "final").is_dir()
 
 
-def make_folder(out: Path, command: dict) -> None:
-    """Make the folder with a note of the command. Raises UserError for another note."""
-    note, text = out / "command.json", json.dumps(command, indent=1) + "\n"
-    if not note.is_file():
-        check_new_folder(str(out))
-        out.mkdir()
-        note.write_text(text, encoding="utf-8")
-    elif note.read_text(encoding="utf-8") != text:
+def note_command(out: Path, command: dict) -> None:
+    """Write down in the folder what every run depends on. What is there may lack arms.
+
+    Raises UserError where the folder holds a comparison with other flags.
+    """
+    note, old = out / "command.json", command
+    if note.is_file():
+        old = json.loads(note.read_text(encoding="utf-8"))
+        old = {"untuned": False, "arms": {}, **old}  # an older comparison
+    known = old["arms"]
+    changed = [arm for arm, own in command["arms"].items() if known.get(arm, own) != own]
+    what = f"another arm {changed[0]!r}" if changed else None
+    if {**old, "arms": {}} != {**command, "arms": {}}:
+        what = "other --steps or flags of train.py"
+    if what is not None:
         raise UserError(
-            f"--out {out} holds a comparison with other --steps or flags of train.py ({note}); "
-            "choose another folder"
+            f"--out {out} holds a comparison with {what} ({note}); choose another folder"
         )
+    command = {**command, "arms": {**known, **command["arms"]}}
+    note.write_text(json.dumps(command, indent=1) + "\n", encoding="utf-8")
 
 
-def command_line(job: Job, args, train_flags: list[str]) -> list[str]:
+def command_line(job: Job, args) -> list[str]:
     """The flags of train.py for this job."""
-    words = ["--steps", args.steps, "--eval-every", max(1, args.steps // 10), "--save-every", 0]
-    words += ["--reward", "sentiment", "--ppo-epochs", 1, "--minibatches", 1, *train_flags]
-    words += [*arms(args.steps)[job.arm], "--seed", job.seed, "--lr", job.lr]
-    words += ["--kl-coef", job.kl_coef, "--out", job.folder(Path(args.out)), "--overwrite"]
-    return list(map(str, words))
+    words = [*args.arms[job.arm].words, "--seed", job.seed]
+    if job.lr is not None:
+        words += ["--lr", job.lr]
+    if job.kl_coef is not None:
+        words += ["--kl-coef", job.kl_coef]
+    return [*map(str, words), "--out", str(job.folder(Path(args.out))), "--overwrite"]
 
 
-def train_once(job: Job, args, train_flags: list[str], children: Children) -> dict:
+def train_once(job: Job, args, children: Children) -> dict:
     """Run train.py for this job, unless its folder is complete. Returns the summary of the run.
 
     Raises RunFailed where train.py fails, UserError where there is nothing to compare.
     """
     folder = job.folder(Path(args.out))
-    is_new = not is_complete(folder, args.steps)
+    is_new = not is_complete(folder, args.arms[job.arm].steps)
     if is_new:
         program = [sys.executable, str(Path(__file__).with_name("train.py"))]
         threads = max(1, (os.cpu_count() or 1) // args.jobs)
         # Unbuffered: the last line of the log is the last one that was written.
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
         log = Path(f"{folder}.log")  # not inside: train.py replaces the folder
-        status = children.run([*program, *command_line(job, args, train_flags)], environment, log)
+        status = children.run([*program, *command_line(job, args)], environment, log)
         if status != 0:
             lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
             reason = f"ended by signal {-status}" if status < 0 else [log.name, *lines][-1]
-            what = f"seed {job.seed}, lr {exact(job.lr)}, kl-coef {exact(job.kl_coef)}"
-            raise RunFailed(f"{job.arm} ({what}) failed, see {log}: {reason}")
+            raise RunFailed(f"{job.said()} failed, see {log}: {reason}")
     print(f"{'done' if is_new else 'found'}: {folder.name}", flush=True)
-    summary = summarise(read_rows(folder / "metrics.jsonl"), read_config(folder)["batch_size"])
-    if any(None in point for point in summary["curve"]):
+    summary = summarise(read_rows(folder / "metrics.jsonl"), read_config(folder))
+    if not all({"eval/nll", "eval/reward"} <= set(point) for point in summary["curve"]):
         raise UserError(
             f"{folder} has an evaluation without a reward or a held-out NLL, "
             "so there is nothing to compare"
         )
-    utility(summary, args.select)  # raises after the first run if there is no such metric
+    utility(summary, args.select)  # these raise after the first run if there is no such metric
+    metric_of(summary, args.metric, args.select)
     return summary
 
 
 def tuning_grid(args) -> list[Job]:
     """Every learning rate with every KL coefficient, for each arm, on seed 0. SFT has no KL."""
     grid = []
-    for arm in arms(args.steps):
-        kl_coefs = args.kl_coefs[:1] if arm == "SFT" else args.kl_coefs
-        grid += [Job(arm, 0, lr, kl) for lr, kl in itertools.product(args.lrs, kl_coefs)]
+    for name, arm in args.arms.items():
+        grid += [Job(name, 0, *rates) for rates in itertools.product(arm.lrs, arm.kl_coefs)]
     return grid
 
 
-def run_all(args, train_flags: list[str]) -> tuple[list, dict[str, Job], list]:
+def run_all(args) -> tuple[list, dict[str, Job], list]:
     """Tune, then run every seed, `--jobs` runs at a time.
 
     Returns the pairs (job, summary) of tuning, the best job of each arm, the pairs of the seeds.
-    With one learning rate and one KL coefficient nothing is tuned. When a run fails, the others go
-    on, and only then UserError is raised. But none starts before one has ended well: a mistake of
-    the command stops all of them.
+    An arm with one learning rate and one KL coefficient is not tuned. When a run fails, the others
+    go on, and only then UserError is raised. But none starts before one has ended well: a mistake
+    of the command stops all of them.
     """
-    names, ended, failed = list(arms(args.steps)), [], []
+    ended, failed = [], []
 
     def run(job: Job) -> dict | None:
         if failed and not ended:
             return None
         try:
-            summary = train_once(job, args, train_flags, children)
+            summary = train_once(job, args, children)
         except RunFailed as problem:
             failed.append(problem)
             print(problem, flush=True)
@@ -206,68 +222,38 @@ def run_all(args, train_flags: list[str]) -> tuple[list, dict[str, Job], list]:
 
     # The children are the inner context: it ends them before the pool waits for its threads.
     with ThreadPoolExecutor(args.jobs) as pool, Children() as children:
-        grid = tuning_grid(args)
-        best = {job.arm: job for job in grid}
-        tuned = run_each(grid) if len(grid) > len(names) else []
-        for arm in names if tuned else ():
+        best, grid = {}, {}
+        for job in tuning_grid(args):
+            best[job.arm] = job
+            grid.setdefault(job.arm, []).append(job)
+        tuned = run_each([job for jobs in grid.values() if len(jobs) > 1 for job in jobs])
+        for arm in {job.arm for job, _ in tuned}:
             utilities = {job: utility(s, args.select) for job, s in tuned if job.arm == arm}
             best[arm] = max(utilities, key=utilities.get)
-        jobs = [best[arm]._replace(seed=seed) for arm in names for seed in range(1, args.seeds + 1)]
+        seeds = range(args.seeds) if args.untuned else range(1, args.seeds + 1)
+        jobs = [job._replace(seed=seed) for job in best.values() for seed in seeds]
         return tuned, best, run_each(jobs)
-
-
-def add_tax(finished: list, out: Path, elsewhere: list) -> None:
-    """Add the perplexity on another text, before training and after, to the summaries."""
-    before = {}
-    model = read_config(finished[0][0].folder(out))["model"]
-    if model != "tiny":  # the perplexity of random weights says nothing
-        before["perplexity elsewhere"] = perplexity(model, elsewhere)
-    for job, summary in finished:
-        summary["before"] |= before
-        final = str(job.folder(out) / "final")
-        summary["perplexity elsewhere"] = perplexity(final, elsewhere)
-
-
-def write_report(args, argv: list[str], tuned: list, best: dict[str, Job], finished: list) -> dict:
-    """Write compare.json, compare.md and pareto.png, print the table. Returns the JSON."""
-    out = Path(args.out)
-    results = {arm: [summary for job, summary in finished if job.arm == arm] for arm in best}
-    tuning = []
-    for job, summary in tuned:
-        metrics = {name: value for name, value in summary.items() if name.startswith("eval/")}
-        tuning.append({"arm": job.arm, "lr": job.lr, "kl_coef": job.kl_coef, **metrics})
-    report = {
-        "command": ["compare.py", *argv],
-        "chosen": {arm: {"lr": job.lr, "kl_coef": job.kl_coef} for arm, job in best.items()},
-        "tuning": tuning,
-        "runs": results,
-    }
-    (out / "compare.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    chosen = []
-    for arm, job in best.items():
-        kl = "" if arm == "SFT" else f", kl-coef {exact(job.kl_coef)}"
-        chosen.append(f"{arm}: lr {exact(job.lr)}{kl}")
-    how = f"Tuned on seed 0 by {args.select}" if tuned else "Not tuned"
-    text = (
-        f"{markdown(results)}\n\n{args.steps} steps, {args.seeds} seeds, mean and 95 % interval. "
-        f"{how}: {'; '.join(chosen)}.\n{at_equal_reward(results)}\n"
-    )
-    (out / "compare.md").write_text(text, encoding="utf-8")
-    print(text)
-    pareto(results, out / "pareto.png")
-    return report
 
 
 def parse_args(argv: list[str]):
     """-> the flags of this file, and what follows `--`, for train.py."""
     parser = Parser(__doc__.splitlines()[0])
     add, count, positive = parser.add_argument, number(int, 1), number(float, 0, above=True)
-    add("--out", default="compare", help="folder of all runs, compare.md, .json, pareto.png")
+    add("--out", default="compare", help="folder of all runs, compare.md, .json, figures")
+    what = f"{', '.join(arms.ARMS)}, some with a number (then@0.25), or NAME=FLAGS"
+    add("--arms", nargs="+", metavar="ARM", default=arms.DEFAULT, help=what)
     add("--seeds", type=number(int, 1, 10), default=5, help="runs of each arm: seeds 1, 2, ...")
-    add("--steps", type=count, default=600, help="steps of every run")
-    add("--lrs", type=positive, nargs="+", default=[1e-3, 3e-3], help="learning rates to try")
-    add("--kl-coefs", type=number(float, 0), nargs="+", default=[0.02, 0.1], help="KL coefficients")
+    add("--steps", type=count, help="steps of every run (default: 600; --untuned: as train.py)")
+    add("--lrs", type=positive, nargs="+", help="learning rates to try (default: 1e-3 3e-3)")
+    what = "KL coefficients to try (default: 0.02 0.1)"
+    add("--kl-coefs", type=number(float, 0), nargs="+", help=what)
+    what = "tune nothing, preset nothing: the defaults of train.py and the task; seeds 0, 1, ..."
+    add("--untuned", action="store_true", help=what)
     add("--select", default="reward-nll", help="tuning maximises it: reward-nll, or any metric")
+    what = (
+        "what is compared at equal budgets, such as eval/reward (default: --select, or the task's)"
+    )
+    add("--metric", help=what)
     what = "text to measure perplexity on: a file, or hub dataset [configuration [split]]"
     add("--tax", nargs="+", metavar="SOURCE", help=what)
     add("--jobs", type=count, default=2, help="runs at a time")
@@ -276,25 +262,43 @@ def parse_args(argv: list[str]):
         end = argv.index("--")
         own, train_flags = argv[:end], argv[end + 1 :]
     args = parser.parse_args(own)
+    if args.untuned and (args.lrs or args.kl_coefs):
+        raise UserError("--untuned tries no --lrs and no --kl-coefs; leave out one of the two")
+    args.lrs, args.kl_coefs = args.lrs or [1e-3, 3e-3], args.kl_coefs or [0.02, 0.1]
     for name in ("lrs", "kl_coefs"):  # equal numbers are one job; `+ 0.0` makes 0 of -0
         setattr(args, name, list(dict.fromkeys(value + 0.0 for value in getattr(args, name))))
-    check_train_flags(args, train_flags)
+    refused = (*SET_HERE, *OF_ARMS) if args.untuned else (*SET_HERE, *OF_ARMS, *TUNED)
+    refuse(given_flags(train_flags), refused, "train.py")
+    run = flags.parse_args(train_flags, ALGORITHMS, SCHEDULES)
+    if args.steps is None:
+        args.steps = run.steps if args.untuned else 600
+    args.own = arms.parse_arms(args.arms, args.steps)  # the flags in which the arms differ
+    args.arms = {}
+    for label, own in args.own.items():
+        try:
+            args.arms[label] = make_arm(own, args, train_flags)
+        except UserError as problem:
+            raise UserError(f"--arms {label}: {problem}") from None
+    for job in tuning_grid(args):
+        flags.parse_args(command_line(job, args), ALGORITHMS, SCHEDULES)
     return args, train_flags
 
 
-def check_train_flags(args, train_flags: list[str]) -> None:
-    """Raises UserError for a flag that is set here, and for what train.py would refuse."""
+def given_flags(words: list[str]) -> dict:
+    """The flags of train.py in these words; None: not given. Raises UserError for a wrong one."""
     parser = flags.make_parser(ALGORITHMS, SCHEDULES)
-    parser.set_defaults(**dict.fromkeys(vars(parser.parse_args([]))))  # None: not given
-    given = vars(parser.parse_args(flags.join_metric(train_flags)))  # `--step=5` is --steps too
-    for name in SET_HERE:
+    parser.set_defaults(**dict.fromkeys(vars(parser.parse_args([]))))
+    return vars(parser.parse_args(flags.join_metric(words)))  # `--step=5` is --steps too
+
+
+def refuse(given: dict, names: tuple[str, ...], whose: str) -> None:
+    """Raises UserError for a flag that is set here."""
+    for name in names:
         if given[name] is not None:
             raise UserError(
-                f"{flags.spelled(name)} is not for train.py here: the arms differ in it, "
+                f"{flags.spelled(name)} is not for {whose} here: the arms differ in it, "
                 "or compare has a flag of its own for it"
             )
-    for job in tuning_grid(args):
-        flags.parse_args(command_line(job, args, train_flags), ALGORITHMS, SCHEDULES)
 
 
 @one_line_errors
@@ -306,12 +310,17 @@ def main(argv: list[str] | None = None) -> dict:
     args, train_flags = parse_args(argv)
     load_pyplot("compare")  # a missing package or text is an error now, not after an hour
     elsewhere = whole_texts(args.tax) if args.tax else []
-    # Every run depends on these two. New seeds, rates or coefficients only add runs.
-    make_folder(Path(args.out), {"steps": args.steps, "train.py": train_flags})
+    out = Path(args.out)
+    if not (out / "command.json").is_file():
+        check_new_folder(args.out)
+        out.mkdir()
     with one_writer(args.out):
-        tuned, best, finished = run_all(args, train_flags)
+        # Every run depends on these. New arms, seeds, rates or coefficients only add runs.
+        command = {"steps": args.steps, "train.py": train_flags, "untuned": args.untuned}
+        note_command(out, {**command, "arms": args.own})
+        tuned, best, finished = run_all(args)
         if elsewhere:
-            add_tax(finished, Path(args.out), elsewhere)
+            add_tax([(job.folder(out), summary) for job, summary in finished], elsewhere)
         return write_report(args, argv, tuned, best, finished)
 
 

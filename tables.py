@@ -1,24 +1,24 @@
-"""The table, the sentence and the figure of a comparison, from the summaries of its runs.
+"""The table and the sentence of a comparison, from the summaries of its runs.
 
-A summary is what `compare.summarise` makes of one run. `results` has the summaries of each arm.
+A summary is what `budgets.summarise` makes of one run. `results` has the summaries of each arm.
 Left out on purpose: tests of significance, a winner.
 
-    python compare.py --out compare            # prints the table and writes the figure
+    python compare.py --out compare            # prints the table
 """
 
 import itertools
 import math
 import statistics
-from pathlib import Path
 
-from plot import load_pyplot
+from budgets import mean_curve
 
 # Student's t, 97.5 %, by degrees of freedom (0 to 9)
 T_975 = [math.nan, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
-COUNTS = ("PPO steps", "sampled tokens", "seconds")
+COUNTS = ("updates", "rollouts", "sampled tokens", "seconds")
 TABLE_COLUMNS = ("eval/nll", "eval/reward", "eval/reward/", "eval/kl", "perplexity elsewhere")
-TABLE_COLUMNS += ("eval/fluent_and_positive", "eval/distinct", "eval/distinct_2")
-TABLE_COLUMNS += ("eval/response_length", *COUNTS)  # "eval/reward/" stands for every leaf
+TABLE_COLUMNS += ("KL from the start", "eval/right", "eval/fluent_and_positive", "eval/distinct")
+TABLE_COLUMNS += ("eval/distinct_2", "eval/response_length", *COUNTS)
+# "eval/reward/" stands for every leaf.
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -55,28 +55,25 @@ def cell(values: list[float], is_count: bool) -> str:
     return f"{text} ± {half:,.{digits}f}"
 
 
-def markdown(results: dict[str, list[dict]]) -> str:
-    """A row for the model before training, a row for each arm, a column for each measurement."""
-    results = {"before training": [run["before"] for run in results["hybrid"]], **results}
+def markdown(results: dict[str, list[dict]], metric: str, amounts: dict[str, float]) -> str:
+    """A row for the model before training, a row for each arm, a column for each measurement.
+
+    The last columns have `metric` at the end, and at an equal amount of each budget.
+    """
+    results = {"before training": [run["before"] for run in [*results.values()][-1]], **results}
     columns = columns_in([run for runs in results.values() for run in runs])
-    head = [name.removeprefix("eval/") for name in columns]
-    lines = [f"| arm | {' | '.join(head)} |", "|---" * (len(columns) + 1) + "|"]
+    heads = {name: name.removeprefix("eval/") for name in columns if name != metric}
+    heads[metric] = f"{metric.removeprefix('eval/')} at the end"
+    for budget, amount in amounts.items():
+        heads[f"at equal {budget}"] = f"at {amount:,.{0 if amount >= 10 else 1}f} {budget}"
+    lines = [f"| arm | {' | '.join(heads.values())} |", "|---" * (len(heads) + 1) + "|"]
     for arm, runs in results.items():
         cells = []
-        for name in columns:
+        for name in heads:
             values = [run[name] for run in runs if name in run]
             cells.append(cell(values, is_count=name in COUNTS))
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def mean_curve(runs: list[dict]) -> list[tuple[float, float]]:
-    """(NLL, reward) at every evaluation, the mean over seeds."""
-    curve = []
-    for points in zip(*[run["curve"] for run in runs]):  # the same evaluation of every run
-        _, nll, reward = zip(*points)
-        curve.append((statistics.mean(nll), statistics.mean(reward)))
-    return curve
 
 
 def nll_at_reward(curve: list[tuple[float, float]], reward: float) -> float | None:
@@ -88,39 +85,17 @@ def nll_at_reward(curve: list[tuple[float, float]], reward: float) -> float | No
 
 
 def at_equal_reward(results: dict[str, list[dict]]) -> str:
-    """One line: the held-out NLL of the PPO arms where they have the reward of the final hybrid."""
-    nll, reward = mean_curve(results["hybrid"])[-1]
-    others = []
-    for arm in ("PPO", "SFT, then PPO"):
-        arm_nll = nll_at_reward(mean_curve(results[arm]), reward)
-        others.append(f"{arm}: {'never there' if arm_nll is None else f'{arm_nll:.2f}'}")
+    """A line: the held-out NLL of the other arms that sample where they have the reward of the
+    final hybrid. It is empty where there is no hybrid, or no other one."""
+    others = {arm: runs for arm, runs in results.items() if runs[0]["rollouts"] and arm != "hybrid"}
+    if "hybrid" not in results or not others:
+        return ""
+    nll, reward = mean_curve(results["hybrid"], "eval/reward")[-1]
+    said = []
+    for arm, runs in others.items():
+        arm_nll = nll_at_reward(mean_curve(runs, "eval/reward"), reward)
+        said.append(f"{arm}: {'never there' if arm_nll is None else f'{arm_nll:.2f}'}")
     return (
         f"Held-out NLL at the reward with which the hybrid ends ({reward:.2f}): "
-        f"hybrid: {nll:.2f}; {'; '.join(others)}."
+        f"hybrid: {nll:.2f}; {'; '.join(said)}.\n"
     )
-
-
-def pareto(results: dict[str, list[dict]], path: Path) -> None:
-    """Reward against held-out NLL along training, the mean over seeds.
-
-    A large dot is the end of an arm, a small dot the end of one seed, a cross the model before
-    training. The cross is left out where it is far away, as it is for random weights.
-    """
-    pyplot = load_pyplot("compare")
-    figure, axis = pyplot.subplots(figsize=(6.4, 4.4), layout="constrained")
-    sft_nll = statistics.mean(run["eval/nll"] for run in results["SFT"])
-    is_near = mean_curve(results["hybrid"])[0][0] < 1.5 * sft_nll
-    for arm, runs in results.items():
-        curve = mean_curve(runs)[0 if is_near else 1 :]
-        [line] = axis.plot(*zip(*curve), ".-", markersize=2, linewidth=1.2, label=arm)
-        color = line.get_color()
-        axis.plot(*curve[-1], "o", color=color, markersize=7)
-        for run in runs:
-            axis.plot(run["eval/nll"], run["eval/reward"], ".", color=color, markersize=5)
-    if is_near:
-        axis.plot(*curve[0], "kx", label="before training")
-    axis.set_xlabel("held-out NLL, nats a token (less is better)")
-    axis.set_ylabel("reward (more is better)")
-    axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)

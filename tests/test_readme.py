@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 import compare
 import evaluate
+import report
 from flags import make_parser
 from runs import read_rows
 from train import ALGORITHMS, main
@@ -414,7 +415,8 @@ def test_a_benchmark_runs_on_records_like_those_of_the_hub(
     monkeypatch.setattr(
         compare, "load_pyplot", lambda what: None
     )  # matplotlib is an optional package
-    monkeypatch.setattr(compare, "pareto", lambda results, path: None)
+    monkeypatch.setattr(report, "draw_pareto", lambda *given: None)
+    monkeypatch.setattr(report, "draw_razor", lambda *given: None)
     for name in ("gpt2", "roneneldan/TinyStories-1M"):
         shutil.copytree(tiny_folder, tmp_path / name)
     classifier = AutoConfig.for_model(
@@ -447,6 +449,7 @@ WRITTEN_BY_A_RUN = {
     "skipped.jsonl",
     "config.json",
     "compare.json",
+    "compare.md",
 }
 
 
