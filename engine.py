@@ -188,15 +188,15 @@ def learning_rate_factor(name: str, steps: int, warmup_steps: int) -> Callable[[
 def enter_phase(optimizer: torch.optim.Optimizer, phase: str, lr: float) -> None:
     """Before the updates of a phase (`sft`, `ppo`, ...): set its learning rate.
 
-    Where SFT came before, the momentum starts again from 0: else the first updates on a reward go
-    on in the direction of the demonstrations, which PPO has not sampled and cannot clip. The second
-    moments, and all of it between updates of one kind, are kept.
+    Where another phase came before, the momentum starts again from 0. Else the first updates on a
+    reward go on in the direction of the demonstrations, which PPO has not sampled and its clip does
+    not see (and SFT goes on in the direction of the reward). The second moments are kept.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
-    was_sft = optimizer.param_groups[0].get("phase") == "sft"
+    before = optimizer.param_groups[0].get("phase", phase)
     optimizer.param_groups[0]["phase"] = phase  # in the optimiser, so that a checkpoint keeps it
-    if phase == "sft" or not was_sft:
+    if phase == before:
         return
     for part in getattr(optimizer, "optimizers", [optimizer]):
         for state in part.state.values():

@@ -80,8 +80,7 @@ def make_parser(algorithms: dict | None = None, schedules: dict | None = None) -
     add("--max-length", type=number(int, 2),
         help="tokens of prompt and response together (default: 1024, or the model's context)")
     add("--lr", type=positive, help=f"peak learning rate (usual with adamw: 1e-6 to 1e-3; default: {default_rates()})")
-    add("--rl-lr", type=positive,
-        help="the same for the updates of --algorithm (default: --lr; for 'tiny' 0.3 of it)")
+    add("--rl-lr", type=positive, help="the same for the updates of --algorithm (default: that of --lr)")
     add("--optimizer", choices=tuple(DEFAULT_LR), default="adamw",
         help="torch's own; muon takes the matrices, AdamW the rest")
     add("--scheduler", choices=("constant", "linear", "cosine", "wsd"), default="linear",

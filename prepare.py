@@ -248,7 +248,7 @@ def resolve_defaults(args, algorithm: Algorithm, context: int) -> None:
         for_tiny, for_others = DEFAULT_LR[args.optimizer]
         args.lr = for_tiny * (1.0 if task is None else task.lr) if is_tiny else for_others
     if args.rl_lr is None:
-        args.rl_lr = args.lr * (0.3 if is_tiny else 1.0)  # a reward is noisier than a target
+        args.rl_lr = args.lr
     if args.sft_warmup is None:
         # A model that has not learnt to write yet has nothing for PPO to improve.
         needs_warmup = is_tiny and args.ppo_ratio not in (0, 1)
