@@ -31,6 +31,8 @@ DEFAULT_LR = {
     "adafactor": (3e-2, 1e-3),
     "muon": (3e-3, 1e-5),
 }
+# --rl-lr of the built-in model, as a share of its --lr: at all of it, one seed in five ended at 0.895 fluent.
+RL_SHARE = 0.6
 
 # Arguments of `apply_chat_template` that are no arguments of a template
 RESERVED = {"conversation", "messages", "add_generation_prompt", "continue_final_message", "tokenize", "chat_template"}
@@ -80,7 +82,8 @@ def make_parser(algorithms: dict | None = None, schedules: dict | None = None) -
     add("--max-length", type=number(int, 2),
         help="tokens of prompt and response together (default: 1024, or the model's context)")
     add("--lr", type=positive, help=f"peak learning rate (usual with adamw: 1e-6 to 1e-3; default: {default_rates()})")
-    add("--rl-lr", type=positive, help="the same for the updates of --algorithm (default: that of --lr)")
+    add("--rl-lr", type=positive,
+        help="the same for the updates of --algorithm (default: that of --lr; for 'tiny' 0.6 of it)")
     add("--optimizer", choices=tuple(DEFAULT_LR), default="adamw",
         help="torch's own; muon takes the matrices, AdamW the rest")
     add("--scheduler", choices=("constant", "linear", "cosine", "wsd"), default="linear",

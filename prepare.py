@@ -51,7 +51,7 @@ from engine import (
     seed_everything,
 )
 from fingerprint import used_paths
-from flags import DEFAULT_LR, NOT_REMEMBERED, limits_of, read_config, resolve_length
+from flags import DEFAULT_LR, NOT_REMEMBERED, RL_SHARE, limits_of, read_config, resolve_length
 from hints import Hints, check_prompts
 from hybrid import HybridModel, build_tiny
 from lm import release_files
@@ -248,7 +248,7 @@ def resolve_defaults(args, algorithm: Algorithm, context: int) -> None:
         for_tiny, for_others = DEFAULT_LR[args.optimizer]
         args.lr = for_tiny * (1.0 if task is None else task.lr) if is_tiny else for_others
     if args.rl_lr is None:
-        args.rl_lr = args.lr
+        args.rl_lr = args.lr * (RL_SHARE if is_tiny else 1.0)
     if args.sft_warmup is None:
         # A model that has not learnt to write yet has nothing for PPO to improve.
         needs_warmup = is_tiny and args.ppo_ratio not in (0, 1)

@@ -6,6 +6,7 @@ import re
 import pytest
 from conftest import FAST
 
+import letters
 import prepare
 import sft
 import train
@@ -32,38 +33,39 @@ def test_every_prompt_is_new_and_its_answer_holds_the_same_letters_in_order():
     texts = letter_texts(4000, seed=3)
     assert len({prompt for prompt, _ in texts}) == 4000
     for prompt, answer in texts:
-        letters = re.fullmatch(r"sort ((?:[a-h] ){3,5}):", prompt)[1].split()
-        assert re.fullmatch(r"( [a-h]){3,5}", answer)
-        assert sorted(letters) == answer.split()
+        letters = re.fullmatch(r"sort ((?:[a-r] ){3,5}):", prompt)[1].split()
+        assert re.fullmatch(r"( [a-r]){3,5}", answer)
+        assert sorted(letters) == answer.split() and len(set(letters)) == len(letters)
     assert texts == letter_texts(4000, seed=3) != letter_texts(4000, seed=4)
-    some_stand_twice = [len(set(answer.split())) < len(answer.split()) for _, answer in texts]
-    assert 0.5 < sum(some_stand_twice) / 4000 < 0.9
+    lengths = [len(answer.split()) for _, answer in texts]
+    assert all(0.3 < lengths.count(n) / 4000 < 0.37 for n in (3, 4, 5))
 
 
-def test_there_are_only_so_many_prompts():
-    assert len(letter_texts(10**6)) == 8**3 + 8**4 + 8**5
+def test_there_are_only_so_many_prompts(monkeypatch):
+    monkeypatch.setattr(letters, "LETTERS", "abcde")
+    assert len(letter_texts(10**6)) == 60 + 120 + 120
 
 
 @pytest.mark.parametrize(
     "completion, right",
     [
-        (" a c c f", True),
-        ("  a c  c f\n", True),
-        (" a c f", False),  # one c is missing
-        (" a c c c f", False),
-        (" a c f c", False),
-        (" a c c f .", False),
-        (" A C C F", False),
-        ("accf", False),
+        (" a c f m", True),
+        ("  a c  f m\n", True),
+        (" a c f", False),  # the m is missing
+        (" a c f f m", False),
+        (" a f c m", False),
+        (" a c f m .", False),
+        (" A C F M", False),
+        ("acfm", False),
         ("", False),
     ],
 )
 def test_what_is_right(completion, right):
-    assert is_right("sort c f a c :", completion) is right
+    assert is_right("sort c f a m :", completion) is right
 
 
 def test_the_share_of_right_answers():
-    prompts = ["sort b a :", "sort d c h :", "sort a a g :"]
+    prompts = ["sort b a :", "sort d c h :", "sort a i g :"]
     assert letter_metrics(prompts, [" a b", " c d h", " a g"]) == {"right": 2 / 3}
 
 
@@ -98,10 +100,10 @@ def test_a_task_brings_defaults_and_a_flag_that_is_given_wins():
 
 
 def test_the_built_in_model_learns_at_a_rate_of_the_task_and_another_model_does_not(tiny_folder):
-    for model, lr, warmup in (("tiny", 1e-3, 100), (str(tiny_folder), 1e-5, 0)):
+    for model, lr, rl_lr, warmup in (("tiny", 1e-3, 6e-4, 100), (str(tiny_folder), 1e-5, 1e-5, 0)):
         flags = parse_args(["--data", "sort", "--model", model], ALGORITHMS, SCHEDULES)
         prepare.resolve_defaults(flags, ALGORITHMS["ppo"], 64)
-        assert (flags.lr, flags.sft_warmup) == (pytest.approx(lr), warmup)
+        assert (flags.lr, flags.rl_lr) == pytest.approx((lr, rl_lr)) and flags.sft_warmup == warmup
 
 
 # ---- few demonstrations
