@@ -42,9 +42,10 @@ def summarise(rows: list[dict], config: dict) -> dict:
     for row in rows:
         spent["updates"] += updates_of(row, config)
         spent["seconds"] += row.get("seconds", 0.0)
-        if "ppo/response_length" in row:  # a mean over the rollout
-            spent["rollouts"] += 1
-            spent["sampled tokens"] += row["ppo/response_length"] * config["batch_size"]
+        for name in ("ppo/response_length", "distill/response_length"):
+            if name in row:  # a mean over the rollout
+                spent["rollouts"] += 1
+                spent["sampled tokens"] += row[name] * config["batch_size"]
         if row["phase"] == "eval":
             metrics = {n: value for n, value in row.items() if n == "step" or n.startswith("eval/")}
             curve.append({**metrics, **spent, "sampled tokens": round(spent["sampled tokens"])})

@@ -261,13 +261,16 @@ def save_checkpoint(folder: Path, run, states: dict, keep: int) -> None:
     `states` has the state_dict of everything in `run.stateful()`, by name. The newest `keep`
     folders checkpoint-* remain. Raises UserError where the folder cannot be written.
     """
+    reference = None
+    if run.reference is not None and not run.algorithm.from_teacher:  # a teacher never changes
+        reference = run.reference.state_dict()
     state = {
         "fingerprint": run.fingerprint,
         "counters": run.counters(),
         "stateful": states,
         "order": run.order_generator.get_state(),
         "rng": random_state(),
-        "reference": None if run.reference is None else run.reference.state_dict(),
+        "reference": reference,
     }
     with new_folder(folder, keep) as unfinished:
         run.model.save(unfinished, run.tokenizer)

@@ -8,7 +8,7 @@ model together, in bytes:
     program      what this process holds now: Python, torch, transformers, the data. The CPU alone,
                  and Linux alone, where a process can read it
     weights      4 P      float32, under --amp too
-    reference    4 P      each frozen copy; pure SFT has none
+    reference    4 P      each frozen copy; pure SFT has none; a teacher has a P of its own
     Adam         8 P      two moments; ZeRO-1 and ZeRO-2 add a float32 copy of the weights and split
                           it all: 12 P / devices
     buckets      4 P      several devices: where DDP sums gradients (ZeRO: 4 x 5e8 bytes at most)
@@ -17,7 +17,8 @@ model together, in bytes:
     activations  k T      kept for the backward pass; k is counted (activations.py), about 85 L W;
                           with --gradient-checkpointing 4 L W T (2 with --amp) and one layer's
     logits       12 V c   c = min(response tokens, 1024): logits, log-softmax and their gradient;
-                          or, after them, the gradient of the head beside 4 V c
+                          or, after them, the gradient of the head beside 4 V c. With a teacher,
+                          which says something of every token, 20 V c
     cache        8 L W S  keys and values while S tokens are sampled, the whole share of the batch
                           (4 with --amp); W counts key-value heads
     holes                 half of the small activations, or of the cache. Where `program` is counted
@@ -84,7 +85,7 @@ def sizes_of(name: str) -> Sizes:
     return model_of(name)[0]
 
 
-def model_of(name: str, config=None) -> tuple[Sizes, FakeModel]:
+def model_of(name: str, config=None, flag: str = "--model") -> tuple[Sizes, FakeModel]:
     """Sizes, and the model without its weights. `config` is that of a model that is in no folder.
 
     Raises UserError unless it is that of a causal LM.
@@ -98,7 +99,7 @@ def model_of(name: str, config=None) -> tuple[Sizes, FakeModel]:
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     except (OSError, ValueError, AttributeError, ArithmeticError) as problem:
         raise UserError(
-            f"--model {name} has no config that can be read: {first_line(problem)}"
+            f"{flag} {name} has no config that can be read: {first_line(problem)}"
         ) from None
     layers, width, context = text.num_hidden_layers, text.hidden_size, context_in(config)
     sizes = Sizes(model.parameters(), layers, width, kv * head_dim, text.vocab_size, context)
@@ -124,13 +125,15 @@ def memory(
     zero: int = 0,
     amp: bool = False,
     checkpointing: bool = False,
-    references: int = 1,
+    references: float = 1,
+    logits: int = 12,
     program: float = 0.0,
 ) -> dict[str, float]:
     """Bytes on each device, by the formula above; "peak" is what is held at the same time.
 
     `kept`: bytes for each token of each tensor that is kept for the backward pass. `zero`: the
-    stage of ZeRO, 0 is DDP. `program`: of the process; 0 counts neither it nor the holes.
+    stage of ZeRO, 0 is DDP. `references`: their size, in units of the model. `logits`: bytes for
+    each logit of a chunk. `program`: of the process; 0 counts neither it nor the holes.
     """
     p, layers, width, columns = sizes.parameters, sizes.layers, sizes.width, rows.columns
     adam, buckets = 8 * p, 4 * p
@@ -154,7 +157,7 @@ def memory(
     always = sum(held.values())
     held["gradients"] = 4 * p / (devices if zero == 2 else 1)
     held["activations"] = sum(blocks)
-    held["logits"] = max(12 * scores, 4 * scores + 4 * sizes.vocab * width)
+    held["logits"] = max(logits * scores, 4 * scores + 4 * sizes.vocab * width)
     held["cache"] = (4 if amp else 8) * layers * sizes.kv_width * rows.sampled
     held["holes"] = 0.0
     if program:
@@ -223,6 +226,9 @@ def print_estimate(args, algorithm: Algorithm) -> None:
         amp=args.amp != "no", checkpointing=args.gradient_checkpointing,
         references=max(1, len(args.ref_model or [])) if has_rl else 0,
     )  # fmt: skip
+    if args.teacher is not None:
+        teacher, _ = model_of(args.teacher, flag="--teacher")
+        options |= dict(references=teacher.parameters / sizes.parameters, logits=20)
     kept = kept_bytes(sizes, model, longest, args.amp)
     options["program"] = program() if on_cpu else 0.0
     print(table(sizes, rows, kept, **options))

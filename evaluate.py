@@ -89,7 +89,8 @@ def print_summary(run, out: Path, keep_best: str | None = None) -> None:
     else:
         changes.append("no target to measure an NLL on")
     if "eval/kl" in after:
-        changes.append(f"KL to the reference {after['eval/kl']:.2f} nats a response")
+        whom = "teacher" if run.algorithm.from_teacher else "reference"
+        changes.append(f"KL to the {whom} {after['eval/kl']:.2f} nats a response")
     print(f"{', '.join(changes)}; model in {out / 'final'}")
     for label, samples in (("before", run.samples_before), ("after ", run.samples_after)):
         texts = [one_line(row) for row in samples[:2]]

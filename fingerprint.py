@@ -22,9 +22,10 @@ from flags import spelled
 from references import parse_reference
 
 ENDS = 2**20  # bytes that are read of a file's beginning, and of its end
-MODEL_FLAGS = ("model", "user_model")
+MODEL_FLAGS = ("model", "user_model", "teacher")
 DATA_FLAGS = ("data", "prompts", "preference_data", "mixture_data")
-CODE_AND_MODELS = ("--model", "--user-model", "--ref-model", "--reward", "--mixture-data")
+CODE_AND_MODELS = ("--model", "--user-model", "--teacher", "--ref-model", "--reward")
+CODE_AND_MODELS += ("--mixture-data",)
 MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja")
 
 

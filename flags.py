@@ -71,8 +71,8 @@ def make_parser(algorithms: dict | None = None, schedules: dict | None = None) -
         help="only so many training examples keep their target; the reward still sees all (default: all)")
     add_data_flags(parser.add_argument_group("how --data is read"))
     add = parser.add_argument_group("training").add_argument
-    add("--algorithm", choices=algorithms, metavar="{ppo,grpo,dpo}", default="ppo",
-        help="the algorithm that alternates with SFT")
+    add("--algorithm", choices=algorithms, metavar="{ppo,grpo,dpo,distill}", default="ppo",
+        help="the algorithm that alternates with SFT (default with --teacher: distill)")
     add("--steps", type=count, default=500, help="steps of the loop, SFT and PPO together")
     add("--batch-size", type=count, default=32,
         help="demonstrations of an SFT step, episodes of a PPO step, pairs of a DPO step; of all processes together")
@@ -91,7 +91,8 @@ def make_parser(algorithms: dict | None = None, schedules: dict | None = None) -
     add("--warmup-steps", type=number(int, 0), default=20, help="steps over which the learning rate rises")
     add("--max-grad-norm", type=positive, default=1.0, help="gradient clipping")
     add = parser.add_argument_group("reward and sampling").add_argument
-    add("--reward", help="reward expression, such as '0.7*rouge_l + 0.3*bleu' or my.py:function (default: sentiment)")
+    add("--reward", help="reward expression, such as '0.7*rouge_l + 0.3*bleu' or my.py:function (default: sentiment; "
+        "with --teacher it is measured, and not trained on)")
     add("--mixture-data", help="preference pairs (prompt, chosen, rejected) that fit the weights of a mixture(...)")
     add("--max-new-tokens", type=count, default=32, help="length limit of a response, EOS included")
     add("--temperature", type=number(float, 0.01), default=1.0,
@@ -143,8 +144,8 @@ def add_ppo_flags(parser: Parser) -> None:
     add("--kl-horizon", type=positive, default=1000, help="episodes in which kl_coef can change by a factor of 1.2")
     add("--kl-estimator", choices=("k1", "k2", "k3"), default="k1",
         help="ppo: per-token KL in the reward; only k1 also gives the KL's unbiased gradient")
-    add("--ppo-epochs", type=count, default=2, help="passes over each rollout (usual: 1 to 4)")
-    add("--minibatches", type=count, default=2, help="updates per pass (usual: 1 to 8)")
+    add("--ppo-epochs", type=count, default=2, help="passes over each rollout (usual: 1 to 4; distill: 1)")
+    add("--minibatches", type=count, default=2, help="updates per pass (usual: 1 to 8; distill: 1)")
     add("--cliprange", type=positive, default=0.2, help="the ratio may leave 1 by this much (usual: 0.1 to 0.3)")
     add("--cliprange-value", type=positive, default=0.2,
         help="ppo: a value may move by this much from what it was at sampling")
@@ -186,6 +187,10 @@ def add_extension_flags(parser: Parser, schedules: dict | None = None) -> None:
         "from the chosen side")
     add("--beta", type=positive, default=0.1,
         help="how close to the reference (usual: 0.05 to 0.5; smaller is less close)")
+    add = parser.add_argument_group("distill").add_argument
+    add("--teacher", metavar="MODEL",
+        help="a folder or hub id with the vocabulary of --model: the RL steps become distill steps, which pull what "
+        "the policy writes towards what this model would write")
 
 
 def add_data_flags(group) -> None:
@@ -268,11 +273,7 @@ def parse_args(
     """
     argv = join_metric(sys.argv[1:] if argv is None else argv)
     parser = make_parser(algorithms, schedules)
-    args = parser.parse_args(argv)
-    task = task_of(args.data)
-    if task is not None and task.defaults:
-        parser.set_defaults(**task.defaults)
-        args = parser.parse_args(argv)
+    args = set_defaults(parser, argv, algorithms or {})
     if args.resume is None:
         if args.accept_changes:
             raise UserError("--accept-changes is for --resume and does nothing here; leave it out")
@@ -295,6 +296,20 @@ def parse_args(
                 "leave the flag out"
             )
     return argparse.Namespace(**{**vars(args), **remembered, **given})
+
+
+def set_defaults(parser: Parser, argv: list[str], algorithms: dict) -> argparse.Namespace:
+    """The flags, once a built-in task, a teacher and the algorithm have brought defaults of their own."""
+    args = parser.parse_args(argv)
+    task = task_of(args.data)
+    if task is not None:
+        parser.set_defaults(**task.defaults)
+    if args.teacher is not None:
+        parser.set_defaults(algorithm="distill")
+    args = parser.parse_args(argv)
+    if args.algorithm in algorithms:
+        parser.set_defaults(**algorithms[args.algorithm].defaults)
+    return parser.parse_args(argv)
 
 
 def read_flags(out: Path, parser: Parser) -> dict:

@@ -53,13 +53,18 @@ RULES = [
     ("ppo/skipped_steps", above(0.01),
      "PPO updates were skipped: lower --lr, or scale the reward"),
     ("dpo/skipped_steps", above(0.01), "DPO updates were skipped: lower --lr"),
+    ("distill/kl", lambda first, last: last > max(0.1, first),
+     "the KL to the teacher does not fall: --rl-lr too large or too small, or SFT pulls elsewhere"),
+    ("distill/eos_rate", below(0.1),
+     "hardly any response ends by itself: raise --max-new-tokens, or the teacher never ends"),
+    ("distill/skipped_steps", above(0.01), "updates on the teacher were skipped: lower --lr"),
     ("dpo/accuracy", below(0.5),
      "DPO prefers the rejected side: --lr too large, or chosen and rejected are mixed up"),
     ("sft/loss", lambda first, last: last > 1.2 * first,
      "the SFT loss rises: --lr too large, or PPO undoes it; lower --ppo-ratio"),
 ]  # fmt: skip
 TRENDS = ("ppo/score", "ppo/kl", "ppo/entropy", "ppo/clipfrac", "ppo/var_explained")
-TRENDS += ("ppo/response_length", "sft/loss")
+TRENDS += ("ppo/response_length", "distill/kl", "distill/response_length", "sft/loss")
 
 
 def metric_rows(path: Path) -> list[dict]:
@@ -112,9 +117,10 @@ def as_ppo(row: dict) -> dict:
     """The row, its metrics `<phase>/...` renamed to `ppo/...`, so that RULES apply to it.
 
     A row of GRPO has `ppo/...` for its rollout, as PPO has, and `grpo/...` for its updates. A new
-    algorithm that samples writes the same. Rows of SFT, DPO and evaluations stay as they are.
+    algorithm that samples writes the same. Rows of SFT, DPO, distillation and evaluations stay as
+    they are: a student may change its length, and its entropy, to those of its teacher.
     """
-    if row["phase"] in ("sft", "dpo", "eval"):
+    if row["phase"] in ("sft", "dpo", "distill", "eval"):
         return row
     prefix = row["phase"] + "/"
     renamed = {}
@@ -162,7 +168,8 @@ def bad_evaluations(rows: list[dict]) -> list[str]:
     suspicions = []
     evaluations = [row for row in rows if row["phase"] == "eval"]
     nll = [row["eval/nll"] for row in evaluations if "eval/nll" in row]
-    if nll and nll[-1] > min(nll) + 0.5:
+    is_taught = any(row["phase"] == "distill" for row in rows)  # then as its teacher has it
+    if nll and not is_taught and nll[-1] > min(nll) + 0.5:
         suspicions.append(
             f"eval/nll {nll[-1]:.3g}, {nll[-1] - min(nll):.2g} above its best: "
             "PPO forgets the language; raise --kl-coef, lower --ppo-ratio"

@@ -57,6 +57,8 @@ def training_line(args, run: Run) -> str:
     if args.schedule != "ratio":
         steps += f" (--schedule {args.schedule})"
     reward = f"reward: {args.reward}" if args.reward is not None else "no reward"
+    if args.reward is not None and run.algorithm.from_teacher:
+        reward = f"measured, not trained on: {args.reward}"
     rate = f"lr {args.lr:g}"
     if args.rl_lr != args.lr:
         rate += f" for SFT and {args.rl_lr:g} for {args.algorithm.upper()}"
@@ -64,9 +66,17 @@ def training_line(args, run: Run) -> str:
     return f"training: {steps} of {args.batch_size}; {reward}; {args.optimizer}, {rate}"
 
 
+def teacher_line(args, run: Run) -> str:
+    """Who teaches, and in how many steps."""
+    n = sum(parameter.numel() for parameter in run.reference.lm.parameters())
+    phases = [run.schedule.phase(step) for step in range(args.steps)]
+    return f"teacher: {args.teacher}, {n / 1e6:,.1f} M parameters, in {phases.count('rl')} steps"
+
+
 def disk_line(args, parameters: float) -> str:
-    """What checkpoints take: weights, Adam's two moments, and the reference, 4 bytes each."""
-    copies = 1 + (1 if args.ppo_ratio != 0 else 0)
+    """What checkpoints take: weights, Adam's two moments, and a reference, 4 bytes each."""
+    has_copy = args.ppo_ratio != 0 and args.teacher is None  # a teacher is in its own folder
+    copies = 1 + (1 if has_copy else 0)
     copies += {"adamw": 2, "adam": 2, "muon": 2}.get(args.optimizer, 1)
     each = 4 * parameters * copies / GB
     kept = 1 + (args.keep if args.save_every else 0)

@@ -13,14 +13,16 @@ import numpy as np
 from engine import UserError
 from health import leaves_of, metric_rows
 
+SFT_PARTS = ["ppo/sft_loss", "grpo/sft_loss", "distill/sft_loss"]  # of --schedule mix
 # Label of the y axis -> metrics. Those of evaluations are drawn with dots.
 PANELS = {
     "score": ["ppo/score", "eval/reward"],
-    "NLL, nats a token": ["sft/loss", "ppo/sft_loss", "grpo/sft_loss", "eval/nll"],
+    "NLL, nats a token": ["sft/loss", *SFT_PARTS, "eval/nll"],
     "KL, nats a response": ["ppo/kl", "eval/kl"],
-    "length, tokens": ["ppo/response_length", "eval/response_length"],
+    "length, tokens": ["ppo/response_length", "distill/response_length", "eval/response_length"],
     "GRPO: spread of\na group's scores": ["grpo/group_std"],
     "GRPO: KL in the\nloss, nats a token": ["grpo/kl_loss"],
+    "KL to the teacher,\nnats a token": ["distill/kl"],
     "DPO: loss, nats a pair": ["dpo/loss"],
     "DPO: pairs ranked\nright, share": ["dpo/accuracy", "eval/preference_accuracy"],
     "DPO: implicit\nreward": ["dpo/chosen_reward", "dpo/rejected_reward"],

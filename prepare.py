@@ -94,6 +94,8 @@ def prepare(args, algorithm: Algorithm) -> Run:
     if args.reward is not None:  # pure SFT needs none, but measures one that is named
         run.reward = load_reward(args, run, data, start)
     run.reference = load_references(args, model, tokenizer)
+    if algorithm.from_teacher:
+        say(plan.teacher_line(args, run))
     if isinstance(run.reference, ReferenceMixture):
         run.reference.check_names(data.train + data.held_out + data.pairs + data.held_out_pairs)
     run.user = load_user(args, device)
@@ -293,7 +295,10 @@ def resolve_defaults(args, algorithm: Algorithm, context: int) -> None:
         )
     for extension in (schedules, references, dialogue):
         extension.check_flags(args)
-    wants_reward = args.ppo_ratio != 0 and (algorithm.samples or task is not None)
+    if algorithm.check_flags is not None:
+        algorithm.check_flags(args)
+    learns_from_reward = algorithm.samples and not algorithm.from_teacher
+    wants_reward = args.ppo_ratio != 0 and (learns_from_reward or task is not None)
     if args.reward is None and wants_reward:
         args.reward = "sentiment" if task is None else task.reward
         if task is None:

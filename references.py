@@ -113,30 +113,22 @@ def parse_reference(text: str) -> tuple[str, str, float]:
 def load_references(
     args: argparse.Namespace, model: HybridModel, tokenizer
 ) -> HybridModel | ReferenceMixture | None:
-    """What --ref-model names, frozen, on the model's device; None without it and in pure SFT.
+    """What --ref-model or --teacher names, frozen, on the model's device; None without one of them,
+    and in pure SFT.
 
-    Raises UserError for a reference that cannot score what the policy writes.
+    Raises UserError for a model that cannot score what the policy writes.
     """
+    if args.teacher is not None:
+        return load_reference(args.teacher, "--teacher", args, model, tokenizer)
     if not args.ref_model or args.ppo_ratio == 0:
         return None
-    device = next(model.parameters()).device
     references, weights = {}, {}
     for name, path, weight in map(parse_reference, args.ref_model):
-        reference, ref_tokenizer = HybridModel.load(path, "--ref-model")
-        if ref_tokenizer.get_vocab() != tokenizer.get_vocab():
-            why = f"has another vocabulary than --model {args.model}, so their KL is undefined"
-            raise UserError(f"--ref-model {path} {why}")
-        if args.max_length > reference.max_positions:
-            why = f"has a context of {reference.max_positions} tokens"
-            raise UserError(f"--ref-model {path} {why}; --max-length is {args.max_length}")
         if name in references:
             why = "expected a name of its own for each, NAME=PATH:WEIGHT"
             raise UserError(f"--ref-model {name}: {why}")
-        # The policy's precision: else the KL of two equal models would not be 0.
-        reference.amp_dtype = AMP_DTYPES[args.amp]
-        references[name], weights[name] = reference.frozen_copy().to(device), weight
-        if args.compile:
-            compile_lm(references[name])
+        references[name] = load_reference(path, "--ref-model", args, model, tokenizer)
+        weights[name] = weight
     if len(references) > 1:
         return ReferenceMixture(references, weights)
     pair = (model, references[name])
@@ -145,6 +137,24 @@ def load_references(
         why = f"--ref-model {path} and --model {args.model} differ in theirs"
         raise UserError(f"--ref-ema averages weights, but {why}")
     return references[name]
+
+
+def load_reference(path: str, flag: str, args, model: HybridModel, tokenizer) -> HybridModel:
+    """The frozen model of a folder or hub id that `flag` names. Raises UserError where it cannot
+    score what the policy writes."""
+    reference, ref_tokenizer = HybridModel.load(path, flag)
+    if ref_tokenizer.get_vocab() != tokenizer.get_vocab():
+        why = f"has another vocabulary than --model {args.model}, so their KL is undefined"
+        raise UserError(f"{flag} {path} {why}")
+    if args.max_length > reference.max_positions:
+        why = f"has a context of {reference.max_positions} tokens"
+        raise UserError(f"{flag} {path} {why}; --max-length is {args.max_length}")
+    # The policy's precision: else the KL of two equal models would not be 0.
+    reference.amp_dtype = AMP_DTYPES[args.amp]
+    reference = reference.frozen_copy().to(next(model.parameters()).device)
+    if args.compile:
+        compile_lm(reference)
+    return reference
 
 
 def renew_reference(run, args: argparse.Namespace) -> None:

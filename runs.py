@@ -55,10 +55,13 @@ class Algorithm:
     measure: Callable | None = None  # (run, args) -> more metrics of an evaluation, `eval/...`
     least_group: int = 1  # --group-size must be at least this
     kl_in_loss: bool = False  # its loss contains the KL (`step` takes kl_coef), not the reward
+    from_teacher: bool = False  # it learns from --teacher; --reward is measured, and not trained on
+    defaults: dict = field(default_factory=dict)  # of flags that have others without it
+    check_flags: Callable | None = None  # (args): raises UserError for what does not go with it
 
     @property
     def samples(self) -> bool:
-        """Does it learn from responses that are sampled and scored by --reward?"""
+        """Does it learn from responses that are sampled in the run?"""
         return self.preference_pairs is None
 
 
@@ -103,6 +106,13 @@ class Run:
     @property
     def device(self) -> torch.device:
         return self.model.value_head.weight.device
+
+    def generator_of_step(self, seed: int) -> torch.Generator:
+        """What draws the responses of this step. --seed, step and process have a seed of their own:
+        there is room for a million steps on 1,024 processes."""
+        return self.sampling_generator.manual_seed(
+            (seed * 2**20 + self.step) * 2**10 + parallel.rank()
+        )
 
     def stateful(self) -> dict:
         """Whatever has a state that a checkpoint must keep, by its name in trainer_state.pt."""
@@ -368,7 +378,9 @@ def require(package: str):
 class ProgressBar:
     """The bar, and behind it the latest SFT loss, score and KL, whichever phase is running."""
 
-    METRICS = {"loss": "sft/loss", "reward": "ppo/score", "kl": "ppo/kl"}
+    METRICS = {
+        "sft/loss": "loss", "ppo/score": "reward", "ppo/kl": "kl", "distill/kl": "kl/token",
+    }  # fmt: skip
 
     def __init__(self, args, run: Run):
         self.values: dict[str, str] = {}
@@ -385,9 +397,9 @@ class ProgressBar:
 
     def show(self, metrics: dict[str, float]) -> None:
         """One more step is done."""
-        for name, key in self.METRICS.items():
-            if key in metrics:
-                self.values[name] = f"{metrics[key]:.3f}"
+        for name, label in self.METRICS.items():
+            if name in metrics:
+                self.values[label] = f"{metrics[name]:.3f}"
         self.bar.set_postfix(self.values, refresh=False)
         self.bar.update()
 

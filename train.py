@@ -22,9 +22,9 @@ import transformers
 from tqdm import tqdm
 
 import cost
+import distill
 import dpo
 import grpo
-import parallel
 from data import demonstration_batch
 from engine import NonFiniteReward, enter_phase, one_line_errors
 from evaluate import measure, print_evaluation, print_summary
@@ -115,15 +115,13 @@ def train_on_reward(run: Run, args: argparse.Namespace) -> dict[str, float]:
     algorithm, kl_coef = run.algorithm, run.kl_controller.value
     prompts = run.schedule.prompts(run.prompt_stream.next(), run.step)
     run.drawn = [example for example in prompts for _ in range(args.group_size)]
-    # A seed of its own for each step and process: room for a million steps on 1,024 processes
-    seed = (args.seed * 2**20 + run.step) * 2**10 + parallel.rank()
     rollout, metrics = collect_rollout(
         run.model, run.reference, run.tokenizer, run.drawn, run.reward, **run.sampling,
         kl_coef=0.0 if algorithm.kl_in_loss else kl_coef, kl_estimator=args.kl_estimator,
         gamma=args.gamma, lam=args.lam, whiten_rewards=args.whiten_rewards,
         missing_eos_penalty=args.missing_eos_penalty, micro_batch_size=args.micro_batch_size,
         turns=args.turns, user=run.user, turn_rewards=args.turn_rewards,
-        generator=run.sampling_generator.manual_seed(seed),
+        generator=run.generator_of_step(args.seed),
     )  # fmt: skip
     metrics |= run.reward.metrics()
 
@@ -176,6 +174,7 @@ ALGORITHMS = {
         preference_pairs=dpo.preference_pairs,
         measure=dpo.measure_pairs,
     ),
+    "distill": distill.ALGORITHM,
 }
 
 

@@ -45,6 +45,7 @@ NEAREST = {
         "test_dialogue.py",
     ],
     "grpo.py": ["test_dpo.py", "test_docstrings.py", DEVICES],
+    "distill.py": ["test_distill.py", "test_docstrings.py", DEVICES],
     "dpo.py": ["test_dpo.py", "test_docstrings.py", DEVICES],
     "sft.py": ["test_docstrings.py", DEVICES, "test_steps.py", "test_model.py"],
     "generate.py": ["test_generate.py", "test_docstrings.py", DEVICES],

@@ -11,6 +11,7 @@ import dialogue
 import parallel
 import ppo
 from data import Example, make_batch
+from distill import distill_step
 from engine import Backend, NonFiniteReward
 from generate import sample
 from hybrid import HybridModel
@@ -53,6 +54,23 @@ def sft_weights(make_backend=Backend, steps: int = 3) -> dict:
         "stats": stats,
         "head_state": len(optimizer.state[model.value_head.weight]),
     }
+
+
+def distill_weights(make_backend=Backend) -> dict:
+    """Two updates of plain SGD without clipping, on seven rows of many lengths."""
+    model, teacher = new_model(), HybridModel(build_lm("gpt2", seed=1)).frozen_copy()
+    metrics = distill_step(
+        model,
+        make_batch(None, *ragged_batch(2, rows=7), max_length=32),
+        torch.optim.SGD(model.parameters(), lr=1e-2),
+        teacher=teacher,
+        minibatches=2,
+        micro_batch_size=2,
+        max_grad_norm=1e9,
+        backend=make_backend(model),
+        generator=torch.Generator().manual_seed(5),
+    )
+    return {"weights": {k: v.clone() for k, v in model.state_dict().items()}, "metrics": metrics}
 
 
 def ppo_weights(rollout, make_backend=Backend, minibatches: int = 2) -> dict:
@@ -103,7 +121,8 @@ def fails(completions, **columns):
 def main(folder: Path) -> None:
     parallel.start(torch.device("cpu"))
     rank = parallel.rank()
-    report = {"sft": sft_weights(), "gathered": parallel.gather(parallel.share(list("abcdefg")))}
+    report = {"sft": sft_weights(), "distill": distill_weights()}
+    report |= {"gathered": parallel.gather(parallel.share(list("abcdefg")))}
 
     if rank == 0:
         (folder / "reward.py").write_text(REWARDS)

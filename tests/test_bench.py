@@ -166,6 +166,8 @@ def test_the_estimate_follows_its_formula():
     assert few["logits"] == 400 + 4000 and few["peak"] == 16000 + 317 + 4400
     assert cost.memory(sizes, rows, kept, devices=4, zero=2)["Adam"] == 3000
     assert cost.memory(sizes, rows, kept, references=0)["reference"] == 0
+    taught = cost.memory(sizes, rows, kept, references=2.5, logits=20)
+    assert taught["reference"] == 10000 and taught["logits"] == 24000
     # without a head: the gradients or the cache are what is largest
     alone = sizes._replace(vocab=0)
     assert cost.memory(alone, cost.Rows(1, 1), kept)["peak"] == 16000 + 4000

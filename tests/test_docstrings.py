@@ -8,6 +8,7 @@ import re
 import pytest
 from conftest import ROOT
 
+import distill
 import dpo
 import generate
 import grpo
@@ -30,9 +31,10 @@ def test_the_examples_of_docstrings_are_true(name):
 
 # 2402.03300, section 4.2: "the KL coefficient is 0.04", "a single update" for each exploration.
 PAPER = {"grpo": {"kl_coef": 0.04, "ppo_epochs": 1, "minibatches": 1}}
+PAPER["distill"] = ALGORITHMS["distill"].defaults
 
 
-@pytest.mark.parametrize("module", [dpo, generate, grpo, hybrid, ppo, sft])
+@pytest.mark.parametrize("module", [distill, dpo, generate, grpo, hybrid, ppo, sft])
 def test_a_function_called_by_hand_does_what_the_command_does(module):
     """A default in a signature is the default of the flag of that name."""
     flags = vars(parse_args([], ALGORITHMS)) | PAPER.get(module.__name__, {})

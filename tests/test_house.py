@@ -117,10 +117,10 @@ def test_imports_point_one_way():
 
 
 def test_an_extension_is_named_in_few_places():
-    """Whoever deletes dpo.py or grpo.py deletes an import and an entry in train.py, and its flags
-    in flags.py."""
-    for name in ("dpo", "grpo"):
+    """Whoever deletes one of them deletes an import and an entry in train.py, and its flags in
+    flags.py."""
+    for name in ("dpo", "grpo", "distill"):
         users = {file for file in FILES if f"{name}.py" in imports_of(file)}
         assert users == {"train.py"}
-    entries = re.findall(r'^    "(\w+)": Algorithm\(', FILES["train.py"], re.MULTILINE)
-    assert entries == ["ppo", "grpo", "dpo"]
+    entries = re.findall(r'^    "(\w+)": \S*A\w+[(,]', FILES["train.py"], re.MULTILINE)
+    assert entries == ["ppo", "grpo", "dpo", "distill"]

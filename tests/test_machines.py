@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 import checkpoints
 import ppo
 from data import batch_of, make_batch
+from distill import distill_step
 from dpo import dpo_step
 from engine import OPTIMIZERS
 from generate import generate
@@ -53,6 +54,7 @@ def test_no_tensor_is_made_where_the_model_is_not(model, tiny, monkeypatch):
     optimizer, size = torch.optim.SGD(model.parameters(), lr=1e-3), {"micro_batch_size": 3}
     policy, tokenizer, hidden = HybridModel(tiny[0]), tiny[1], torch.ones(2, 32)
     reference, shuffle = policy.frozen_copy(), torch.randperm
+    teacher = model.frozen_copy()
 
     def on_cpu(*args):
         with torch.device("cpu"):
@@ -69,6 +71,7 @@ def test_no_tensor_is_made_where_the_model_is_not(model, tiny, monkeypatch):
         ppo.ppo_step(model, rollout, optimizer, demonstrations=batch, sft_weight=0.3, **size)
         grpo_step(model, rollout, optimizer, group_size=2, **size)
         dpo_step(model, pairs, optimizer, **size)
+        distill_step(model, batch, optimizer, teacher=teacher, **size)
         forward_rows(model, batch, 3)
         inputs = batch.input_ids, batch.attention_mask, batch.response_mask
         results = [*model(*inputs, entropy=False), *HybridModel(model.lm).parameters()]
@@ -94,14 +97,16 @@ def test_no_tensor_is_made_where_the_model_is_not(model, tiny, monkeypatch):
         "--ppo-ratio 1 --whiten-rewards --kl-target 2 --ref-ema 0.9 --target-kl 0.1",
         "--algorithm grpo --group-size 2",
         "--algorithm dpo",
+        "--model {folder} --max-length 40 --teacher {folder}",
         "--schedule mix --missing-eos-penalty 0.5",
     ],
 )
-def test_no_float64_tensor_is_made_in_a_whole_run(flags, tmp_path):
+def test_no_float64_tensor_is_made_in_a_whole_run(flags, tiny_folder, tmp_path):
     with NoFloat64(), pytest.raises(AssertionError, match="float64"):
         torch.ones(2).double()
     with NoFloat64():
-        main([*EVERY, *flags.split(), "--out", str(tmp_path / "run")])
+        words = flags.format(folder=tiny_folder).split()
+        main([*EVERY, *words, "--out", str(tmp_path / "run")])
 
 
 # ---- files

@@ -85,6 +85,15 @@ def test_ppo_gradients_are_those_of_one_process_on_the_same_rollout(two):
             assert process[name]["metrics"] == pytest.approx(alone["metrics"], abs=1e-4)
 
 
+def test_distilled_weights_are_those_of_one_process(two):
+    alone, start = worker.distill_weights(), worker.new_model().state_dict()
+    moved = max(float((alone["weights"][k] - v).abs().max()) for k, v in start.items())
+    assert moved > 5e-4
+    for process in two:
+        close(process["distill"]["weights"], alone["weights"], atol=1e-6)
+        assert process["distill"]["metrics"] == pytest.approx(alone["metrics"], rel=1e-4)
+
+
 def test_every_process_knows_the_whole_rollout_and_whitens_all_of_it(two):
     first, second = (process["rollout"] for process in two)
     for name in vars(first):

@@ -16,17 +16,20 @@ def test_the_examples_of_the_file_hold():
 
 
 @pytest.mark.parametrize(
-    "optimizer, ppo_ratio, keep, save_every, expected",
+    "optimizer, ppo_ratio, keep, save_every, teacher, expected",
     [
-        ("adamw", 0.5, 2, 100, "takes 2.2 GB, up to 3 of them"),  # weights, two moments, reference
-        ("adamw", 0, 3, 100, "takes 1.6 GB, up to 4 of them"),
-        ("sgd", 0.5, 2, 0, "takes 1.6 GB, up to 1 of them"),
+        # weights, two moments, a reference; a teacher is not saved
+        ("adamw", 0.5, 2, 100, None, "takes 2.2 GB, up to 3 of them"),
+        ("adamw", 0.5, 2, 100, "it", "takes 1.6 GB, up to 3 of them"),
+        ("adamw", 0, 3, 100, None, "takes 1.6 GB, up to 4 of them"),
+        ("sgd", 0.5, 2, 0, None, "takes 1.6 GB, up to 1 of them"),
     ],
 )
-def test_the_disk_that_checkpoints_take(optimizer, ppo_ratio, keep, save_every, expected):
+def test_the_disk_that_checkpoints_take(optimizer, ppo_ratio, keep, save_every, teacher, expected):
     args = SimpleNamespace(
         optimizer=optimizer, ppo_ratio=ppo_ratio, keep=keep, save_every=save_every, out="out"
     )
+    args.teacher = teacher
     assert expected in plan.disk_line(args, 135e6)
 
 

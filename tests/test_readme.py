@@ -131,6 +131,8 @@ def test_every_logged_metric_is_in_the_glossary_and_no_other(tmp_path, tiny_fold
         "dpo": ["--algorithm", "dpo"],
         "grpo": ["--algorithm", "grpo", "--group-size", 2, "--schedule", "mix"],
         "refs": refs,
+        "taught": ["--model", tiny_folder, "--max-length", 40, "--teacher", tiny_folder]
+        + ["--schedule", "mix"],
         "talk": ["--turns", 2, "--user-model", tiny_folder, "--max-length", 60],
     }
     (tmp_path / "r.py").write_text(

@@ -728,6 +728,18 @@ def healthy_rows() -> list[dict]:
     return rows + [{"step": 30, "phase": "eval", "eval/nll": 1.9, "eval/distinct": 0.98}]
 
 
+def taught_rows(steps: int = 60) -> list[dict]:
+    """A run with a teacher: the KL falls, and all else becomes as the teacher has it."""
+    rows = []
+    for step in range(1, steps + 1):
+        left = 1 - step / steps
+        distill = {"kl": 0.05 + 2 * left, "kl_sampled": 0.05 + 2 * left, "entropy": 0.1 + 6 * left}
+        distill |= {"response_length": 5 + 27 * left, "eos_rate": 1 - left, "skipped_steps": 0}
+        named = {f"distill/{name}": value for name, value in distill.items()}
+        rows.append({"step": step, "phase": "distill", **named})
+    return rows
+
+
 def test_a_phase_of_ones_own_is_judged_like_ppo():
     rows = [
         {
@@ -767,12 +779,15 @@ SICK = {
     "sft/loss": 5.0,
     "dpo/skipped_steps": 1,
     "dpo/accuracy": 0.3,
+    "distill/kl": 2.5,
+    "distill/eos_rate": 0.01,
+    "distill/skipped_steps": 1,
 }
 
 
 @pytest.mark.parametrize("key, text", [(key, text) for key, _, text in RULES])
 def test_each_rule_finds_its_own_illness_and_no_other(key, text):
-    rows = healthy_rows()
+    rows = taught_rows() if key.startswith("distill/") else healthy_rows()
     for row in rows[len(rows) // 2 :]:
         if key in row:
             row[key] = SICK[key]
