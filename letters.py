@@ -13,7 +13,7 @@ twice, partial credit.
 import math
 import random
 
-LETTERS = "abcdefghijklmnopqr"
+LETTERS = "abcdefghijklmnopqrs"
 FEWEST, MOST = 3, 5  # letters of a prompt, all different
 
 
