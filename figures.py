@@ -12,7 +12,6 @@ from budgets import mean_curve
 from plot import load_pyplot
 from tables import interval
 
-NEAR = 1.25  # the second panel ends at so many times the lowest NLL with which an arm ends
 WIDE = 2.5  # the axis is logarithmic where its largest value is so many times its smallest one
 FAR = 20.0  # the same for a KL
 NICE = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)  # ticks of a logarithmic axis, times powers of ten
@@ -24,43 +23,30 @@ PLACES += [(0, 14), (17, 0), (0, -14), (-17, 0), (15, 12), (15, -12), (-15, -12)
 def draw_pareto(results: dict, tuned: list[tuple], metric: str, title: str, path: Path) -> None:
     """`metric` against held-out NLL: of each arm the mean over seeds along training, and its end.
 
-    `tuned` has the pairs (job, summary) of tuning: an open marker for each end. Where the NLL goes
-    far, a second panel shows the part that is near the arm with the lowest one.
+    `tuned` has the pairs (job, summary) of tuning: an open marker for each end.
     """
     pyplot = load_pyplot("compare")
     curves = {arm: mean_curve(runs, metric) for arm, runs in results.items()}
     points = [point for curve in curves.values() for point in curve]
     points += [(run["eval/nll"], run[metric]) for _, run in tuned]
     nlls = [nll for nll, _ in points]
-    is_wide = max(nlls) > WIDE * min(nlls)
-    size = (13, 5.2) if is_wide else (8.6, 5.2)
-    figure, grid = pyplot.subplots(
-        1, 1 + is_wide, figsize=size, layout="constrained", squeeze=False, sharey=True
-    )
-    axes = list(grid[0])
-    for axis in axes:
-        labels = draw_arms(axis, results, curves, tuned, metric)
-        axis.set_xlabel("held-out NLL, nats a token (less is better)")
-        axis.grid(alpha=0.2)
-        low, high = 0.97 * min(nlls), NEAR * min(curve[-1][0] for curve in curves.values())
-        if axis is not axes[0]:
-            axis.set_xlim(low, high)
-            axis.set_title(f"the same, up to an NLL of {high:.2f}", fontsize=10)
-        elif is_wide:
-            axis.set_xscale("log")
-            nice_ticks(axis.xaxis, nlls)
-    low, high = axes[0].get_ylim()
-    axes[0].set_ylim(low, high + 0.13 * (high - low))  # room for the arrow
+    figure, axis = pyplot.subplots(figsize=(8.6, 5.2), layout="constrained")
+    labels = draw_arms(axis, results, curves, tuned, metric)
+    if max(nlls) > WIDE * min(nlls):
+        axis.set_xscale("log")
+        nice_ticks(axis.xaxis, nlls)
+    low, high = axis.get_ylim()
+    axis.set_ylim(low, high + 0.13 * (high - low))  # room for the arrow
     arrow = dict(arrowstyle="->", color="0.35", linewidth=1.5)
-    axes[0].annotate("better", xy=(0.015, 0.985), xytext=(0.1, 0.9), color="0.35", fontsize=10,
-                     xycoords="axes fraction", arrowprops=arrow)  # fmt: skip
-    axes[0].set_ylabel(f"{metric.removeprefix('eval/')} (more is better)")
-    axes[0].set_title(title, fontsize=10)
-    handles = axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside right upper", fontsize=8, frameon=False)
+    axis.annotate("better", xy=(0.015, 0.985), xytext=(0.1, 0.9), color="0.35", fontsize=10,
+                  xycoords="axes fraction", arrowprops=arrow)  # fmt: skip
+    axis.set_xlabel("held-out NLL, nats a token (less is better)")
+    axis.set_ylabel(f"{metric.removeprefix('eval/')} (more is better)")
+    axis.set_title(title, fontsize=10)
+    axis.grid(alpha=0.2)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     figure.draw_without_rendering()  # the layout is known now
-    for axis in axes:
-        place_labels(axis, labels, points)
+    place_labels(axis, labels, points)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
