@@ -135,14 +135,13 @@ def load_data(args, algorithm: Algorithm) -> Data:
         )
         train_pairs, held_out_pairs = split_pairs(pairs)
         train, held_out = [[p.sides()[0] for p in part] for part in (train_pairs, held_out_pairs)]
-        return Data(train, held_out, train_pairs, held_out_pairs)
+        return keep_demonstrations(args, Data(train, held_out, train_pairs, held_out_pairs))
     if examples is None:
         args.data = "reviews"
         if args.model != "tiny":
             say("no --data was given: training is on the built-in film reviews")
         examples = load_examples(args.data, **data_options(args), seed=args.seed)
     data = Data(*split_examples(examples))
-    keep_demonstrations(args, data)
     if args.prompts is not None:
         add_prompts(data, load_prompts(args.prompts, **data_options(args), what="--prompts"))
     if algorithm.preference_pairs is not None and not pairs:
@@ -151,16 +150,20 @@ def load_data(args, algorithm: Algorithm) -> Data:
         data.pairs, data.held_out_pairs = split_pairs(pairs)
         data.pairs = without_prompts_of(data.pairs, data.held_out, "preference pairs")
         data.train = without_prompts_of(data.train, data.held_out_pairs, "examples")
+    return keep_demonstrations(args, data)
+
+
+def keep_demonstrations(args, data: Data) -> Data:
+    """The data with --demonstrations targets to train on, the first ones. A reward still finds the
+    others among the columns; preference pairs stay."""
+    if args.demonstrations is None:
+        return data
+    numbers = [i for i, example in enumerate(data.train) if example.target]
+    for i in numbers[args.demonstrations :]:
+        data.train[i] = without_target(data.train[i])
+    n = min(args.demonstrations, len(numbers))
+    say(f"note: {n} of {len(data.train)} training examples have a demonstration")
     return data
-
-
-def keep_demonstrations(args, data: Data) -> None:
-    """Take the target off all but the first --demonstrations training examples; a reward still
-    finds it among the columns."""
-    if args.demonstrations is not None:
-        n, train = args.demonstrations, data.train
-        data.train = train[:n] + [without_target(example) for example in train[n:]]
-        say(f"note: {min(n, len(train))} of {len(train)} training examples have a demonstration")
 
 
 def add_prompts(data: Data, prompts: list[Example]) -> None:
