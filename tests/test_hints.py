@@ -116,6 +116,7 @@ def test_a_run_with_hints_resumes_bit_by_bit(tmp_path):
         ("--hints 0.5 --schedule gate", "--hints is for rollouts of --schedule ratio"),
         ("--hints 0.5 --ppo-ratio 0", "--hints is for rollouts of --schedule ratio"),
         ("--hints 0.5 --algorithm dpo", "--algorithm dpo samples nothing"),
+        ("--hints 0.5 --turns 2", "--turns above 1 goes with --schedule ratio or mix, and without"),
         ("--threshold 0.3", "--threshold belongs to gate and buffer"),
     ],
 )
