@@ -10,7 +10,7 @@ written. Left out on purpose: the folder of the run (runs.py) and what --resume 
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -155,15 +155,21 @@ def load_data(args, algorithm: Algorithm) -> Data:
 
 def keep_demonstrations(args, data: Data) -> Data:
     """The data with --demonstrations targets to train on, the first ones. A reward still finds the
-    others among the columns; preference pairs stay."""
+    others among the columns; with --prompts it asks those alone, and the others are left out.
+    Preference pairs stay."""
     if args.demonstrations is None:
         return data
-    numbers = [i for i, example in enumerate(data.train) if example.target]
-    for i in numbers[args.demonstrations :]:
-        data.train[i] = without_target(data.train[i])
-    n = min(args.demonstrations, len(numbers))
-    say(f"note: {n} of {len(data.train)} training examples have a demonstration")
-    return data
+    kept, n = [], 0
+    for example in data.train:
+        if example.target and n < args.demonstrations:
+            n += 1
+            kept.append(example)
+        elif not example.target:
+            kept.append(example)
+        elif args.prompts is None:
+            kept.append(without_target(example))
+    say(f"note: {n} of {len(kept)} training examples have a demonstration")
+    return replace(data, train=kept)
 
 
 def add_prompts(data: Data, prompts: list[Example]) -> None:
@@ -323,7 +329,8 @@ def check_data(args, tokenizer, data: Data) -> None:
     if args.ppo_ratio != 0 and not (prompts and held_out_prompts):
         raise UserError("--prompts needs two different prompts at least: one of them is held out")
     if args.hints is not None:
-        check_prompts(tokenizer, prompts)
+        n = check_prompts(tokenizer, prompts)
+        say(f"note: {n} of {len(prompts)} prompts have a target that --hints can give words of")
     check_replies(args, prompts, source)
     limits = limits_of(args)
     survey.say_shared(data.train, data.held_out, say)

@@ -189,6 +189,16 @@ def test_chosen_responses_are_demonstrations_too():
     assert len(data.pairs) > 2 and sum(bool(e.target) for e in data.train) == 2
 
 
+def test_with_prompts_of_their_own_rewards_ask_no_others(tmp_path):
+    source = tmp_path / "prompts.jsonl"
+    source.write_text("".join(json.dumps({"prompt": f"ask {i}"}) + "\n" for i in range(20)))
+    words = ["--data", "sort", "--limit", "40", "--demonstrations", "3", "--prompts", str(source)]
+    data = prepare.load_data(parse_args(words, ALGORITHMS, SCHEDULES), ALGORITHMS["ppo"])
+    asked, _ = data.prompts(of_their_own=True)
+    assert asked and all(example.prompt.startswith("ask") for example in asked)
+    assert sum(bool(example.target) for example in data.train) == 3
+
+
 def test_prompts_of_a_task_have_no_target():
     texts = load_prompts("sort", limit=9)
     assert [e.prompt for e in texts] == [e.prompt for e in load_examples("sort", limit=9)]
