@@ -6,7 +6,8 @@
 
 A row of the table is an arm (arms.py): a schedule, or any flags of train.py. What follows `--` goes
 to train.py for all arms. Every step is ONE update on one batch (`--ppo-epochs 1 --minibatches 1`,
-unless you give others), so equal steps are equal updates on equally many rows. Every arm is tuned
+unless you give others), so equal steps are equal updates on equally many rows (but an update after
+a change of phase is shorter, engine.enter_phase). Every arm is tuned
 over the same learning rates and KL coefficients, on seed 0, which is not reported; --select says by
 what. An arm that names --lr or --kl-coef keeps it.
 
@@ -99,16 +100,17 @@ def make_arm(own: list[str], args, train_flags: list[str]) -> Arm:
     refuse(given, SET_HERE, "an arm")
     run = flags.parse_args(["--steps", str(args.steps), *train_flags, *own], ALGORITHMS, SCHEDULES)
     schedules.check_flags(run)
-    samples = run.ppo_ratio != 0 and ALGORITHMS[run.algorithm].samples
+    algorithm = ALGORITHMS[run.algorithm]
+    used = (*algorithm.step_flags, *algorithm.flags) if run.ppo_ratio != 0 else ()
     task = task_of(run.data or "reviews")
     reward = "sentiment" if task is None else task.reward
     words = ["--steps", run.steps, "--eval-every", max(1, run.steps // 10), "--save-every", 0]
     words += ["--reward", reward]
-    if samples and not args.untuned:
+    if "ppo_epochs" in used and not args.untuned:
         words += ["--ppo-epochs", 1, "--minibatches", 1]
     words = [*map(str, words), *train_flags, *own]
     is_lr_set = args.untuned or given["lr"] is not None
-    is_kl_set = args.untuned or given["kl_coef"] is not None or not samples
+    is_kl_set = args.untuned or given["kl_coef"] is not None or "kl_coef" not in used
     lrs = [None] if is_lr_set else args.lrs
     return Arm(words, run.steps, lrs, [None] if is_kl_set else args.kl_coefs)
 
@@ -184,7 +186,7 @@ def train_once(job: Job, args, children: Children) -> dict:
 
 
 def tuning_grid(args) -> list[Job]:
-    """Every learning rate with every KL coefficient, for each arm, on seed 0. SFT has no KL."""
+    """Every learning rate with every KL coefficient that an arm has, on seed 0. SFT has no KL."""
     grid = []
     for name, arm in args.arms.items():
         grid += [Job(name, 0, *rates) for rates in itertools.product(arm.lrs, arm.kl_coefs)]

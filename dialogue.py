@@ -248,8 +248,8 @@ class ModelUser:
 def check_flags(args: argparse.Namespace) -> None:
     """Raises UserError for flags that do not go together; --max-length is known by now."""
     check_turns(args)
-    if args.turns > 1 and args.schedule in ("gate", "buffer"):
-        raise UserError("--turns above 1 goes with --schedule ratio or mix")
+    if args.turns > 1 and (args.schedule in ("gate", "buffer") or args.hints is not None):
+        raise UserError("--turns above 1 goes with --schedule ratio or mix, and without --hints")
 
 
 def check_turns(args: argparse.Namespace) -> None:

@@ -301,6 +301,8 @@ def parse_args(
 def set_defaults(parser: Parser, argv: list[str], algorithms: dict) -> argparse.Namespace:
     """The flags, once a built-in task, a teacher and the algorithm have brought defaults of their own."""
     args = parser.parse_args(argv)
+    if args.resume is not None:  # config.json has every flag of the run
+        return args
     task = task_of(args.data)
     if task is not None:
         parser.set_defaults(**task.defaults)

@@ -7,7 +7,8 @@ The model goes on from there, and only what it writes itself is scored and learn
 that says only right or wrong teaches nothing where every answer is wrong; from a part of the right
 answer some are right (POPE 2601.18779, PrefixRL 2601.18795). The share of the target that is given
 falls to 0 over two thirds of the run, and evaluations give no hint. Left out on purpose: hints in
-the middle of an answer, hints for a chat template, which would write the end of the turn.
+the middle of an answer, dialogues of several turns, hints for a chat template, which would write
+the end of the turn.
 
     python train.py --hints 0.8 --threshold 0.5 --out out-hints
 """
@@ -87,12 +88,15 @@ def with_hint(example: Example, share: float) -> Example:
     return replace(example, prompt=prompt, target=target, named=named)
 
 
-def check_prompts(tokenizer, prompts: list[Example]) -> None:
-    """Raises UserError where a chat template writes the prompt, or no prompt has a hint to give."""
+def check_prompts(tokenizer, prompts: list[Example]) -> int:
+    """-> how many prompts have a hint to give. Raises UserError where none has one, or where a chat
+    template writes the prompt."""
     if any(dialogue_of(tokenizer, example) is not None for example in prompts):
         raise UserError(
             "--hints adds words to the end of a prompt, and the chat template of this model ends "
             "it; leave out --hints, or give a model without a template"
         )
-    if not any(with_hint(example, 1.0) is not example for example in prompts):
+    n = sum(with_hint(example, 1.0) is not example for example in prompts)
+    if n == 0:
         raise UserError("--hints gives the first words of a target, and no target has two words")
+    return n

@@ -10,7 +10,7 @@ written. Left out on purpose: the folder of the run (runs.py) and what --resume 
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -135,14 +135,13 @@ def load_data(args, algorithm: Algorithm) -> Data:
         )
         train_pairs, held_out_pairs = split_pairs(pairs)
         train, held_out = [[p.sides()[0] for p in part] for part in (train_pairs, held_out_pairs)]
-        return Data(train, held_out, train_pairs, held_out_pairs)
+        return keep_demonstrations(args, Data(train, held_out, train_pairs, held_out_pairs))
     if examples is None:
         args.data = "reviews"
         if args.model != "tiny":
             say("no --data was given: training is on the built-in film reviews")
         examples = load_examples(args.data, **data_options(args), seed=args.seed)
     data = Data(*split_examples(examples))
-    keep_demonstrations(args, data)
     if args.prompts is not None:
         add_prompts(data, load_prompts(args.prompts, **data_options(args), what="--prompts"))
     if algorithm.preference_pairs is not None and not pairs:
@@ -151,16 +150,26 @@ def load_data(args, algorithm: Algorithm) -> Data:
         data.pairs, data.held_out_pairs = split_pairs(pairs)
         data.pairs = without_prompts_of(data.pairs, data.held_out, "preference pairs")
         data.train = without_prompts_of(data.train, data.held_out_pairs, "examples")
-    return data
+    return keep_demonstrations(args, data)
 
 
-def keep_demonstrations(args, data: Data) -> None:
-    """Take the target off all but the first --demonstrations training examples; a reward still
-    finds it among the columns."""
-    if args.demonstrations is not None:
-        n, train = args.demonstrations, data.train
-        data.train = train[:n] + [without_target(example) for example in train[n:]]
-        say(f"note: {min(n, len(train))} of {len(train)} training examples have a demonstration")
+def keep_demonstrations(args, data: Data) -> Data:
+    """The data with --demonstrations targets to train on, the first ones. A reward still finds the
+    others among the columns; with --prompts it asks those alone, and the others are left out.
+    Preference pairs stay."""
+    if args.demonstrations is None:
+        return data
+    kept, n = [], 0
+    for example in data.train:
+        if example.target and n < args.demonstrations:
+            n += 1
+            kept.append(example)
+        elif not example.target:
+            kept.append(example)
+        elif args.prompts is None:
+            kept.append(without_target(example))
+    say(f"note: {n} of {len(kept)} training examples have a demonstration")
+    return replace(data, train=kept)
 
 
 def add_prompts(data: Data, prompts: list[Example]) -> None:
@@ -320,7 +329,8 @@ def check_data(args, tokenizer, data: Data) -> None:
     if args.ppo_ratio != 0 and not (prompts and held_out_prompts):
         raise UserError("--prompts needs two different prompts at least: one of them is held out")
     if args.hints is not None:
-        check_prompts(tokenizer, prompts)
+        n = check_prompts(tokenizer, prompts)
+        say(f"note: {n} of {len(prompts)} prompts have a target that --hints can give words of")
     check_replies(args, prompts, source)
     limits = limits_of(args)
     survey.say_shared(data.train, data.held_out, say)

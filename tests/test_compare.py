@@ -125,6 +125,13 @@ def test_an_arm_has_its_own_steps_and_rates():
     assert (run.ppo_epochs, run.minibatches, run.reward) == (1, 1, "sentiment")
 
 
+def test_an_arm_without_a_kl_price_is_tuned_over_rates_alone():
+    own = ["taught=--teacher out/final", "pairs=--algorithm dpo", "turns"]
+    args, _ = compare.parse_args(["--arms", *own, "--lrs", "7e-4", "--kl-coefs", "0.3"])
+    jobs = [(job.arm, job.lr, job.kl_coef) for job in compare.tuning_grid(args)]
+    assert jobs == [("taught", 7e-4, None), ("pairs", 7e-4, None), ("hybrid", 7e-4, 0.3)]
+
+
 def test_untuned_runs_have_the_defaults_of_the_task():
     words = "--untuned --arms sft then@0.25 dpo=--algorithm|dpo -- --data sort".split(" ")
     args, _ = compare.parse_args([word.replace("|", " ") for word in words])

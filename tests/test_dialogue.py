@@ -305,7 +305,7 @@ def test_questions_without_answers_serve_ppo_alone(tmp_path, capsys):
 def test_flags_are_read_checked_and_name_the_user(tiny_folder):
     parser = argparse.ArgumentParser()
     add_dialogue_flags(parser)
-    run = dict(schedule="ratio", max_new_tokens=10, max_length=40)
+    run = dict(schedule="ratio", hints=None, max_new_tokens=10, max_length=40)
     one = argparse.Namespace(**vars(parser.parse_args([])), **run)
     check_flags(one)
     assert one.turns == 1 and load_user(one, torch.device("cpu")) is scripted_user
@@ -317,6 +317,7 @@ def test_flags_are_read_checked_and_name_the_user(tiny_folder):
     for change, message in (
         (dict(turns=1), "are for dialogues"),
         (dict(schedule="gate"), "goes with --schedule ratio or mix"),
+        (dict(hints=0.5), "without --hints"),
         (dict(turns=4), "--turns 4 of --max-new-tokens 10 leave no room for a prompt"),
     ):
         with pytest.raises(UserError, match=message):

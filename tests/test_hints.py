@@ -116,6 +116,7 @@ def test_a_run_with_hints_resumes_bit_by_bit(tmp_path):
         ("--hints 0.5 --schedule gate", "--hints is for rollouts of --schedule ratio"),
         ("--hints 0.5 --ppo-ratio 0", "--hints is for rollouts of --schedule ratio"),
         ("--hints 0.5 --algorithm dpo", "--algorithm dpo samples nothing"),
+        ("--hints 0.5 --turns 2", "--turns above 1 goes with --schedule ratio or mix, and without"),
         ("--threshold 0.3", "--threshold belongs to gate and buffer"),
     ],
 )
@@ -128,7 +129,8 @@ def test_a_mistake_is_one_line(tmp_path, capsys, flags, message):
 def test_a_template_that_ends_the_prompt_leaves_no_place_for_a_hint(tokenizer):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = "{{ messages[0].content }}\n"
-    check_prompts(tokenizer, EXAMPLES)  # plain texts
+    assert check_prompts(tokenizer, EXAMPLES) == 2  # plain texts; two have two words
+    assert check_prompts(tokenizer, [*EXAMPLES, replace(EXAMPLES[0], target="")]) == 2
     with pytest.raises(UserError, match="the chat template of this model ends it"):
         check_prompts(tokenizer, [*EXAMPLES, replace(EXAMPLES[0], is_chat=True)])
 

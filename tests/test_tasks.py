@@ -11,6 +11,7 @@ import prepare
 import sft
 import train
 from data import load_examples, load_prompts
+from engine import UserError
 from flags import parse_args
 from letters import is_right, letter_metrics, letter_texts
 from reviews import review_metrics
@@ -99,6 +100,17 @@ def test_a_task_brings_defaults_and_a_flag_that_is_given_wins():
     assert parse_args([], ALGORITHMS, SCHEDULES).demonstrations is None
 
 
+def test_a_task_brings_no_defaults_into_a_run_that_is_resumed(tmp_path, capsys):
+    run(tmp_path, "--limit", 40, "--steps", 1)
+    for source, error in (("sort", "--data sort contradicts the run"), ("reviews", None)):
+        words = ["--resume", str(tmp_path / "run"), "--data", source, "--steps", "2"]
+        if error is None:
+            assert parse_args(words, ALGORITHMS, SCHEDULES).steps == 2
+        else:
+            with pytest.raises(UserError, match=error):
+                parse_args(words, ALGORITHMS, SCHEDULES)
+
+
 def test_the_built_in_model_learns_at_a_rate_of_the_task_and_another_model_does_not(tiny_folder):
     for model, lr, rl_lr, warmup in (("tiny", 1e-3, 6e-4, 100), (str(tiny_folder), 1e-5, 1e-5, 0)):
         flags = parse_args(["--data", "sort", "--model", model], ALGORITHMS, SCHEDULES)
@@ -151,6 +163,40 @@ def test_no_demonstration_leaves_nothing_for_sft(tmp_path, capsys):
         run(tmp_path, "--demonstrations", 0)
     assert "has no target to learn from: only --ppo-ratio 1 can use it" in capsys.readouterr().err
     run(tmp_path, "--demonstrations", 0, "--ppo-ratio", 1, "--steps", 1)
+
+
+def test_demonstrations_are_counted_among_the_examples_that_have_one(tmp_path, capsys):
+    rows = [{"prompt": f"ask {i}"} for i in range(20)]
+    rows += [{"prompt": f"say {i}", "target": f" word {i}"} for i in range(30)]
+    data = tmp_path / "half.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(tmp_path, "--data", data, "--demonstrations", 7, "--steps", 2)
+    assert re.search(r"7 of 4\d training examples have a demonstration", capsys.readouterr().out)
+
+
+def test_preference_pairs_stay_where_demonstrations_are_few():
+    flags = parse_args(
+        ["--algorithm", "dpo", "--limit", "40", "--demonstrations", "3"], ALGORITHMS, SCHEDULES
+    )
+    data = prepare.load_data(flags, ALGORITHMS["dpo"])
+    assert len(data.pairs) > 20 and sum(bool(e.target) for e in data.train) == 3
+
+
+def test_chosen_responses_are_demonstrations_too():
+    words = ["--algorithm", "dpo", "--preference-data", "examples/prefs.jsonl"]
+    flags = parse_args([*words, "--demonstrations", "2"], ALGORITHMS, SCHEDULES)
+    data = prepare.load_data(flags, ALGORITHMS["dpo"])
+    assert len(data.pairs) > 2 and sum(bool(e.target) for e in data.train) == 2
+
+
+def test_with_prompts_of_their_own_rewards_ask_no_others(tmp_path):
+    source = tmp_path / "prompts.jsonl"
+    source.write_text("".join(json.dumps({"prompt": f"ask {i}"}) + "\n" for i in range(20)))
+    words = ["--data", "sort", "--limit", "40", "--demonstrations", "3", "--prompts", str(source)]
+    data = prepare.load_data(parse_args(words, ALGORITHMS, SCHEDULES), ALGORITHMS["ppo"])
+    asked, _ = data.prompts(of_their_own=True)
+    assert asked and all(example.prompt.startswith("ask") for example in asked)
+    assert sum(bool(example.target) for example in data.train) == 3
 
 
 def test_prompts_of_a_task_have_no_target():
