@@ -88,6 +88,23 @@ def test_loss_and_gradient_are_those_of_the_whole_vocabulary(pair, monkeypatch, 
     assert student.value_head.weight.grad is None
 
 
+@pytest.mark.parametrize("chunk, keeps", [(5, False), (1024, True)])
+def test_more_than_one_chunk_keeps_no_distribution_for_the_backward_pass(
+    pair, monkeypatch, chunk, keeps
+):
+    monkeypatch.setattr(distill, "LOGIT_CHUNK", chunk)
+    (student, teacher), batch, kept = pair, gapped_batch(), []
+
+    def keep(tensor):
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        distill_loss(student, teacher, batch)
+    assert any(shape[-1:] == (61,) for shape in kept) == keeps
+    assert len(kept) > 20
+
+
 def test_an_update_is_one_mean_over_its_tokens_whatever_the_micro_batches(pair):
     (student, teacher), batch = pair, gapped_batch()
     _, gradient, means = by_hand(student, teacher, batch, 0.7)
