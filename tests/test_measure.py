@@ -140,7 +140,7 @@ def test_dialogues_are_sampled_and_scored_as_training_does(tiny, turn_rewards):
     )  # fmt: skip
     metrics, samples, _ = evaluate(
         model, tokenizer, examples, reward=LengthReward(), reference=model.frozen_copy(),
-        batch_size=3, micro_batch_size=2, seed=4, is_reviews=False, **lengths, **talk,
+        batch_size=3, micro_batch_size=2, seed=4, task=None, **lengths, **talk,
     )  # fmt: skip
     assert asked[0] == asked[1] and len(asked[0][0]) == (5 if turn_rewards else 3)
     assert metrics["eval/reward"] == pytest.approx(ppo["ppo/score"])
@@ -154,7 +154,7 @@ def test_dialogues_are_sampled_and_scored_as_training_does(tiny, turn_rewards):
     # With one turn the same call measures first answers only.
     first, rows, _ = evaluate(
         model, tokenizer, examples, reward=None, reference=None, batch_size=3, micro_batch_size=2,
-        seed=4, is_reviews=False, **lengths,
+        seed=4, task=None, **lengths,
     )  # fmt: skip
     assert "eval/turns" not in first and "User:" not in rows[0]["response"]
 

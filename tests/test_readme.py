@@ -328,7 +328,8 @@ def test_a_readme_command_runs(readme_folder, command, monkeypatch):
         pytest.importorskip("matplotlib", reason="matplotlib is an optional package")
     words = shlex.split(command.replace("--steps 800", "--steps 8"))[1:]
     if "train.py" in words and "--resume" not in words:
-        words += [*FAST, "--max-length", "32", "--batch-size", "8", "--overwrite"]
+        warmup = ["--sft-warmup", "2"] if "--sft-warmup" in words else []
+        words += [*FAST, *warmup, "--max-length", "32", "--batch-size", "8", "--overwrite"]
     if "compare.py" in words:
         words = [*shortened(words, jobs=1), *FAST[:2], *FAST[4:10], "--max-length", "40"]
         # Its runs as processes: tests/test_compare.py.
