@@ -309,7 +309,9 @@ def readme_folder(tmp_path_factory, tiny_folder):
 def shortened(comparison: list[str], jobs: int = 2) -> list[str]:
     """A command of compare.py, for one seed and two steps; what is appended goes to train.py."""
     cut = comparison.index("--") if "--" in comparison else len(comparison)
-    flags = f"--seeds 1 --steps 2 --lrs 1e-3 --kl-coefs 0.1 --jobs {jobs}".split()
+    flags = f"--seeds 1 --steps 2 --jobs {jobs}".split()
+    if "--untuned" not in comparison:
+        flags += "--lrs 1e-3 --kl-coefs 0.1".split()
     return [*comparison[:cut], *flags, "--", *comparison[cut + 1 :]]
 
 
