@@ -7,9 +7,9 @@
 A row of the table is an arm (arms.py): a schedule, or any flags of train.py. What follows `--` goes
 to train.py for all arms. Every step is ONE update on one batch (`--ppo-epochs 1 --minibatches 1`,
 unless you give others), so equal steps are equal updates on equally many rows (but an update after
-a change of phase is shorter, engine.enter_phase). Every arm is tuned
-over the same learning rates and KL coefficients, on seed 0, which is not reported; --select says by
-what. An arm that names --lr or --kl-coef keeps it.
+a change of phase is shorter, engine.enter_phase). Every arm is tuned over the same learning rates
+and KL coefficients, on seed 0, which is not reported; --select says by what. An arm that names --lr
+or --kl-coef keeps it.
 
 With `--untuned` nothing is tuned or preset: rates, KL coefficient, passes over a rollout are those
 of train.py and of the task, and seeds are 0, 1, ... --steps is 600; with --untuned it is that of

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from data import Batch, batch_of, demonstration_batch
 from dialogue import sample_episodes
 from engine import UserError
+from flags import spelled
 from hybrid import LOGIT_CHUNK, HybridModel
 from ppo import update_epochs
 from runs import Algorithm
@@ -140,8 +141,9 @@ def check_flags(args) -> None:
         raise UserError("--algorithm distill learns from a model: give it one, --teacher MODEL")
     for flag in ("ref_model", "ref_ema", "ref_refresh"):
         if getattr(args, flag):
-            spelled = "--" + flag.replace("_", "-")
-            raise UserError(f"{spelled} is for a reference, and here --teacher is it; leave it out")
+            raise UserError(
+                f"{spelled(flag)} is for a reference, and here --teacher is it; leave it out"
+            )
     if args.ppo_ratio == 0:
         raise UserError(
             "--teacher does nothing with --ppo-ratio 0, pure SFT; leave out one of them"

@@ -61,7 +61,7 @@ from rewards import build_reward
 from runs import FAILED, Algorithm, Run
 from schedules import SCHEDULES
 from sources import without_target
-from tasks import task_of
+from tasks import REVIEWS, task_of
 
 
 def prepare(args, algorithm: Algorithm) -> Run:
@@ -254,17 +254,17 @@ def resolve_defaults(args, algorithm: Algorithm, context: int) -> None:
     `context` is the number of tokens that the model can look at together. Raises UserError.
     """
     is_tiny, task = args.model == "tiny", task_of(args.data)
+    learns_like = task or REVIEWS  # what the built-in model takes for data of the user's own
     resolve_length(args, context)
     if args.lr is None:
         for_tiny, for_others = DEFAULT_LR[args.optimizer]
-        args.lr = for_tiny * (1.0 if task is None else task.lr) if is_tiny else for_others
+        args.lr = for_tiny * learns_like.lr if is_tiny else for_others
     if args.rl_lr is None:
         args.rl_lr = args.lr * (RL_SHARE if is_tiny else 1.0)
     if args.sft_warmup is None:
         # A model that has not learnt to write yet has nothing for PPO to improve.
         needs_warmup = is_tiny and args.ppo_ratio not in (0, 1)
-        share = 0.3 if task is None else task.warmup
-        args.sft_warmup = round(share * args.steps) if needs_warmup else 0
+        args.sft_warmup = round(learns_like.warmup * args.steps) if needs_warmup else 0
     if args.micro_batch_size is None:
         parts = parallel.world() * (args.grad_accum or 1)
         args.micro_batch_size = math.ceil(args.batch_size / parts)
