@@ -313,7 +313,7 @@ def test_a_small_comparison_from_one_command(tmp_path, trained, capsys):
         (r for r in found["tuning"] if r["arm"] == "PPO"),
         key=lambda r: r["eval/reward"] - r["eval/nll"],
     )
-    rates = {"lr": best["lr"], "rl_lr": best["lr"], "kl_coef": best["kl_coef"]}
+    rates = {"lr": best["lr"], "rl_lr": 0.6 * best["lr"], "kl_coef": best["kl_coef"]}
     assert found["chosen"]["PPO"] == rates
     assert found["metric"] == "eval/fluent_and_positive"
     tokens, steps = (
