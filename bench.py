@@ -481,7 +481,7 @@ def matmul_flops(load) -> float:
 
     n, largest = 256, 8192 if load.device == "cuda" else 2048
     while True:
-        best = seconds_of_product(n, DTYPES[load.amp], load.device, rounds=20)
+        best = seconds_of_product(n, DTYPES[load.amp], load.device, rounds=5)
         if n == largest or best > 0.05:
             return 2 * n**3 / best
         n *= 2

@@ -83,7 +83,7 @@ def make_parser(algorithms: dict | None = None, schedules: dict | None = None) -
         help="tokens of prompt and response together (default: 1024, or the model's context)")
     add("--lr", type=positive, help=f"peak learning rate (usual with adamw: 1e-6 to 1e-3; default: {default_rates()})")
     add("--rl-lr", type=positive,
-        help="the same for the updates of --algorithm (default: that of --lr; for 'tiny' 0.6 of it)")
+        help="the same for the updates of --algorithm, mixed ones too (default: that of --lr; for 'tiny' 0.6 of it)")
     add("--optimizer", choices=tuple(DEFAULT_LR), default="adamw",
         help="torch's own; muon takes the matrices, AdamW the rest")
     add("--scheduler", choices=("constant", "linear", "cosine", "wsd"), default="linear",
