@@ -188,10 +188,10 @@ def learning_rate_factor(name: str, steps: int, warmup_steps: int) -> Callable[[
 def enter_phase(optimizer: torch.optim.Optimizer, phase: str, lr: float) -> None:
     """Before the updates of a phase (`sft`, `ppo`, ...): set its learning rate.
 
-    Where another phase came before, the momentum starts again from 0. Else the first updates on a
-    reward go on in the direction of the demonstrations, which PPO has not sampled and its clip does
-    not see (and SFT goes on in the direction of the reward). The second moments are kept. So the
-    first update of Adam is 1 - beta1, a tenth, of what it is with full momentum.
+    Where another phase came before, the first moments (the momentum) start again from 0, and the
+    second moments stay. So Adam's first update after a change is 1 - beta1, a tenth, of what it is
+    with full momentum, the second 0.19, and so on. Short first steps keep PPO near the texts that
+    it sampled, and in turns an SFT step pulls back less of what PPO has learnt.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr

@@ -33,7 +33,7 @@ SORT = Task(
     letter_metrics,
     reward="exact_match",
     defaults=dict(
-        demonstrations=100, steps=600, batch_size=64, max_new_tokens=8, kl_coef=0.02, ppo_epochs=4
+        demonstrations=100, steps=500, batch_size=64, max_new_tokens=8, kl_coef=0.02, ppo_epochs=4
     ),
     lr=0.2,  # at a higher rate the reward teaches nothing
     warmup=1 / 6,  # SFT alone is at its best then

@@ -95,7 +95,7 @@ def test_right_answers_are_measured_without_a_reward_too(tmp_path):
 
 def test_a_task_brings_defaults_and_a_flag_that_is_given_wins():
     flags = parse_args(["--data", "sort", "--batch-size", "7"], ALGORITHMS, SCHEDULES)
-    assert (flags.demonstrations, flags.steps, flags.kl_coef) == (100, 600, 0.02)
+    assert (flags.demonstrations, flags.steps, flags.kl_coef) == (100, 500, 0.02)
     assert flags.batch_size == 7
     assert parse_args([], ALGORITHMS, SCHEDULES).demonstrations is None
 
