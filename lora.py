@@ -4,7 +4,7 @@
 
 Every linear layer in a block of the LM gets one, never the embeddings or `lm_head`. B is zero, so
 training starts at the base. A is uniform within 1 / sqrt(in), as PEFT and torch draw a layer: then
-A x has the same size in a model of any width, and learning rates that hold for PEFT hold here.
+A x has the same size in a model of any width, and a learning rate for PEFT is one for here.
 
 The reference of the KL is the same base with a copy of the adapter: no second model in memory. A
 saved folder holds the merged model, and `adapter/` in the format of PEFT; --resume reads the base
@@ -47,8 +47,7 @@ class LoRA(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(n_out, rank, device=weight.device))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (..., in) -> (..., out), in the type of the base; A and B compute in float32 or --amp's
-        type."""
+        """x (..., in) -> (..., out), in the type of the base; --amp alone rounds A and B."""
         h = self.base(x)
         low_rank = linear(linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B)
         return (h + self.scale * low_rank).to(h.dtype)
@@ -80,16 +79,15 @@ def is_own(name: str) -> bool:
 
 
 class LoraModel(HybridModel):
-    """A HybridModel that trains an adapter and the value head. Copies share the frozen base, and
-    its state is what they do not share. Raises UserError for an LM that cannot compute so."""
+    """It trains an adapter and the value head. Copies share the frozen base, and its state is what
+    they do not share. Raises UserError for an LM that cannot compute so."""
 
     def __init__(self, lm: nn.Module, rank: int, alpha: float, base_dtype="float32", seed=0):
         super().__init__(lm)  # tries the plain model, in float32
         self.rank, self.alpha = rank, alpha
         add_adapter(lm, rank, alpha, base_dtype, seed)
         try:
-            with torch.no_grad():
-                self.hidden_states(eight_tokens(lm))
+            self.hidden_states(eight_tokens(lm))
         except (AttributeError, RuntimeError) as problem:
             kind, reason = type(lm).__name__, first_line(problem)
             raise UserError(f"--lora cannot train a {kind} in {base_dtype}: {reason}") from None
@@ -111,8 +109,9 @@ class LoraModel(HybridModel):
     @torch.no_grad()
     def merged(self) -> HybridModel:
         """A copy without adapters: their product is in the weights, float32, in main memory."""
-        memo = {id(p): nn.Parameter(p.float().cpu()) for p in self.parameters()}
-        copied = copy.deepcopy(self, memo)
+        plain = {id(p): nn.Parameter(p.float().cpu()) for p in self.parameters()}
+        copied = copy.deepcopy(self, plain)
+        plain.clear()  # else each weight would stay beside the merged one
         for name, layer in list(copied.lm.named_modules()):
             if isinstance(layer, LoRA):
                 add_low_rank(layer.base, layer.lora_A, layer.lora_B, layer.scale)
@@ -132,9 +131,8 @@ class LoraModel(HybridModel):
             state |= {f"value_head.{n}": x for n, x in load_file(checkpoint / VALUE_HEAD).items()}
             self.load_state_dict(state)
         except (OSError, SafetensorError, RuntimeError) as problem:
-            why = f"does not fit its base, which is --model ({first_line(problem)})"
-            advice = "give back the base that the run began with"
-            raise UserError(f"--resume: the adapter in {checkpoint} {why}; {advice}") from None
+            why = f"does not fit its base, --model ({first_line(problem)}); give that back"
+            raise UserError(f"--resume: the adapter in {checkpoint} {why}") from None
 
 
 def check_flags(args) -> None:

@@ -123,8 +123,8 @@ def precision_hint(args, device: torch.device, parameters: float) -> str | None:
     speedup = float32 / bf16
     if args.amp == "no" and speedup > 1.5:
         return f"hint: --amp bf16 multiplies matrices {speedup:.1f} times as fast here"
-    if args.amp == "bf16" and speedup < 0.8:
-        return f"hint: --amp bf16 is slow here, {1 / speedup:.1f} times as slow as float32"
+    if "bf16" in (args.amp, args.base_dtype) and speedup < 0.8:
+        return f"hint: bf16 is slow here, {1 / speedup:.1f} times as slow as float32"
     return None
 
 
