@@ -27,6 +27,8 @@ With --lora t of the P parameters are trained: weights 4 t + 4 (P - t), or 2 (P 
 bfloat16; Adam, gradients and buckets are of t; a reference is a copy of the adapter, 4 t; autocast
 copies what is not in bfloat16; the head has no gradient. On the CPU a copy with the adapter merged
 into its weights, 4 P, is held while a folder is saved ("merged"; with a GPU it is in main memory).
+A base in bfloat16 adds 4 V W: the largest tensor is copied once more as it is written, and a base
+in float32 needs no second copy of it.
 
 Not all are held at once. The backward pass frees activations as it makes gradients, so an update
 holds the larger of the two, unless it has several micro-batches: then the gradients of the first
@@ -177,7 +179,8 @@ def memory(
         small = [size for size in blocks if size < FROM_HEAP]
         held["holes"] = max(sum(small), held["cache"]) / 2
     if trained is not None:
-        held["merged"] = 4 * p if program else 0
+        embeddings = 4 * sizes.vocab * width if frozen_bytes == 2 else 0
+        held["merged"] = 4 * p + embeddings if program else 0
     update = held["activations"] + held["logits"]
     if rows.in_parts:
         update += held["gradients"]

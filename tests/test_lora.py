@@ -428,6 +428,8 @@ def test_the_memory_of_an_adapter_follows_its_formula():
     held = cost.memory(sizes, rows, kept, program=7.0, **of_adapter)
     assert held["merged"] == 4000  # on the CPU, while a folder is saved
     assert held["peak"] == 7 + 4360 + held["holes"] + 4000
+    held = cost.memory(sizes, rows, kept, program=7.0, frozen_bytes=2, **of_adapter)
+    assert held["merged"] == 4000 + 4000  # the second is 4 V W
 
 
 def test_a_dry_run_counts_the_adapter(tiny_folder, capsys):
