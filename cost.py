@@ -23,6 +23,13 @@ model together, in bytes:
                           (4 with --amp); W counts key-value heads
     holes                 half of the small activations, or of the cache. Where `program` is counted
 
+With --lora t of the P parameters are trained: weights 4 t + 4 (P - t), or 2 (P - t) with a base in
+bfloat16; Adam, gradients and buckets are of t; a reference is a copy of the adapter, 4 t; autocast
+copies what is not in bfloat16; the head has no gradient. On the CPU a copy with the adapter merged
+into its weights, 4 P, is held while a folder is saved ("merged"; with a GPU it is in main memory).
+A base in bfloat16 adds 4 V W: the largest tensor is copied once more as it is written, and a base
+in float32 needs no second copy of it.
+
 Not all are held at once. The backward pass frees activations as it makes gradients, so an update
 holds the larger of the two, unless it has several micro-batches: then the gradients of the first
 are there when the second begins. The cache is never held with activations.
@@ -42,12 +49,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from transformers import AutoConfig
 
+import lora
 import survey
 from activations import LLAMA, LLAMA_AMP, FakeModel
 from data import BatchStream
-from engine import AMP_DTYPES, UserError, first_line, pick_device
+from engine import AMP_DTYPES, UserError, first_line, pick_device, trained
 from flags import limits_of
 from hybrid import LOGIT_CHUNK, build_tiny
 from lm import accepts, context_in, load_tokenizer, pack
@@ -128,15 +137,19 @@ def memory(
     references: float = 1,
     logits: int = 12,
     program: float = 0.0,
+    trained: float | None = None,
+    frozen_bytes: int = 4,
 ) -> dict[str, float]:
     """Bytes on each device, by the formula above; "peak" is what is held at the same time.
 
     `kept`: bytes for each token of each tensor that is kept for the backward pass. `zero`: the
     stage of ZeRO, 0 is DDP. `references`: their size, in units of the model. `logits`: bytes for
-    each logit of a chunk. `program`: of the process; 0 counts neither it nor the holes.
+    each logit of a chunk. `program`: of the process; 0 counts neither it nor the holes. `trained`:
+    parameters of an adapter, None without one; the others take `frozen_bytes` each.
     """
     p, layers, width, columns = sizes.parameters, sizes.layers, sizes.width, rows.columns
-    adam, buckets = 8 * p, 4 * p
+    t = p if trained is None else trained
+    adam, buckets = 8 * t, 4 * t
     if zero:
         adam, buckets = 12 * p / devices, min(4 * p, 4 * 5e8)
     if devices == 1:
@@ -148,25 +161,31 @@ def memory(
     scores = sizes.vocab * min(rows.answers, LOGIT_CHUNK)
     held = {
         "program": program,
-        "weights": 4 * p,
+        "weights": 4 * t + frozen_bytes * (p - t),
         "reference": 4 * p * references,
         "Adam": adam,
         "buckets": buckets,
-        "bf16 copies": 2 * p if amp else 0,
+        "bf16 copies": 2 * (p if frozen_bytes == 4 else t) if amp else 0,
     }
     always = sum(held.values())
-    held["gradients"] = 4 * p / (devices if zero == 2 else 1)
+    held["gradients"] = 4 * t / (devices if zero == 2 else 1)
     held["activations"] = sum(blocks)
-    held["logits"] = max(logits * scores, 4 * scores + 4 * sizes.vocab * width)
+    held["logits"] = logits * scores
+    if trained is None:  # the head is trained
+        held["logits"] = max(held["logits"], 4 * scores + 4 * sizes.vocab * width)
     held["cache"] = (4 if amp else 8) * layers * sizes.kv_width * rows.sampled
     held["holes"] = 0.0
     if program:
         small = [size for size in blocks if size < FROM_HEAP]
         held["holes"] = max(sum(small), held["cache"]) / 2
+    if trained is not None:
+        embeddings = 4 * sizes.vocab * width if frozen_bytes == 2 else 0
+        held["merged"] = 4 * p + embeddings if program else 0
     update = held["activations"] + held["logits"]
     if rows.in_parts:
         update += held["gradients"]
-    held["peak"] = always + held["holes"] + max(update, held["gradients"], held["cache"])
+    at_most = max(update, held["gradients"], held["cache"], held.get("merged", 0))
+    held["peak"] = always + held["holes"] + at_most
     return held
 
 
@@ -184,15 +203,19 @@ def table(sizes: Sizes, rows: Callable[[int], list[Rows]], kept: list[float], **
 
     held = most(1, 0)
     items = ", ".join(f"{name} {size / GIB:.3g}" for name, size in held.items())
-    lines = [f"{sizes.parameters / 1e6:,.1f} M parameters; one device, GiB: {items}"]
+    trained = options.get("trained")
+    of_them = "" if trained is None else f", {trained / 1e6:,.3g} M of them trained"
+    lines = [f"{sizes.parameters / 1e6:,.1f} M parameters{of_them}; one device, GiB: {items}"]
     for devices in (2, 4, 8):
         ddp, zero = most(devices, 0)["peak"] / GIB, most(devices, 2)["peak"] / GIB
-        lines.append(f"{devices} devices, each: {ddp:.3g} GiB under DDP, {zero:.3g} under ZeRO-2")
+        beside = f", {zero:.3g} under ZeRO-2" if trained is None else ""
+        lines.append(f"{devices} devices, each: {ddp:.3g} GiB under DDP{beside}")
     return "\n".join(lines)
 
 
 def print_estimate(args, algorithm: Algorithm) -> None:
     """--dry-run: what a run would take, by the config of its model and the rows of its data."""
+    lora.check_flags(args)
     if args.model != "tiny":
         sizes, model = model_of(args.model)  # before the data: a wrong name shows at once
     if args.optimizer != "adamw":
@@ -203,6 +226,9 @@ def print_estimate(args, algorithm: Algorithm) -> None:
         sizes, model = model_of("tiny", lm.config)
     else:
         tokenizer = load_tokenizer(args.model, "--model")
+    adapter = None
+    if args.lora is not None:
+        sizes, adapter = with_adapter(sizes, model, args)
     micro_batch_size = args.micro_batch_size  # as given: below it depends on the devices
     resolve_defaults(args, algorithm, sizes.context)
     kinds = kinds_of_steps(args, algorithm, tokenizer, data)
@@ -231,8 +257,19 @@ def print_estimate(args, algorithm: Algorithm) -> None:
         options |= dict(references=teacher.parameters / sizes.parameters, logits=20)
     kept = kept_bytes(sizes, model, longest, args.amp)
     options["program"] = program() if on_cpu else 0.0
+    if adapter is not None:
+        options |= dict(trained=adapter, frozen_bytes=4 if args.base_dtype == "float32" else 2)
+        if has_rl and not args.ref_model and args.teacher is None:
+            options["references"] = adapter / sizes.parameters
     print(table(sizes, rows, kept, **options))
-    print(disk_line(args, sizes.parameters))
+    print(disk_line(args, sizes.parameters, adapter))
+
+
+def with_adapter(sizes: Sizes, model: FakeModel, args) -> tuple[Sizes, int]:
+    """Put the adapter of --lora into `model`. -> sizes with it, and how many of them it has."""
+    with model.mode:
+        lora.add_adapter(model.lm, args.lora, args.lora_alpha, args.base_dtype)
+    return sizes._replace(parameters=model.parameters()), sum(map(torch.numel, trained(model.lm)))
 
 
 def kept_bytes(sizes: Sizes, model: FakeModel, length: int, amp: str) -> list[float]:

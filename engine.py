@@ -143,22 +143,27 @@ class MuonWithAdamW(torch.optim.Optimizer):
 ADAM = dict(betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
 
 
+def trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """What an optimiser takes: all parameters, or with --lora those that are not frozen."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
 def muon_with_adamw(model: torch.nn.Module, lr: float) -> MuonWithAdamW:
     """Muon takes all matrices but embeddings (of positions too), the LM head and the value head."""
     ends = [model.lm.get_output_embeddings(), model.value_head]
     ends += [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
     in_ends = {id(p) for module in ends for p in module.parameters()}
-    matrices = [p for p in model.parameters() if p.dim() == 2 and id(p) not in in_ends]
+    matrices = [p for p in trained(model) if p.dim() == 2 and id(p) not in in_ends]
     in_matrices = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in in_matrices]
+    others = [p for p in trained(model) if id(p) not in in_matrices]
     return MuonWithAdamW(matrices, others, lr, ADAM)
 
 
 OPTIMIZERS = {
-    "adamw": lambda model, lr: torch.optim.AdamW(model.parameters(), lr=lr, fused=True, **ADAM),
-    "adam": lambda model, lr: torch.optim.Adam(model.parameters(), lr=lr, fused=True, **ADAM),
-    "sgd": lambda model, lr: torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9),
-    "adafactor": lambda model, lr: torch.optim.Adafactor(model.parameters(), lr=lr),
+    "adamw": lambda model, lr: torch.optim.AdamW(trained(model), lr=lr, fused=True, **ADAM),
+    "adam": lambda model, lr: torch.optim.Adam(trained(model), lr=lr, fused=True, **ADAM),
+    "sgd": lambda model, lr: torch.optim.SGD(trained(model), lr=lr, momentum=0.9),
+    "adafactor": lambda model, lr: torch.optim.Adafactor(trained(model), lr=lr),
     "muon": muon_with_adamw,
 }
 

@@ -16,6 +16,8 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+import torch
+
 from cli import UserError
 from expression import files_and_texts
 from flags import spelled
@@ -118,6 +120,14 @@ def take(args, data) -> dict[str, list]:
 def of_vocabulary(tokenizer) -> list:
     vocabulary = tokenizer.get_vocab()
     return [len(vocabulary), digest(sorted(vocabulary.items()))]
+
+
+def of_frozen(model) -> list:
+    """Of the weights that are not trained: how many, and a hash of both ends of each. Training
+    changes every tensor, so another base differs there; a model on the hub may change too."""
+    frozen = [p.detach().flatten() for p in model.parameters() if not p.requires_grad]
+    ends = [torch.cat([p[:64], p[-64:]]).float().cpu().numpy().tobytes() for p in frozen]
+    return [sum(map(len, frozen)), digest(ends)]
 
 
 def changes(saved: dict[str, list], now: dict[str, list]) -> dict[str, str]:

@@ -158,7 +158,7 @@ def add_ppo_flags(parser: Parser) -> None:
 
 
 def add_extension_flags(parser: Parser, schedules: dict | None = None) -> None:
-    """The flags of schedules.py, references.py, dialogue.py and dpo.py, a group for each."""
+    """The flags of schedules.py, references.py, lora.py, dialogue.py and dpo.py, a group for each."""
     add = parser.add_argument_group("schedule").add_argument
     add("--schedule", choices=schedules, metavar="{ratio,gate,buffer,mix}", default="ratio",
         help="what each step learns from; ratio: by --ppo-ratio; gate, buffer: SFT on prompts that score low; mix: "
@@ -180,6 +180,13 @@ def add_extension_flags(parser: Parser, schedules: dict | None = None) -> None:
     add("--ref-ema", type=share, default=0.0,
         help="after every PPO step: reference = x * reference + (1 - x) * policy (usual: 0.99; 0: the reference does "
         "not move)")
+    add = parser.add_argument_group("lora").add_argument
+    add("--lora", type=count, metavar="RANK",
+        help="train low-rank adapters of this rank beside the frozen layers, and the value head (usual: 4 to 64, with "
+        "ten times the --lr)")
+    add("--lora-alpha", type=positive, help="an adapter counts alpha / rank (default: 2 x rank)")
+    add("--base-dtype", choices=("float32", "bf16"), default="float32",
+        help="of the frozen base: bf16 halves it, and computes in it; adapters and losses stay float32")
     add_dialogue_flags(parser)
     add = parser.add_argument_group("dpo").add_argument
     add("--preference-data",

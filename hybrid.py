@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, PreTrainedTokenizerFast
+from transformers import DynamicCache
 
 import parallel
 from engine import Parser, UserError, check_new_folder, first_line, number, one_line_errors
@@ -210,14 +210,14 @@ class HybridModel(nn.Module):
             shutil.copymode(folder / "config.json", path)
 
     @classmethod
-    def load(cls, name: str, what: str = "model") -> tuple["HybridModel", PreTrainedTokenizerFast]:
+    def load(cls, name: str, what: str = "model", **options) -> tuple["HybridModel", object]:
         """Model and tokenizer from a folder or a hub id, in float32, with the value head if saved.
 
         Raises UserError for whatever is missing, not causal, damaged or out of reach; `what` is the
-        flag that it names.
+        flag that it names, `options` are what `cls` takes beside the LM.
         """
         lm, tokenizer = load_lm(name, what)
-        model = cls(lm)
+        model = cls(lm, **options)
         path = Path(name) / VALUE_HEAD
         if path.is_file():
             try:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from chat import dialogue_of
-from engine import seconds_of_product
+from engine import seconds_of_product, trained
 from runs import Run
 from tasks import task_of
 
@@ -25,6 +25,8 @@ def device_line(args, device: torch.device) -> str:
     if device.type == "cpu":
         name = f"cpu, {torch.get_num_threads()} threads"
     precision = "float32" if args.amp == "no" else f"{args.amp}, weights in float32"
+    if args.base_dtype == "bf16":
+        precision = "bf16, weights of the adapter in float32"
     return f"device: {name}; precision: {precision}"
 
 
@@ -73,12 +75,25 @@ def teacher_line(args, run: Run) -> str:
     return f"teacher: {args.teacher}, {n / 1e6:,.1f} M parameters, in {phases.count('rl')} steps"
 
 
-def disk_line(args, parameters: float) -> str:
-    """What checkpoints take: weights, Adam's two moments, and a reference, 4 bytes each."""
+def lora_line(args, run: Run) -> str:
+    """How much of the model is trained."""
+    n_trained = sum(parameter.numel() for parameter in trained(run.model))
+    n = sum(parameter.numel() for parameter in run.model.parameters())
+    base = {"float32": "float32", "bf16": "bfloat16"}[args.base_dtype]
+    of_all = f"{n_trained / 1e6:,.2f} M of {n / 1e6:,.1f} M parameters are trained"
+    return f"LoRA of rank {args.lora}: {of_all}, base in {base}"
+
+
+def disk_line(args, parameters: float, n_trained: float | None = None) -> str:
+    """What checkpoints take: weights, Adam's two moments, and a reference, 4 bytes each. With
+    --lora the weights are merged, and the others are of the `n_trained` parameters, as is one copy
+    for PEFT."""
     has_copy = args.ppo_ratio != 0 and args.teacher is None  # a teacher is in its own folder
     copies = 1 + (1 if has_copy else 0)
     copies += {"adamw": 2, "adam": 2, "muon": 2}.get(args.optimizer, 1)
     each = 4 * parameters * copies / GB
+    if n_trained is not None:
+        each = 4 * (parameters + n_trained * (copies - 1)) / GB
     kept = 1 + (args.keep if args.save_every else 0)
     return f"disk: a checkpoint takes {each:,.2g} GB, up to {kept} of them are in {args.out}"
 
@@ -87,8 +102,11 @@ def say_run(args, run: Run, examples: list, say: Callable) -> None:
     """The lines that need the model: what is trained, how, and what it takes."""
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     say(model_line(args, run, examples))
+    if args.lora is not None:
+        say(lora_line(args, run))
     say(training_line(args, run))
-    say(disk_line(args, parameters))
+    n_trained = sum(parameter.numel() for parameter in trained(run.model))
+    say(disk_line(args, parameters, n_trained if args.lora is not None else None))
     hint = precision_hint(args, run.device, parameters)
     if hint is not None:
         say(hint)
@@ -105,8 +123,8 @@ def precision_hint(args, device: torch.device, parameters: float) -> str | None:
     speedup = float32 / bf16
     if args.amp == "no" and speedup > 1.5:
         return f"hint: --amp bf16 multiplies matrices {speedup:.1f} times as fast here"
-    if args.amp == "bf16" and speedup < 0.8:
-        return f"hint: --amp bf16 is slow here, {1 / speedup:.1f} times as slow as float32"
+    if "bf16" in (args.amp, args.base_dtype) and speedup < 0.8:
+        return f"hint: bf16 is slow here, {1 / speedup:.1f} times as slow as float32"
     return None
 
 

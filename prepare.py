@@ -17,6 +17,7 @@ import torch
 
 import dialogue
 import fingerprint
+import lora
 import parallel
 import plan
 import references
@@ -54,7 +55,7 @@ from fingerprint import used_paths
 from flags import DEFAULT_LR, NOT_REMEMBERED, RL_SHARE, limits_of, read_config, resolve_length
 from hints import Hints, check_prompts
 from hybrid import HybridModel, build_tiny
-from lm import release_files
+from lm import load_tokenizer, release_files
 from ppo import AdaptiveKLController
 from references import ReferenceMixture, load_references
 from rewards import build_reward
@@ -66,6 +67,7 @@ from tasks import REVIEWS, task_of
 
 def prepare(args, algorithm: Algorithm) -> Run:
     """The state of a run at step 0. Raises UserError for whatever can be wrong."""
+    lora.check_flags(args)
     device = parallel.start(pick_device(args.device))
     check_amp(args.amp, device)
     seed_everything(args.seed)
@@ -82,6 +84,8 @@ def prepare(args, algorithm: Algorithm) -> Run:
     start = functools.partial(starting_model, args, data.train)
     model, tokenizer = load_policy(args, start, device, checkpoint)
     learns_from["tokens of the vocabulary"] = fingerprint.of_vocabulary(tokenizer)
+    if args.lora is not None:  # a checkpoint does not hold the base
+        learns_from["frozen weights of the base"] = fingerprint.of_frozen(model)
     if checkpoint is not None:
         saved = read_state(checkpoint, mmap=True).get("fingerprint")
         may_be_mended = FAILED in read_config(Path(args.resume))
@@ -221,22 +225,31 @@ def say(line: str) -> None:
 
 def starting_model(args, train_examples: list[Example]) -> tuple[HybridModel, object]:
     """What --model names, as it is before any training, and its tokenizer."""
+    kind, options = HybridModel, {}
+    if args.lora is not None:
+        kind = lora.LoraModel
+        options = dict(rank=args.lora, alpha=args.lora_alpha, seed=args.seed)
+        options["base_dtype"] = args.base_dtype
     if args.model != "tiny":
-        return HybridModel.load(args.model, "--model")
+        return kind.load(args.model, "--model", **options)
     texts = [example.prompt + example.target for example in train_examples]
     lm, tokenizer = build_tiny(texts, args.seed)
-    return HybridModel(lm), tokenizer
+    return kind(lm, **options), tokenizer
 
 
 def load_policy(
     args, start: Callable, device, checkpoint: Path | None
 ) -> tuple[HybridModel, object]:
     """The model that is trained, on its device, and its tokenizer: those of `start()`; of a resumed
-    run, both as they were saved, whatever --model and --data have become."""
+    run, both as they were saved, whatever --model and --data have become. With --lora the frozen
+    base is that of `start()` again."""
     if checkpoint is None:
         model, tokenizer = start()
-    else:
+    elif args.lora is None:
         model, tokenizer = HybridModel.load(str(checkpoint), "--resume")
+    else:
+        model, tokenizer = start()[0], load_tokenizer(str(checkpoint), "--resume")
+        model.load_own(checkpoint)
     model.to(device).train()
     release_files(model)
     model.amp_dtype = AMP_DTYPES[args.amp]

@@ -15,6 +15,7 @@ from distill import distill_step
 from engine import Backend, NonFiniteReward
 from generate import sample
 from hybrid import HybridModel
+from lora import LoraModel
 from rewards import build_reward
 from sft import sft_step
 
@@ -38,8 +39,18 @@ def adamw(model):
     return torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-5, weight_decay=0.0)
 
 
-def sft_weights(make_backend=Backend, steps: int = 3) -> dict:
-    model = new_model()
+def with_adapter() -> LoraModel:
+    """A model with a frozen base, and a B that is not 0: else A would get no gradient at first."""
+    model = LoraModel(build_lm("llama"), rank=3, alpha=7.0, seed=5).train()
+    torch.manual_seed(4)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def sft_weights(make_backend=Backend, steps: int = 3, make_model=new_model) -> dict:
+    model = make_model()
     optimizer, backend = adamw(model), make_backend(model)
     for seed in range(steps):  # seven rows: one process has four, the other three
         stats = sft_step(
@@ -122,6 +133,7 @@ def main(folder: Path) -> None:
     parallel.start(torch.device("cpu"))
     rank = parallel.rank()
     report = {"sft": sft_weights(), "distill": distill_weights()}
+    report |= {"lora": sft_weights(make_model=with_adapter)}
     report |= {"gathered": parallel.gather(parallel.share(list("abcdefg")))}
 
     if rank == 0:

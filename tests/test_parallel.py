@@ -69,6 +69,15 @@ def test_sft_weights_are_those_of_one_process(two):
         )
 
 
+def test_the_weights_of_an_adapter_are_those_of_one_process(two):
+    alone, start = worker.sft_weights(make_model=worker.with_adapter), worker.with_adapter()
+    for name, weights in start.state_dict().items():
+        moved = float((alone["weights"][name] - weights).abs().max())
+        assert (moved > 5e-4) == ("lora_" in name), name
+    for process in two:
+        close(process["lora"]["weights"], alone["weights"], atol=1e-5)
+
+
 def test_ppo_gradients_are_those_of_one_process_on_the_same_rollout(two):
     for name, rollout, minibatches in (("ppo", two[0]["rollout"], 2), ("scarce", None, 3)):
         if rollout is None:

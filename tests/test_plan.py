@@ -50,7 +50,7 @@ def test_a_hint_about_bf16_follows_two_products(monkeypatch):
     cpu = torch.device("cpu")
     seconds = {torch.float32: 6.0, torch.bfloat16: 2.0}
     monkeypatch.setattr(plan, "seconds_of_product", lambda n, dtype, device, rounds: seconds[dtype])
-    no, bf16 = SimpleNamespace(amp="no"), SimpleNamespace(amp="bf16")
+    no, bf16 = [SimpleNamespace(amp=amp, base_dtype="float32") for amp in ("no", "bf16")]
     assert "--amp bf16 multiplies matrices 3.0 times as fast" in plan.precision_hint(no, cpu, 1e8)
     assert plan.precision_hint(no, cpu, 1e6) is None and plan.precision_hint(bf16, cpu, 1e8) is None
     seconds[torch.bfloat16] = 30.0

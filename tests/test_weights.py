@@ -156,9 +156,9 @@ def test_what_is_wrong_is_named_and_counted(copy):
     refused(named, r"of an adapter: merge it into its model")
     adapter = copy("adapter")
     (adapter / "adapter_config.json").write_text("{}")
-    refused(adapter, "has an adapter_config.json: merge it into its model")
+    refused(adapter, "has an adapter_config.json without base_model_name_or_path")
     (adapter / "config.json").unlink()
-    refused(adapter, "has an adapter_config.json: merge it into its model")
+    refused(adapter, "has an adapter_config.json without base_model_name_or_path")
 
 
 @pytest.mark.parametrize(
