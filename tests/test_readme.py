@@ -310,6 +310,8 @@ def shortened(comparison: list[str], jobs: int = 2) -> list[str]:
     """A command of compare.py, for one seed and two steps; what is appended goes to train.py."""
     cut = comparison.index("--") if "--" in comparison else len(comparison)
     flags = f"--seeds 1 --steps 2 --jobs {jobs}".split()
+    for long, short in (("--steps", 2), ("--sft-warmup", 1)):  # in NAME=FLAGS, which is one word
+        comparison = [re.sub(rf"{long} \d+", f"{long} {short}", word) for word in comparison]
     if "--untuned" not in comparison:
         flags += "--lrs 1e-3 --kl-coefs 0.1".split()
     return [*comparison[:cut], *flags, "--", *comparison[cut + 1 :]]
