@@ -139,7 +139,7 @@ def test_untuned_runs_have_the_defaults_of_the_task():
     assert [(job.lr, job.kl_coef) for job in jobs] == [(None, None)] * 3
     assert jobs[1].folder(Path("c")) == Path("c/sft-then-ppo@0.25-seed0")
     run = train.parse_args(compare.command_line(jobs[1], args), train.ALGORITHMS, train.SCHEDULES)
-    assert (run.steps, run.sft_warmup, run.batch_size, run.reward) == (600, 150, 64, "exact_match")
+    assert (run.steps, run.sft_warmup, run.batch_size, run.reward) == (500, 125, 64, "exact_match")
     assert (run.lr, run.rl_lr) == (None, None)  # prepare.py fills in those of the task
     assert (run.kl_coef, run.ppo_epochs, run.minibatches) == (0.02, 4, 2)
     # Tuned: one update a rollout, and the reward is still that of the task.
