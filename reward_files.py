@@ -66,9 +66,13 @@ class RewardFile:
         before = set(sys.modules)
         sys.modules.update(self._modules)
         sys.path.insert(0, str(folder))
+        # Python's cache takes a file of the same size and second for the same file, and one that
+        # was mended would run as it was. Nor is anything written into a folder of the user.
+        writes_no_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True
         try:
             yield
         finally:
+            sys.dont_write_bytecode = writes_no_bytecode
             if str(folder) in sys.path:  # the file may have changed that too
                 sys.path.remove(str(folder))
             new = [name for name in sys.modules if name not in before]

@@ -423,3 +423,20 @@ def test_a_run_with_a_class_is_resumed_with_its_state(tmp_path):
         [row["reward/Counter"] for row in rows if row["phase"] == "ppo"] for rows in (whole, parts)
     ]
     assert scores[0] == scores[1] == [4.0 * (i + 1) for i in range(6)]
+
+
+@pytest.mark.parametrize("mended", ["r", "helper"])
+def test_a_file_that_was_mended_within_a_second_runs_as_it_is(tmp_path, monkeypatch, mended):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    write(tmp_path, helper="FACTOR = 3\n")
+    write(tmp_path, r="import helper\ndef f(completions): return [5 + helper.FACTOR]\n")
+    for file in ("r.py", "helper.py"):
+        os.utime(tmp_path / file, (1_700_000_000, 1_700_000_000))
+    assert build_reward(f"{tmp_path}/r.py:f")(["p"], ["t"]).tolist() == [8]
+    path = tmp_path / f"{mended}.py"
+    path.write_text(path.read_text().replace("5", "7").replace("= 3", "= 4"))  # as long as before
+    os.utime(path, (1_700_000_000, 1_700_000_000))
+    expected = {"r": 10, "helper": 9}[mended]
+    assert build_reward(f"{tmp_path}/r.py:f")(["p"], ["t"]).tolist() == [expected]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["helper.py", "r.py"]
+    assert sys.dont_write_bytecode is False
