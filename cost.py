@@ -49,7 +49,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from transformers import AutoConfig
 
 import lora
@@ -60,7 +59,7 @@ from engine import AMP_DTYPES, UserError, first_line, pick_device, trained
 from flags import limits_of
 from hybrid import LOGIT_CHUNK, build_tiny
 from lm import accepts, context_in, load_tokenizer, pack
-from plan import disk_line
+from plan import disk_line, size_of
 from prepare import Data, load_data, resolve_defaults
 from runs import Algorithm
 
@@ -258,7 +257,7 @@ def print_estimate(args, algorithm: Algorithm) -> None:
     kept = kept_bytes(sizes, model, longest, args.amp)
     options["program"] = program() if on_cpu else 0.0
     if adapter is not None:
-        options |= dict(trained=adapter, frozen_bytes=4 if args.base_dtype == "float32" else 2)
+        options |= dict(trained=adapter, frozen_bytes=lora.BASE_DTYPES[args.base_dtype].itemsize)
         if has_rl and not args.ref_model and args.teacher is None:
             options["references"] = adapter / sizes.parameters
     print(table(sizes, rows, kept, **options))
@@ -269,7 +268,7 @@ def with_adapter(sizes: Sizes, model: FakeModel, args) -> tuple[Sizes, int]:
     """Put the adapter of --lora into `model`. -> sizes with it, and how many of them it has."""
     with model.mode:
         lora.add_adapter(model.lm, args.lora, args.lora_alpha, args.base_dtype)
-    return sizes._replace(parameters=model.parameters()), sum(map(torch.numel, trained(model.lm)))
+    return sizes._replace(parameters=model.parameters()), size_of(trained(model.lm))
 
 
 def kept_bytes(sizes: Sizes, model: FakeModel, length: int, amp: str) -> list[float]:

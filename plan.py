@@ -6,17 +6,23 @@ changes the run. Left out on purpose: a report that can be switched off line by 
     python train.py --steps 10 --out out-short
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
 from chat import dialogue_of
 from engine import seconds_of_product, trained
+from lora import BASE_DTYPES
 from runs import Run
 from tasks import task_of
 
 GB = 1e9
 WORTH_A_HINT = 2e7  # parameters; below, the arithmetic is not what takes the time
+
+
+def size_of(parameters: Iterable[torch.Tensor]) -> int:
+    """How many numbers they hold together."""
+    return sum(parameter.numel() for parameter in parameters)
 
 
 def device_line(args, device: torch.device) -> str:
@@ -42,7 +48,7 @@ def data_line(args, n_train: int, n_held_out: int, n_pairs: int) -> str:
 
 def model_line(args, run: Run, examples: list) -> str:
     """What is trained, and whether its chat template writes the data."""
-    n = sum(parameter.numel() for parameter in run.model.lm.parameters())
+    n = size_of(run.model.lm.parameters())
     written = [e for e in examples if dialogue_of(run.tokenizer, e) is not None]
     template = f"its chat template writes {len(written):,} of {len(examples):,} examples"
     if not written:
@@ -70,17 +76,15 @@ def training_line(args, run: Run) -> str:
 
 def teacher_line(args, run: Run) -> str:
     """Who teaches, and in how many steps."""
-    n = sum(parameter.numel() for parameter in run.reference.lm.parameters())
+    n = size_of(run.reference.lm.parameters())
     phases = [run.schedule.phase(step) for step in range(args.steps)]
     return f"teacher: {args.teacher}, {n / 1e6:,.1f} M parameters, in {phases.count('rl')} steps"
 
 
-def lora_line(args, run: Run) -> str:
+def lora_line(args, parameters: int, n_trained: int) -> str:
     """How much of the model is trained."""
-    n_trained = sum(parameter.numel() for parameter in trained(run.model))
-    n = sum(parameter.numel() for parameter in run.model.parameters())
-    base = {"float32": "float32", "bf16": "bfloat16"}[args.base_dtype]
-    of_all = f"{n_trained / 1e6:,.2f} M of {n / 1e6:,.1f} M parameters are trained"
+    base = str(BASE_DTYPES[args.base_dtype]).removeprefix("torch.")
+    of_all = f"{n_trained / 1e6:,.2f} M of {parameters / 1e6:,.1f} M parameters are trained"
     return f"LoRA of rank {args.lora}: {of_all}, base in {base}"
 
 
@@ -91,22 +95,20 @@ def disk_line(args, parameters: float, n_trained: float | None = None) -> str:
     has_copy = args.ppo_ratio != 0 and args.teacher is None  # a teacher is in its own folder
     copies = 1 + (1 if has_copy else 0)
     copies += {"adamw": 2, "adam": 2, "muon": 2}.get(args.optimizer, 1)
-    each = 4 * parameters * copies / GB
-    if n_trained is not None:
-        each = 4 * (parameters + n_trained * (copies - 1)) / GB
+    others = parameters if n_trained is None else n_trained
+    each = 4 * (parameters + others * (copies - 1)) / GB
     kept = 1 + (args.keep if args.save_every else 0)
     return f"disk: a checkpoint takes {each:,.2g} GB, up to {kept} of them are in {args.out}"
 
 
 def say_run(args, run: Run, examples: list, say: Callable) -> None:
     """The lines that need the model: what is trained, how, and what it takes."""
-    parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    parameters, n_trained = size_of(run.model.parameters()), size_of(trained(run.model))
     say(model_line(args, run, examples))
     if args.lora is not None:
-        say(lora_line(args, run))
+        say(lora_line(args, parameters, n_trained))
     say(training_line(args, run))
-    n_trained = sum(parameter.numel() for parameter in trained(run.model))
-    say(disk_line(args, parameters, n_trained if args.lora is not None else None))
+    say(disk_line(args, parameters, n_trained))
     hint = precision_hint(args, run.device, parameters)
     if hint is not None:
         say(hint)

@@ -96,6 +96,15 @@ def build_lm(model_type: str, seed: int = 0, **changes) -> torch.nn.Module:
     return lm
 
 
+def shaken(model: torch.nn.Module) -> torch.nn.Module:
+    """A model with an adapter that matters: its B is no longer zero."""
+    generator = torch.Generator().manual_seed(4)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    return model
+
+
 @pytest.fixture(params=["gpt2", "llama"])
 def model(request) -> HybridModel:
     """One model with learned positions, one with rotary ones: padding bugs hide in the second."""

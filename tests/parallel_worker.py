@@ -5,7 +5,7 @@ from pathlib import Path
 
 import conftest  # noqa: F401  (puts the repository on the path)
 import torch
-from conftest import build_lm, ragged_batch
+from conftest import build_lm, ragged_batch, shaken
 
 import dialogue
 import parallel
@@ -41,12 +41,7 @@ def adamw(model):
 
 def with_adapter() -> LoraModel:
     """A model with a frozen base, and a B that is not 0: else A would get no gradient at first."""
-    model = LoraModel(build_lm("llama"), rank=3, alpha=7.0, seed=5).train()
-    torch.manual_seed(4)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model
+    return shaken(LoraModel(build_lm("llama"), rank=3, alpha=7.0, seed=5)).train()
 
 
 def sft_weights(make_backend=Backend, steps: int = 3, make_model=new_model) -> dict:

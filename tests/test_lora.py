@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, FAST, build_lm, ragged_batch
+from conftest import ARCHITECTURES, FAST, build_lm, ragged_batch, shaken
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -25,15 +25,6 @@ from train import main
 
 IDS = torch.tensor([[5, 9, 33, 2, 60, 17, 8]])
 RUN = [*FAST, "--max-length", "40", "--lora", "3", "--lora-alpha", "7", "--lr", "1e-2"]
-
-
-def shaken(model: LoraModel) -> LoraModel:
-    """With an adapter that matters: B is no longer zero."""
-    generator = torch.Generator().manual_seed(4)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.3, generator=generator)
-    return model
 
 
 def new_model(kind: str = "gpt2", **options) -> LoraModel:
