@@ -79,9 +79,9 @@ def distill_weights(make_backend=Backend) -> dict:
     return {"weights": {k: v.clone() for k, v in model.state_dict().items()}, "metrics": metrics}
 
 
-def ppo_weights(rollout, make_backend=Backend, minibatches: int = 2) -> dict:
+def ppo_weights(rollout, make_backend=Backend, minibatches: int = 2, make_model=new_model) -> dict:
     """Two epochs of plain SGD without clipping: the weights are the sum of the gradients."""
-    model = new_model()
+    model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     options = dict(
         ppo_epochs=2,
@@ -141,6 +141,7 @@ def main(folder: Path) -> None:
         "rollout_metrics": metrics,
         "reward_state": reward.state_dict(),
         "ppo": ppo_weights(rollout),
+        "ppo_lora": ppo_weights(rollout, make_model=with_adapter),
     }
     scarce = ppo.Rollout(**vars(rollout))
     # Three rows in three minibatches: one process has none.

@@ -70,12 +70,16 @@ def test_sft_weights_are_those_of_one_process(two):
 
 
 def test_the_weights_of_an_adapter_are_those_of_one_process(two):
-    alone, start = worker.sft_weights(make_model=worker.with_adapter), worker.with_adapter()
-    for name, weights in start.state_dict().items():
-        moved = float((alone["weights"][name] - weights).abs().max())
+    start = worker.with_adapter().state_dict()
+    sft = worker.sft_weights(make_model=worker.with_adapter)
+    ppo = worker.ppo_weights(two[0]["rollout"], make_model=worker.with_adapter)
+    for name, weights in start.items():
+        moved = float((sft["weights"][name] - weights).abs().max())
         assert (moved > 5e-4) == ("lora_" in name), name
+        assert float((ppo["weights"][name] - weights).abs().max()) > 1e-5, name
     for process in two:
-        close(process["lora"]["weights"], alone["weights"], atol=1e-5)
+        close(process["lora"]["weights"], sft["weights"], atol=1e-5)
+        close(process["ppo_lora"]["weights"], ppo["weights"], atol=1e-6)
 
 
 def test_ppo_gradients_are_those_of_one_process_on_the_same_rollout(two):
