@@ -5,6 +5,7 @@ generator of its own, so measuring more often never changes a run. Left out on p
 suites.
 
     python evaluate.py --health out                           # healthy, or what to suspect and why
+    python evaluate.py --report out                           # out/report.html: a run as one page
     python evaluate.py --plot out                             # out/curves.png (needs matplotlib)
     python evaluate.py --perplexity out/final --data text.txt # how well the model predicts a text
     python evaluate.py --model out/final --data test.jsonl --reward rouge_l   # NLL, reward, ...
@@ -29,6 +30,7 @@ from hybrid import HybridModel
 from measure_model import add_flags, evaluate, measure_model
 from measure_model import diversity as diversity  # importable from here
 from plot import draw
+from run_page import write_report
 from runs import read_rows
 from sft import held_out_nll
 from tasks import task_of
@@ -151,16 +153,16 @@ def perplexity(name: str, examples: list[Example]) -> float:
 
 def check_flags(parser: Parser, args) -> None:
     """Raises UserError where nothing is asked for, or flags do not go together."""
-    if not any((args.health, args.plot, args.perplexity, args.model)):
+    if not any((args.health, args.report, args.plot, args.perplexity, args.model)):
         raise UserError(
-            "say --health OUT, --plot OUT, --perplexity MODEL --data SOURCE, "
+            "say --health OUT, --report OUT, --plot OUT, --perplexity MODEL --data SOURCE, "
             "or --model MODEL --data SOURCE"
         )
     if args.perplexity is not None and args.model is not None:
         raise UserError("--perplexity and --model read --data in two ways; say one of the two")
     if (args.perplexity is None and args.model is None) != (args.data is None):
         raise UserError("--perplexity MODEL (or --model MODEL) and --data SOURCE go together")
-    own = ("health", "plot", "perplexity", "data")
+    own = ("health", "report", "plot", "perplexity", "data")
     for name, value in vars(args).items():
         if args.model is None and name not in own and value != parser.get_default(name):
             raise UserError(f"{spelled(name)} is for --model MODEL --data SOURCE alone")
@@ -177,6 +179,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
     add("--health", metavar="OUT", help="print the verdict on a run folder")
+    add("--report", metavar="OUT", help="write a run folder as one page, OUT/report.html")
     add("--plot", metavar="OUT", help="draw the curves of a run folder to OUT/curves.png")
     add("--perplexity", metavar="MODEL", help="print how well a model predicts the text of --data")
     what = "print NLL, reward and more of a finished model on --data: a folder or hub id"
@@ -193,6 +196,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"perplexity {result:.2f} a token on {' '.join(args.data)}")
     if args.health is not None:
         print(verdict(metric_rows(Path(args.health) / "metrics.jsonl")))
+    if args.report is not None:
+        print(write_report(Path(args.report)))
     if args.plot is not None:
         print(draw(Path(args.plot)))
 

@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from engine import UserError
 from runs import skipped_updates
@@ -143,14 +144,30 @@ def leaves_of(rows: list[dict]) -> list[str]:
     return sorted({name for row in rows for name in row if name.startswith("reward/")})
 
 
-def broken_rules(rows: list[dict]) -> list[str]:
-    """A sentence for each of RULES that a metric of the rows breaks."""
-    suspicions = []
+class Checked(NamedTuple):
+    """One of RULES, with the numbers that it looked at."""
+
+    name: str
+    first: float  # mean over the first third of the rows with this metric
+    last: float
+    is_broken: bool
+    text: str
+
+
+def checked_rules(rows: list[dict]) -> list[Checked]:
+    """RULES, without those whose metric the rows do not have."""
+    checked = []
     for name, is_bad, text in RULES:
         ends = ends_of(rows, name)
-        if ends is not None and is_bad(*ends):
-            suspicions.append(f"{name} {ends[1]:.3g}: {text}")
-    return suspicions
+        if ends is not None:
+            checked.append(Checked(name, *ends, is_bad(*ends), text))
+    return checked
+
+
+def broken_rules(rows: list[dict]) -> list[str]:
+    """A sentence for each of RULES that a metric of the rows breaks."""
+    checked = checked_rules(rows)
+    return [f"{rule.name} {rule.last:.3g}: {rule.text}" for rule in checked if rule.is_broken]
 
 
 def falling_reward(rows: list[dict]) -> list[str]:
