@@ -1,4 +1,4 @@
-"""The two worked forks of docs/extensions.md: built by the recipe, then trained, resumed, checked.
+"""The three worked forks of docs/extensions.md: built by the recipe, then trained, resumed, checked.
 
 A fork is one new file, one import and one entry in train.py; whatever else depends on the algorithm
 follows from the entry.
@@ -36,12 +36,12 @@ def apply(diff: str, source: str) -> str:
 
 @pytest.fixture(scope="module")
 def fork(tmp_path_factory):
-    """A copy of the code in which both forks are built."""
+    """A copy of the code in which all forks are built."""
     folder = tmp_path_factory.mktemp("fork")
     for path in ROOT.glob("*.py"):
         shutil.copy(path, folder)
     source = (folder / "train.py").read_text(encoding="utf-8")
-    for name in ("ipo", "rloo"):
+    for name in ("ipo", "rloo", "opd"):
         (folder / f"{name}.py").write_text(block(name, "python"), encoding="utf-8")
         diff = block(name, "diff")
         source = apply(diff, source)
@@ -60,13 +60,26 @@ def rows_of(folder, phase: str) -> list[dict]:
     return [row for row in map(json.loads, lines) if row["phase"] == phase]
 
 
-FLAGS = {"ipo": ["--beta", "0.2"], "rloo": ["--group-size", "2", "--target-kl", "0.5"]}
+FLAGS = {
+    "ipo": ["--beta", "0.2"],
+    "rloo": ["--group-size", "2", "--target-kl", "0.5"],
+    "opd": ["--reward", "0*length", "--ref-model", "{teacher}"],
+}
+
+
+@pytest.fixture(scope="module")
+def teacher(fork, tmp_path_factory):
+    out = tmp_path_factory.mktemp("teacher") / "out"
+    done = run(fork, *FAST, "--ppo-ratio", 0, "--lr", 2e-2, "--out", out)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return out / "final"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FLAGS)
-def test_a_fork_by_the_recipe_trains_and_resumes_bit_by_bit(fork, tmp_path, name):
-    flags = [*FAST, "--sft-warmup", 1, "--algorithm", name, *FLAGS[name], "--save-every", 3]
+def test_a_fork_by_the_recipe_trains_and_resumes_bit_by_bit(fork, teacher, tmp_path, name):
+    own = [word.format(teacher=teacher) for word in FLAGS[name]]
+    flags = [*FAST, "--sft-warmup", 1, "--algorithm", name, *own, "--save-every", 3]
     for out in ("whole", "half"):
         done = run(fork, *flags, "--out", tmp_path / out)
         assert done.returncode == 0, done.stderr[-2000:]
@@ -85,7 +98,7 @@ REFUSED = {
     "--algorithm rloo --group-size 2 --vf-coef 0.3": "--vf-coef belongs to ppo",
     "--algorithm rloo": "give --group-size 2 or more",
     "--algorithm rloo --group-size 2 --beta 0.3": "--beta belongs to ipo and dpo",
-    "--algorithm ipo --kl-coef 0.3": "--kl-coef belongs to rloo and ppo and grpo",
+    "--algorithm ipo --kl-coef 0.3": "--kl-coef belongs to opd and rloo and ppo and grpo",
     "--algorithm ipo --data examples.jsonl": "examples.jsonl does not exist",
     "--algorithm ipo --schedule gate": "samples nothing",
 }
@@ -138,3 +151,36 @@ def test_rloo_by_hand(fork):
     advantages = load(fork, "rloo").leave_one_out(rewards, group_size=3)
     expected = [1.3 - 0.9, -0.4 - 1.75, 2.2 - 0.45, 0.7 - 0.2, 0, 0.2 - 0.7, 0, 0, 0]
     torch.testing.assert_close(advantages, torch.tensor(expected))
+
+
+def test_opd_by_hand(fork):
+    """Plain SGD from equal old and new: the gradient is -mean((log p_t - log p_s) grad log p_s)."""
+    from conftest import build_lm, ragged_batch
+
+    from data import make_batch
+    from hybrid import HybridModel
+    from ppo import Rollout
+
+    model = HybridModel(build_lm("gpt2"))
+    batch = make_batch(None, *ragged_batch(3, rows=5), max_length=32)
+    inputs = batch.input_ids, batch.attention_mask, batch.response_mask
+    logprobs = model(*inputs).logprobs
+    noise = torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(1)) * 0.7
+    ref_logprobs = (logprobs.detach() + noise) * batch.response_mask
+    wanted = -(noise * logprobs * batch.response_mask).sum() / batch.response_mask.sum()
+    gradient = torch.autograd.grad(wanted, model.lm.transformer.h[0].mlp.c_fc.weight)[0]
+    unused = torch.full_like(logprobs, 3.3).detach()
+    columns = dict(logprobs=logprobs.detach(), ref_logprobs=ref_logprobs, values=unused)
+    columns |= dict(rewards=unused, advantages=unused, returns=unused)
+    weight = model.lm.transformer.h[0].mlp.c_fc.weight
+    before = weight.detach().clone()
+    load(fork, "opd").opd_step(
+        model,
+        Rollout(**vars(batch), **columns),
+        torch.optim.SGD(model.parameters(), lr=0.5),
+        ppo_epochs=1,
+        minibatches=1,
+        max_grad_norm=1e9,
+    )
+    torch.testing.assert_close(before - weight, 0.5 * gradient, atol=1e-6, rtol=1e-4)
+    assert gradient.abs().max() > 1e-3
