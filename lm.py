@@ -9,17 +9,14 @@ Left out on purpose: encoder-decoder models, quantised weights, a list of known 
 """
 
 import inspect
-import json
 import logging
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -30,8 +27,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.activations import NewGELUActivation
-from transformers.pytorch_utils import Conv1D
 
+from adapters import ADAPTER_CONFIG, add_adapter_of, listed, read_adapter
 from engine import UserError, first_line
 from flags import read_json
 
@@ -45,8 +42,6 @@ WITH_REPORT = dict(dtype=torch.float32, output_loading_info=True, ignore_mismatc
 # before the fifth saved and this one computes (gpt2 and Pythia on the hub have them).
 ADAPTER = re.compile(r"lora_|adapter|^base_model\.")
 COMPUTED = re.compile(r"(^|\.)(attn|attention)\.(masked_)?bias$|inv_freq$|position_ids$")
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # of PEFT
-BEFORE, AFTER = "base_model.model.", ".weight"  # around the name of a tensor there
 MERGE_ADAPTER = "merge it into its model (merge_and_unload of PEFT), then name the merged folder"
 SAVE_TOKENIZER = "save one beside the weights with tokenizer.save_pretrained"
 CAP_NAMES = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -55,17 +50,20 @@ CAP_NAMES = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_ca
 # --------------------------------------------------------------------------- where an LM comes from
 
 
-def load_lm(name: str, what: str = "model") -> tuple[nn.Module, PreTrainedTokenizerFast]:
+def load_lm(
+    name: str, what: str = "model", adapters: tuple[Path, ...] = ()
+) -> tuple[nn.Module, PreTrainedTokenizerFast]:
     """Causal LM (float32) and tokenizer from a local folder or a hub id.
 
-    `what` is the flag that errors name. Raises UserError that says what to do.
+    `what` is the flag that errors name; `adapters` are the folders whose base is asked for. Raises
+    UserError that says what to do.
     """
     folder = Path(name)
     is_local = folder.exists() or folder.is_absolute() or name.startswith((".", "/", "~"))
     if (folder / "final" / "config.json").is_file():
         raise UserError(f"{what} {name} is a run folder; its model is in {folder / 'final'}")
     if (folder / ADAPTER_CONFIG).is_file():
-        return load_adapted(name, what)
+        return load_adapted(name, what, adapters)
     if is_local and not (folder / "config.json").is_file():
         expected = "expected a Hugging Face model folder with a config.json, found none there"
         raise UserError(f"{what} {name}: {expected}")
@@ -95,18 +93,23 @@ def check_no_adapter(what: str, name: str) -> None:
         raise UserError(f"{what} has an {ADAPTER_CONFIG}: {MERGE_ADAPTER}")
 
 
-def load_adapted(name: str, what: str = "model") -> tuple[nn.Module, PreTrainedTokenizerFast]:
+def load_adapted(
+    name: str, what: str, adapters: tuple[Path, ...]
+) -> tuple[nn.Module, PreTrainedTokenizerFast]:
     """The base of a folder of PEFT, with its low-rank adapter added to the weights.
 
-    The tokenizer is that of the folder, where it has one. Raises UserError for a missing base, and
-    for an adapter that is more than W0 + scale B A.
+    The base may be such a folder, too. The tokenizer is that of the folder, where it has one.
+    Raises UserError for a missing base, for folders in a circle, and for an adapter that is more
+    than W0 + scale B A.
     """
     folder, config = Path(name), read_json(Path(name) / ADAPTER_CONFIG)
     base = config.get("base_model_name_or_path")
     if not base:
         lacks = f"has an {ADAPTER_CONFIG} without base_model_name_or_path"
         raise UserError(f"{what} {name} {lacks}; write there which model it is for")
-    lm, tokenizer = load_lm(base, f"{what} {name}: its base")
+    if folder.resolve() in adapters:
+        raise UserError(f"{what} {name}: the adapter is its own base; correct its {ADAPTER_CONFIG}")
+    lm, tokenizer = load_lm(base, f"{what} {name}: its base", (*adapters, folder.resolve()))
     try:
         add_adapter_of(lm, config, read_adapter(folder))
     except (OSError, LookupError, AttributeError, ValueError, TypeError) as problem:
@@ -119,54 +122,6 @@ def load_adapted(name: str, what: str = "model") -> tuple[nn.Module, PreTrainedT
         tokenizer = load_tokenizer(name, what)
         check_tokenizer(f"{what} {name}", lm, tokenizer)
     return lm, tokenizer
-
-
-def add_adapter_of(lm: nn.Module, config: dict, tensors: dict[str, torch.Tensor]) -> None:
-    """Add what PEFT saved to the weights. Raises ValueError for an adapter of another kind."""
-    kind, start = config.get("peft_type"), config.get("init_lora_weights", True)
-    if kind != "LORA" or start not in (True, False, "gaussian") or config.get("alpha_pattern"):
-        raise ValueError(f"peft_type {kind}, init_lora_weights {start}, or alphas of their own")
-    layers = {key.rsplit(".lora_", 1)[0] for key in tensors}
-    for layer in sorted(layers):
-        a = tensors.pop(f"{layer}.lora_A")  # (r, in)
-        b = tensors.pop(f"{layer}.lora_B")  # (out, r)
-        root = len(a) ** 0.5 if config.get("use_rslora") else len(a)
-        module = lm.get_submodule(layer)
-        if not isinstance(module, (nn.Linear, Conv1D)):
-            raise ValueError(f"{layer} is no linear layer")
-        add_low_rank(module, a, b, config["lora_alpha"] / root)
-    if tensors:
-        raise ValueError(f"it also holds {_listed(tensors)}")
-
-
-def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors in a folder of PEFT, by names such as `transformer.h.0.mlp.c_fc.lora_A`."""
-    tensors = load_file(folder / ADAPTER_WEIGHTS)
-    return {key.removeprefix(BEFORE).removesuffix(AFTER): x for key, x in tensors.items()}
-
-
-def write_adapter(folder: Path, lm: nn.Module, tensors: dict[str, torch.Tensor], **config) -> None:
-    """The inverse, for PEFT. `config` has r and lora_alpha."""
-    layers = sorted({name.rsplit(".lora_", 1)[0] for name in tensors})
-    is_conv = any(isinstance(module, Conv1D) for module in lm.modules())
-    fixed = dict(peft_type="LORA", task_type="CAUSAL_LM", inference_mode=True, lora_dropout=0.0)
-    fixed |= dict(bias="none", target_modules=layers, fan_in_fan_out=is_conv)
-    config |= dict(base_model_name_or_path=lm.name_or_path or None, **fixed)
-    folder.mkdir(exist_ok=True)
-    text = json.dumps(config, indent=2) + "\n"
-    (folder / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
-    named = {f"{BEFORE}{name}{AFTER}": x.detach().cpu() for name, x in tensors.items()}
-    save_file(named, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    shutil.copymode(folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS)
-
-
-@torch.no_grad()
-def add_low_rank(layer: nn.Module, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:
-    """The weight of a linear layer becomes W0 + scale b a: a (r, in), b (out, r). GPT-2's Conv1D
-    holds its weight transposed."""
-    update = scale * (b.float() @ a.float())  # (out, in)
-    update = update.T if isinstance(layer, Conv1D) else update
-    layer.weight = nn.Parameter(layer.weight + update)
 
 
 def check_weights(
@@ -189,7 +144,7 @@ def check_weights(
     unused = {name for name in report["unexpected_keys"] if not COMPUTED.search(name)}
     adapter = {name for name in unused if ADAPTER.search(name)}
     if adapter:
-        raise UserError(f"{what} holds {_listed(adapter)} of an adapter: {MERGE_ADAPTER}")
+        raise UserError(f"{what} holds {listed(adapter)} of an adapter: {MERGE_ADAPTER}")
     missing = set(report["missing_keys"])
     shapes = {name: (tuple(found), tuple(own)) for name, found, own in report["mismatched_keys"]}
     if new_head:
@@ -200,20 +155,14 @@ def check_weights(
     kind = type(model).__name__
     if missing:
         advice = "it was not trained for this use, or is incomplete"
-        raise UserError(f"{what} lacks {_listed(missing)} of {kind}: {advice}")
+        raise UserError(f"{what} lacks {listed(missing)} of {kind}: {advice}")
     if shapes:
         found, own = shapes[min(shapes)]
         example = f"the first is {found} in the files, {own} by config.json"
-        raise UserError(f"{what} has {_listed(shapes)} of another shape: {example}")
+        raise UserError(f"{what} has {listed(shapes)} of another shape: {example}")
     if unused:
         advice = "its config.json is of another model, or it is no model of this kind"
-        raise UserError(f"{what} holds {_listed(unused)} that {kind} does not use: {advice}")
-
-
-def _listed(names) -> str:
-    """`24 weights (a, b, c, ...)`."""
-    first = [*sorted(names)[:3], *(["..."] if len(names) > 3 else [])]
-    return f"{len(names)} weight{'s' if len(names) > 1 else ''} ({', '.join(first)})"
+        raise UserError(f"{what} holds {listed(unused)} that {kind} does not use: {advice}")
 
 
 def release_files(model: nn.Module) -> None:

@@ -7,9 +7,8 @@ training starts at the base. A is uniform within 1 / sqrt(in), as PEFT and torch
 A x has the same size in a model of any width, and a learning rate for PEFT is one for here.
 
 The reference of the KL is the same base with a copy of the adapter: no second model in memory. A
-saved folder holds the merged model, and `adapter/` in the format of PEFT; --resume reads the base
-from --model again, and its adapter from there. Left out on purpose: quantised bases, dropout, a
-choice of layers, adapters of embeddings and of experts that share one tensor.
+saved folder holds the merged model, and `adapter/` for PEFT and for --resume, which reads the base
+from --model. Left out on purpose: quantised bases, dropout, a choice of layers, embeddings.
 
     python train.py --model gpt2 --data examples/my_data.jsonl --reward rouge_l --lora 8 --lr 1e-4
 """
@@ -25,9 +24,10 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
+from adapters import add_low_rank, read_adapter, write_adapter
 from engine import UserError, first_line
 from hybrid import VALUE_HEAD, HybridModel
-from lm import add_low_rank, eight_tokens, read_adapter, write_adapter
+from lm import eight_tokens
 
 FOLDER = "adapter"  # in a saved folder
 BASE_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -79,8 +79,8 @@ def is_own(name: str) -> bool:
 
 
 class LoraModel(HybridModel):
-    """It trains an adapter and the value head. Copies share the frozen base, and its state is what
-    they do not share. Raises UserError for an LM that cannot compute so."""
+    """It trains an adapter and the value head. Copies share the frozen base; its state is the rest.
+    Raises UserError for an LM that cannot compute so."""
 
     def __init__(self, lm: nn.Module, rank: int, alpha: float, base_dtype="float32", seed=0):
         super().__init__(lm)  # tries the plain model, in float32

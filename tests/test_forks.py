@@ -1,4 +1,4 @@
-"""The three worked forks of docs/extensions.md: built by the recipe, then trained, resumed, checked.
+"""The worked forks of docs/extensions.md: built by the recipe, then trained, resumed, checked.
 
 A fork is one new file, one import and one entry in train.py; whatever else depends on the algorithm
 follows from the entry.

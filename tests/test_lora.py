@@ -228,6 +228,7 @@ def test_an_adapter_of_another_kind_or_without_its_base_is_one_line(saved):
     refused("without base_model_name_or_path", base_model_name_or_path=None)
     gone = str(base / "gone")
     refused(f"its base {gone}: expected a Hugging Face", base_model_name_or_path=gone)
+    refused("the adapter is its own base", base_model_name_or_path=str(folder))
     refused(r"is no plain LoRA adapter of .* \(peft_type IA3", peft_type="IA3")
     refused("init_lora_weights pissa", init_lora_weights="pissa")
     refused("alphas of their own", alpha_pattern={"q_proj": 3})
