@@ -249,7 +249,7 @@ def cut(token: str, width: int) -> str:
 
 def table(row: Row) -> list[str]:
     """The table of a response in lines; the last one has the sums that mean something."""
-    widths = {name: max(len(name), 7) for name in COLUMNS}
+    widths = {name: max(len(name), 8) for name in COLUMNS}
     lines = [" ".join([f"{'token':14}", *(name.rjust(w) for name, w in widths.items())])]
     for i, token in enumerate(row.tokens):
         cells = [f"{row.columns[name][i]:{w}.4f}" for name, w in widths.items()]
