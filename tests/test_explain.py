@@ -182,6 +182,7 @@ def test_the_page_is_one_safe_file_that_needs_no_mouse_and_no_colour():
         "by-advantage", "by-KL", "by-reward"
     ]  # fmt: skip
     assert "the update leaves it out" in tags.text
+    assert ".t:hover .tip, .t:focus .tip { display: block; }" in html
 
 
 def browser() -> str | None:
@@ -193,7 +194,7 @@ PROBE = """<script>
 const token = document.querySelector(".t"), colour = () => getComputedStyle(token).backgroundColor;
 const found = [document.documentElement.scrollWidth <= innerWidth, colour()];
 document.getElementById("by-reward").click(); found.push(colour()); token.focus();
-found.push(getComputedStyle(token.querySelector(".tip")).display); document.title = found.join("|");
+found.push(document.activeElement === token); document.title = found.join("|");
 </script>"""
 
 
@@ -206,7 +207,7 @@ def test_a_browser_shows_the_page_at_any_width_and_switches_its_colours(tmp_path
     command = [browser(), *flags, (tmp_path / "page.html").as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     title = re.search(r"<title>(.*?)</title>", done.stdout).group(1)
-    assert title == "true|rgba(31, 119, 180, 0.02)|rgba(230, 120, 20, 0.6)|block", done.stderr
+    assert title == "true|rgba(31, 119, 180, 0.02)|rgba(230, 120, 20, 0.6)|true", done.stderr
 
 
 # ---- mistakes
