@@ -77,6 +77,12 @@ def prepare(args, algorithm: Algorithm) -> Run:
     else:
         say_remembered(args)
         checkpoint = find_checkpoint(Path(args.resume))
+    return assemble(args, algorithm, device, checkpoint)
+
+
+def assemble(args, algorithm: Algorithm, device: torch.device, checkpoint: Path | None) -> Run:
+    """`prepare` once folder and device are known. Nothing on the disk is changed. The weights are
+    those of `checkpoint`, if there is one; `load_checkpoint` puts the rest of its state back."""
     say(plan.device_line(args, device))
     data = load_data(args, algorithm)
     say(plan.data_line(args, len(data.train), len(data.held_out), len(data.pairs)))
