@@ -183,7 +183,6 @@ REFUSED = {  # what is wrong -> how the line of each machine begins
     "an old copy": (OLD_COPY, OLD_COPY),
     "another flag": (OTHER_FLAG, OTHER_FLAG),
     "other data": (OTHER_DATA, OTHER_DATA),
-    "no model": (LOST, "error in process 1: --model here is no local folder"),
 }
 
 
@@ -207,9 +206,6 @@ def test_what_one_machine_lacks_ends_both_with_a_line(case, shared_run, tiny_fol
             rows = [json.dumps({"prompt": f"a{n}", "target": " b"}) for n in range(4 - i)]
             (here[i] / "data.jsonl").write_text("\n".join(rows))
         both = [[*flags, "--data", "data.jsonl"]] * 2
-    if case == "no model":
-        shutil.copytree(tiny_folder, here[0] / "here")
-        both = [["--model", "here", *FLAGS]] * 2
     with one_writer(str(here[0] / "out")) if case == "a lock" else nullcontext():
         ends = [machine.wait() for machine in two_machines(here, tmp_path, *both)]
     for (status, said), line, process in zip(ends, REFUSED[case], ("", " in process 1")):
