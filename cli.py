@@ -19,6 +19,10 @@ class UserError(ValueError):
     """A mistake that the user can repair. Scripts print one line, `error: ...`, and exit with 2."""
 
 
+class LostProcess(Exception):
+    """Another process of this run has ended, or cannot be reached: printed like a UserError."""
+
+
 class LostUpdates(UserError):
     """Too many steps in a row without an update."""
 
@@ -55,14 +59,15 @@ def check_new_folder(out: str) -> None:
 
 
 def one_line_errors(main: Callable):
-    """`main`, but a UserError becomes one line on stderr, `error: ...`, and exit status 2."""
+    """`main`, but a UserError becomes one line on stderr, `error: ...`, and exit status 2; so does
+    a LostProcess."""
 
     def run(argv: list[str] | None = None):
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # a console may lack a character of a response
         try:
             return main(argv)
-        except UserError as problem:
+        except (UserError, LostProcess) as problem:
             # torchrun says it; parallel.rank() needs torch, and flags are read before it is known.
             rank = os.environ.get("RANK", "0")
             process = "" if rank == "0" else f" in process {rank}"

@@ -9,6 +9,7 @@ Left out on purpose: configuration files; defaults that depend on the model (`re
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -267,8 +268,10 @@ def data_options(args) -> dict:
 
 @one_line_errors
 def answer_early(argv: list[str] | None = None) -> None:
-    """Print --help, or the error of a wrong flag, and exit. It returns where there is neither."""
-    parse_args(argv)
+    """Print --help, or the error of a wrong flag, and exit. It returns where there is neither, and on
+    several machines: a process that ends before it has joined leaves those of the others waiting."""
+    if os.environ.get("WORLD_SIZE", "1") == os.environ.get("LOCAL_WORLD_SIZE", "1"):
+        parse_args(argv)
 
 
 def parse_args(
@@ -369,7 +372,10 @@ def read_config(out: Path) -> dict:
     """The flags of a run. Raises UserError where there is none."""
     config = read_json(out / "config.json")
     if "ppo_ratio" not in config:
-        raise UserError(f"--resume {out}: nothing to resume there; expected a run folder with a config.json")
+        needed = "expected a run folder with a config.json"
+        if os.environ.get("RANK", "0") != "0":
+            needed += "; every process must see the run folder, or a copy of it"
+        raise UserError(f"--resume {out}: nothing to resume there; {needed}")
     if isinstance(config["ppo_ratio"], list):
         config["ppo_ratio"] = tuple(config["ppo_ratio"])
     return config

@@ -15,27 +15,37 @@ In one process every function here returns at once. Left out on purpose: splitti
 
 import os
 import sys
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from cli import LostProcess, first_line
 
-def start(device: torch.device) -> torch.device:
-    """Join the processes that torchrun (or deepspeed) started, unless that is done. -> the device
-    of this process."""
-    if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
-        return device
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)  # nccl sends Python objects through it
-    if dist.is_initialized():
-        return device
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+def join() -> None:
+    """Join the processes that torchrun (or deepspeed) started, unless that is done.
+
+    Do it before anything that may fail: torchrun ends the other processes of its own machine, but
+    those of another machine would wait for one that never joins for half an hour.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        return
+    # Python objects take gloo on GPUs too: it notices at once that another process has ended.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     if rank() > 0:
         sys.stdout = open(
             os.devnull, "w", encoding="utf-8"
         )  # Only process 0 prints. Every process may print errors.
+
+
+def start(device: torch.device) -> torch.device:
+    """`join`, and -> the device of this process: on every machine, GPUs count from 0."""
+    join()
+    if world() > 1 and device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     return device
 
 
@@ -79,18 +89,19 @@ def gather(rows: list) -> list:
 
 
 def everybody(thing) -> list:
-    """-> a list: the `thing` that each process has, in the order of ranks."""
+    """-> a list: the `thing` that each process has, in the order of ranks. Raises LostProcess."""
     if world() == 1:
         return [thing]
     objects: list = [None] * world()
-    dist.all_gather_object(objects, thing)
+    with _others():
+        dist.all_gather_object(objects, thing)
     return objects
 
 
 def on_main(function, *args):
     """Call a function on process 0 alone, as for writing a file.
 
-    Every process returns its result, or raises the exception that it raised.
+    Every process returns its result, or raises the exception that it raised. Raises LostProcess.
     """
     if world() == 1:
         return function(*args)
@@ -100,7 +111,21 @@ def on_main(function, *args):
             outcome[0] = function(*args)
         except Exception as problem:  # raised below, on every process
             outcome[1] = problem
-    dist.broadcast_object_list(outcome, src=0)
+    with _others():
+        dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+@contextmanager
+def _others():
+    """Around an exchange with the other processes."""
+    try:
+        yield
+    except RuntimeError as problem:
+        # gloo: "[a source file] Connection closed by peer [address]. This is typically caused ..."
+        reason = first_line(problem).split("] ", 1)[-1].split(". ")[0]
+        raise LostProcess(
+            f"another process has ended, or cannot be reached ({reason}); its own message says why"
+        ) from None

@@ -52,7 +52,15 @@ from engine import (
     seed_everything,
 )
 from fingerprint import used_paths
-from flags import DEFAULT_LR, NOT_REMEMBERED, RL_SHARE, limits_of, read_config, resolve_length
+from flags import (
+    DEFAULT_LR,
+    NOT_REMEMBERED,
+    RL_SHARE,
+    limits_of,
+    read_config,
+    resolve_length,
+    spelled,
+)
 from hints import Hints, check_prompts
 from hybrid import HybridModel, build_tiny
 from lm import load_tokenizer, release_files
@@ -69,6 +77,7 @@ def prepare(args, algorithm: Algorithm) -> Run:
     """The state of a run at step 0. Raises UserError for whatever can be wrong."""
     lora.check_flags(args)
     device = parallel.start(pick_device(args.device))
+    check_same_flags(args)
     check_amp(args.amp, device)
     seed_everything(args.seed)
     checkpoint = None
@@ -92,6 +101,7 @@ def assemble(args, algorithm: Algorithm, device: torch.device, checkpoint: Path 
     learns_from["tokens of the vocabulary"] = fingerprint.of_vocabulary(tokenizer)
     if args.lora is not None:  # a checkpoint does not hold the base
         learns_from["frozen weights of the base"] = fingerprint.of_frozen(model)
+    check_same_data(learns_from)
     if checkpoint is not None:
         saved = read_state(checkpoint, mmap=True).get("fingerprint")
         may_be_mended = FAILED in read_config(Path(args.resume))
@@ -218,9 +228,42 @@ def find_checkpoint(out: Path) -> Path | None:
     """The checkpoint that --resume goes on from, once what a crash left is put in order."""
     parallel.on_main(recover, out)
     checkpoint = newest_checkpoint(out)
+    names = parallel.everybody(None if checkpoint is None else checkpoint.name)
+    for number, name in enumerate(names):
+        if name != names[0]:
+            raise UserError(
+                f"--resume {out}: process {number} finds {name or 'no checkpoint'} there, and "
+                f"process 0 {names[0] or 'none'}; every process must see the run folder, or a copy "
+                "of it"
+            )
     if checkpoint is None:
         say(f"{out} has no checkpoint yet: the run starts again")
     return checkpoint
+
+
+def check_same_flags(args) -> None:
+    """Raises UserError, on every process, where one was started with other flags: each machine has
+    a torchrun of its own. The folder may differ, for process 0 alone writes."""
+    flags = parallel.everybody(vars(args))
+    for number, others in enumerate(flags):
+        for name in sorted(others.keys() - {"out", "resume"}):
+            if others[name] != flags[0][name]:
+                raise UserError(
+                    f"process {number} has {spelled(name)} {others[name]}, process 0 "
+                    f"{flags[0][name]}; start torchrun with the same flags on every machine"
+                )
+
+
+def check_same_data(learns_from: dict[str, list]) -> None:
+    """Raises UserError, on every process, where one would learn from something else."""
+    fingerprints = parallel.everybody(learns_from)
+    for number, others in enumerate(fingerprints):
+        found = fingerprint.changes(fingerprints[0], others)
+        if found:
+            raise UserError(
+                f"process {number} does not learn from what process 0 learns from: "
+                f"{'; '.join(found.values())}; give every machine the same files"
+            )
 
 
 def say(line: str) -> None:

@@ -35,7 +35,7 @@ from checkpoints import (  # noqa: F401  (read_rows and checkpoints can be had f
     write_config,
 )
 from cli import bar_pace
-from engine import LostUpdates, UserError, pick_device
+from engine import LostUpdates, UserError
 from flags import MAY_CHANGE_ON_RESUME, read_config
 from hybrid import HybridModel
 
@@ -405,13 +405,12 @@ class ProgressBar:
 
 
 @contextmanager
-def joined_processes(device: str):
-    """`with joined_processes(args.device):` the processes that torchrun started work as one.
+def joined_processes():
+    """`with joined_processes():` the processes that torchrun started work as one.
 
-    Enter it before `Stop`: where the first one is refused a folder, the others wait for it here,
-    and must end at the first signal of torchrun, not 30 seconds later at the one that kills.
+    Enter it before flags are read: where one process is refused, the others learn of its end.
     """
-    parallel.start(pick_device(device))
+    parallel.join()
     yield
     parallel.finish()
 

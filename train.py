@@ -187,11 +187,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if not sys.stderr.isatty():  # a log needs no bar of the weights that are loaded
         transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    args = parse_args(argv, ALGORITHMS, SCHEDULES)
-    if args.dry_run:
-        return cost.print_estimate(args, ALGORITHMS[args.algorithm])
-    with one_writer(args.resume or args.out), joined_processes(args.device), Stop() as stop:
-        return train(args, stop)
+    with joined_processes():
+        args = parse_args(argv, ALGORITHMS, SCHEDULES)
+        if args.dry_run:
+            return cost.print_estimate(args, ALGORITHMS[args.algorithm])
+        with one_writer(args.resume or args.out), Stop() as stop:
+            return train(args, stop)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import datasets
 import pytest
 from conftest import FAST, ROOT
 from script import run_script
+from test_nodes import COMMANDS as two_machines
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 import compare
@@ -256,8 +257,10 @@ def commands_of(text: str) -> list[str]:
 
 
 def readme_commands() -> list[str]:
-    """The commands of all pages, each once. The benchmarks need the hub and have their own test."""
-    return list(dict.fromkeys(commands_of(TEXT.replace(BENCHMARKS, ""))))
+    """The commands of all pages, each once. The benchmarks need the hub and have their own test;
+    those of two machines belong together, and tests/test_nodes.py runs them."""
+    commands = dict.fromkeys(commands_of(TEXT.replace(BENCHMARKS, "")))
+    return [command for command in commands if "--nnodes=" not in command]
 
 
 def made_by(command: str) -> str | None:
@@ -272,6 +275,10 @@ def test_the_readmes_runs_do_not_get_in_each_others_way():
     commands = readme_commands()
     outs = [made_by(command) for command in commands if made_by(command)]
     assert len(commands) >= 15 and len(set(outs)) == len(outs)
+
+
+def test_every_command_of_several_machines_is_one_of_the_pair_that_its_test_runs():
+    assert [c for c in commands_of(TEXT) if "--nnodes=" in c] == two_machines and two_machines
 
 
 @pytest.mark.parametrize("page", PAGES, ids=["README.md", *DOCS])
