@@ -272,6 +272,7 @@ class NoText:
     """The tokenizer of a workload without text."""
 
     eos_token_id = pad_token_id = EOS
+    all_special_ids = (EOS,)
     bos_token_id = bos_token = chat_template = None
     padding_side = "left"
 

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import bench
 import cost
 from activations import FakeModel
+from chat import end_ids
 from hybrid import HybridModel
 from sources import make_reviews
 from train import main
@@ -46,6 +47,13 @@ def test_every_workload_runs_and_reports(capsys, flags):
     )
     bench.print_steps(rows)
     assert ("this project is" in capsys.readouterr().out) == ("against" in flags)
+
+
+def test_the_ends_of_a_model_do_not_end_the_responses_of_a_workload():
+    """A chat model names ends of its own; the workload counts tokens until EOS."""
+    lm = build_lm("llama")
+    lm.generation_config.eos_token_id = [bench.EOS, 2]
+    assert end_ids(bench.NoText, lm) == [bench.EOS]
 
 
 @pytest.mark.slow
