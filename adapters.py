@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from cli import listed
+
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BEFORE, AFTER = "base_model.model.", ".weight"  # around the name of a tensor there
 
@@ -66,9 +68,3 @@ def add_adapter_of(lm: nn.Module, config: dict, tensors: dict[str, torch.Tensor]
         add_low_rank(module, a, b, config["lora_alpha"] / root)
     if tensors:
         raise ValueError(f"it also holds {listed(tensors)}")
-
-
-def listed(names) -> str:
-    """`24 weights (a, b, c, ...)`."""
-    first = [*sorted(names)[:3], *(["..."] if len(names) > 3 else [])]
-    return f"{len(names)} weight{'s' if len(names) > 1 else ''} ({', '.join(first)})"

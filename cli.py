@@ -49,6 +49,12 @@ def visible(text: str) -> str:
     return "".join(printable)
 
 
+def listed(names) -> str:
+    """`24 weights (a, b, c, ...)`."""
+    first = [*sorted(names)[:3], *(["..."] if len(names) > 3 else [])]
+    return f"{len(names)} weight{'s' if len(names) > 1 else ''} ({', '.join(first)})"
+
+
 def check_new_folder(out: str) -> None:
     """Raises UserError unless `out` can be made: no long computation may fail when it is saved."""
     path = Path(out)

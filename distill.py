@@ -17,13 +17,14 @@ those), several teachers, a teacher with another vocabulary.
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from data import Batch, batch_of, demonstration_batch
+from data import Batch, batch_of
 from dialogue import sample_episodes
 from engine import UserError
 from flags import spelled
 from hybrid import LOGIT_CHUNK, HybridModel
 from ppo import update_epochs
 from runs import Algorithm
+from schedules import mixed_in
 
 
 def reverse_kl(student_logps: torch.Tensor, teacher_logps: torch.Tensor) -> torch.Tensor:
@@ -126,10 +127,7 @@ def train_on_teacher(run, args) -> dict[str, float]:
     }
     options = {flag: getattr(args, flag) for flag in run.algorithm.step_flags}
     options |= dict(**run.update, temperature=args.temperature, generator=run.order_generator)
-    sft_weight = run.schedule.sft_weight(run.step)  # --schedule mix
-    if sft_weight:
-        demonstrations = demonstration_batch(run.tokenizer, run.sft_stream.next(), **run.limits)
-        options |= dict(demonstrations=demonstrations.to(run.device), sft_weight=sft_weight)
+    options |= mixed_in(run)  # --schedule mix
     batch = batch.to(run.device)
     step = run.algorithm.step
     return metrics | step(run.model, batch, run.optimizer, teacher=run.reference, **options)

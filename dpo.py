@@ -21,6 +21,7 @@ from data import Batch, Pair, load_pairs, make_batch, pair_options
 from engine import Backend, UserError, accumulate, apply_gradients
 from hybrid import HybridModel, forward_rows
 from references import ReferenceMixture, reference_logprobs
+from runs import Algorithm
 
 
 @dataclass
@@ -207,3 +208,13 @@ def measure_pairs(run, args) -> dict[str, float]:
         "eval/preference_accuracy": len(wins) / len(margins),
         "eval/preference_margin": sum(margins) / len(margins),
     }
+
+
+ALGORITHM = Algorithm(
+    train_on_pairs,
+    dpo_step,
+    step_flags=("beta",),
+    flags=("preference_data",),
+    preference_pairs=preference_pairs,
+    measure=measure_pairs,
+)

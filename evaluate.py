@@ -30,7 +30,7 @@ from hybrid import HybridModel
 from measure_model import add_flags, evaluate, measure_model
 from measure_model import diversity as diversity  # importable from here
 from plot import draw
-from run_page import write_report
+from run_page import marks, write_report
 from runs import read_rows
 from sft import held_out_nll
 from tasks import task_of
@@ -76,8 +76,7 @@ def print_evaluation(run) -> None:
     numbers = [f"{name.removeprefix('eval/')} {value:.3f}" for name, value in run.after.items()]
     tqdm.write(f"step {run.step}  {'  '.join(numbers)}")
     for row in run.samples_after:
-        marks = [f"{name} {row[name]:+.2f}" for name in ("score", "kl") if name in row]
-        tqdm.write(f"    {one_line(row)}    {'  '.join(marks)}")
+        tqdm.write(f"    {one_line(row)}    {'  '.join(marks(row))}")
 
 
 def print_summary(run, out: Path, keep_best: str | None = None) -> None:

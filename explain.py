@@ -152,11 +152,8 @@ def sample_rollout(run: Run, args: Namespace, examples: list[Example], seed: int
     """One response to each example, by the flags of the run. -> Rollout, metrics."""
     engine.seed_everything(seed)  # a reward may draw too
     rollout, metrics = ppo.collect_rollout(
-        run.model, run.reference, run.tokenizer, examples, run.reward, **run.sampling,
-        kl_coef=run.kl_controller.value, kl_estimator=args.kl_estimator, gamma=args.gamma,
-        lam=args.lam, whiten_rewards=args.whiten_rewards,
-        missing_eos_penalty=args.missing_eos_penalty, micro_batch_size=args.micro_batch_size,
-        generator=run.sampling_generator.manual_seed(seed),
+        run.model, run.reference, run.tokenizer, examples, run.reward, **run.rollout,
+        kl_coef=run.kl_controller.value, generator=run.sampling_generator.manual_seed(seed),
     )  # fmt: skip
     if not rollout.response_mask.any():
         raise UserError("the reward has no score for any of the responses; try another --seed")
@@ -214,8 +211,7 @@ def metrics_of(rows: list[Row], args: Namespace) -> list[tuple[str, float, str]]
     clips = args.cliprange, args.cliprange_value, args.vf_coef
     _, update = ppo.ppo_loss(old, old, advantages, values, values, returns, on, *clips)
     _, second = ppo.clipped_surrogate(old + ratio.log(), old, advantages, on, args.cliprange)
-    unexplained = ppo.masked_variance(returns - values, on)
-    explained = 1 - unexplained / ppo.masked_variance(returns, on).clamp(min=1e-8)
+    explained = ppo.explained_variance(values, returns, on)
     k1 = kl_estimate(old, columns["ref_logprob"], "k1")
     n, each = len(scored), "mean of the responses"
     found = {

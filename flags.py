@@ -339,6 +339,8 @@ def read_flags(out: Path, parser: Parser) -> dict:
     for name, value in said.items():
         if flags[name] != value:
             raise UserError(f"{file}: {name} is {value!r}, which {spelled(name)} cannot be")
+    if "rl_lr" not in config:  # a run from before there was this flag: one rate for both phases
+        flags["rl_lr"] = flags["lr"]
     return flags
 
 

@@ -28,7 +28,8 @@ from transformers import (
 )
 from transformers.activations import NewGELUActivation
 
-from adapters import ADAPTER_CONFIG, add_adapter_of, listed, read_adapter
+from adapters import ADAPTER_CONFIG, add_adapter_of, read_adapter
+from cli import listed
 from engine import UserError, first_line
 from flags import read_json
 

@@ -43,6 +43,13 @@ def masked_variance(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
 
 
+def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor):
+    """1 - var(returns - values) / var(returns) over the mask: 1 is a perfect value head, 0 one that
+    always says the mean. All (B, T) -> scalar."""
+    unexplained = masked_variance(returns - values, mask)
+    return 1 - unexplained / masked_variance(returns, mask).clamp(min=1e-8)
+
+
 def masked_whiten(x: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) -> torch.Tensor:
     """(x - mean) / std over the True positions of mask, 0 elsewhere.
 
@@ -338,7 +345,6 @@ def rollout_metrics(
     finite = scores[torch.isfinite(scores)].tolist()  # MPS has no float64, Python's floats are
     n_responses = sum(len(episode.responses) for episode in episodes)
     n_truncated = sum(sum(episode.truncated) for episode in episodes)
-    unexplained = masked_variance(rollout.returns - rollout.values, mask)  # scalar
     metrics = {
         "score": scores.nanmean(),
         "score_std": spread(finite),
@@ -348,7 +354,7 @@ def rollout_metrics(
         "response_length": response_mask.sum(1).float().mean(),
         "eos_rate": 1 - n_truncated / n_responses,
         "sampler_gap": (sampled - rollout.logprobs).abs().max(),
-        "var_explained": 1 - unexplained / masked_variance(rollout.returns, mask).clamp(min=1e-8),
+        "var_explained": explained_variance(rollout.values, rollout.returns, mask),
     }
     metrics |= {f"kl/{name}": kl_of(logprobs, "k3") for name, logprobs in by_name.items()}
     return metrics

@@ -72,6 +72,10 @@ from schedules import SCHEDULES
 from sources import without_target
 from tasks import REVIEWS, task_of
 
+# Flags that collect_rollout (ppo.py) takes as keyword arguments, beside those of sampling
+ROLLOUT_FLAGS = ("kl_estimator", "gamma", "lam", "whiten_rewards", "missing_eos_penalty")
+ROLLOUT_FLAGS += ("micro_batch_size",)
+
 
 def prepare(args, algorithm: Algorithm) -> Run:
     """The state of a run at step 0. Raises UserError for whatever can be wrong."""
@@ -421,6 +425,7 @@ def make_run(args, algorithm, model, tokenizer, data: Data) -> Run:
     with_target = [example for example in data.train if example.target]
     prompts, held_out_prompts = data.prompts(args.prompts is not None)
     prompts_at_once = args.batch_size // args.group_size
+    sampling = ("max_length", "max_new_tokens", "temperature")
     return Run(
         algorithm=algorithm,
         model=model,
@@ -445,11 +450,8 @@ def make_run(args, algorithm, model, tokenizer, data: Data) -> Run:
             max_grad_norm=args.max_grad_norm,
             backend=backend,
         ),
-        sampling=dict(
-            max_length=args.max_length,
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-        ),
+        sampling={flag: getattr(args, flag) for flag in sampling},
+        rollout={flag: getattr(args, flag) for flag in (*sampling, *ROLLOUT_FLAGS)},
     )
 
 

@@ -197,10 +197,14 @@ def samples_part(samples: list[dict]) -> str:
     return head + "\n".join(parts)
 
 
+def marks(row: dict) -> list[str]:
+    """What was measured of a sample: `score +0.75`, `kl +3.12`."""
+    return [f"{name} {row[name]:+.2f}" for name in ("score", "kl") if name in row]
+
+
 def note(row: dict) -> str:
     """The step of a sample, and what was measured of it."""
-    marks = [f"{name} {row[name]:+.2f}" for name in ("score", "kl") if name in row]
-    return escape(", ".join([f"step {row['step']:,}", *marks]))
+    return escape(", ".join([f"step {row['step']:,}", *marks(row)]))
 
 
 def rules_part(rows: list[dict]) -> str:

@@ -89,6 +89,7 @@ class Run:
     limits: dict  # max_length and max_prompt_length: how every row is cut
     update: dict  # keyword arguments of every xxx_step
     sampling: dict  # keyword arguments of sampling and of evaluation
+    rollout: dict  # keyword arguments of collect_rollout, those of sampling among them
     checkpoint: Path | None = None  # what --resume goes on from
     fingerprint: dict = field(default_factory=dict)  # of what it learns from (fingerprint.py)
     reward: object = None  # None: pure SFT that measures no reward

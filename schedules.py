@@ -19,7 +19,7 @@ import math
 
 import torch
 
-from data import Example
+from data import Example, demonstration_batch
 from engine import UserError
 
 
@@ -186,6 +186,16 @@ def leave_out(rollout, examples: list[Example], chosen: list[Example]) -> None:
     chosen_ids = {id(example) for example in chosen}
     kept = [id(example) not in chosen_ids for example in examples]
     rollout.response_mask &= torch.tensor(kept, device=rollout.response_mask.device)[:, None]
+
+
+def mixed_in(run) -> dict:
+    """The demonstrations that this RL update learns from too, as options of `update_epochs`: the
+    next ones of the data, if the schedule gives SFT a weight now."""
+    sft_weight = run.schedule.sft_weight(run.step)
+    if sft_weight == 0:
+        return {}
+    batch = demonstration_batch(run.tokenizer, run.sft_stream.next(), **run.limits)
+    return dict(demonstrations=batch.to(run.device), sft_weight=sft_weight)
 
 
 # ---------------------------------------------------------------------------------- flags

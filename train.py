@@ -34,7 +34,8 @@ from ppo import collect_rollout, ppo_step
 from prepare import prepare
 from references import follow_policy, renew_reference
 from runs import Algorithm, ProgressBar, Run, RunFolder, Stop, joined_processes
-from schedules import SCHEDULES, is_ppo_step, leave_out  # noqa: F401  (is_ppo_step is public here)
+from schedules import SCHEDULES, leave_out, mixed_in
+from schedules import is_ppo_step as is_ppo_step  # importable from here
 from sft import sft_step
 
 
@@ -116,10 +117,8 @@ def train_on_reward(run: Run, args: argparse.Namespace) -> dict[str, float]:
     prompts = run.schedule.prompts(run.prompt_stream.next(), run.step)
     run.drawn = [example for example in prompts for _ in range(args.group_size)]
     rollout, metrics = collect_rollout(
-        run.model, run.reference, run.tokenizer, run.drawn, run.reward, **run.sampling,
-        kl_coef=0.0 if algorithm.kl_in_loss else kl_coef, kl_estimator=args.kl_estimator,
-        gamma=args.gamma, lam=args.lam, whiten_rewards=args.whiten_rewards,
-        missing_eos_penalty=args.missing_eos_penalty, micro_batch_size=args.micro_batch_size,
+        run.model, run.reference, run.tokenizer, run.drawn, run.reward, **run.rollout,
+        kl_coef=0.0 if algorithm.kl_in_loss else kl_coef,
         turns=args.turns, user=run.user, turn_rewards=args.turn_rewards,
         generator=run.generator_of_step(args.seed),
     )  # fmt: skip
@@ -131,10 +130,7 @@ def train_on_reward(run: Run, args: argparse.Namespace) -> dict[str, float]:
         options["kl_coef"] = kl_coef
     hard = run.schedule.after_rollout(run.drawn, run.reward.total)  # --schedule gate
     leave_out(rollout, run.drawn, hard)
-    sft_weight = run.schedule.sft_weight(run.step)  # --schedule mix
-    if sft_weight:
-        batch = demonstration_batch(run.tokenizer, run.sft_stream.next(), **run.limits)
-        options |= dict(demonstrations=batch.to(run.device), sft_weight=sft_weight)
+    options |= mixed_in(run)  # --schedule mix
     metrics |= algorithm.step(run.model, rollout, run.optimizer, **options)
     if hard:
         enter_phase(run.optimizer, "sft", args.lr * run.lr_factor(run.step))
@@ -166,14 +162,7 @@ ALGORITHMS = {
         least_group=2,
         kl_in_loss=True,
     ),
-    "dpo": Algorithm(
-        dpo.train_on_pairs,
-        dpo.dpo_step,
-        step_flags=("beta",),
-        flags=("preference_data",),
-        preference_pairs=dpo.preference_pairs,
-        measure=dpo.measure_pairs,
-    ),
+    "dpo": dpo.ALGORITHM,
     "distill": distill.ALGORITHM,
 }
 

@@ -11,7 +11,7 @@ from conftest import ROOT
 
 # Lines at 100 columns, comments included. A reader feels them: meet them by better structure.
 LESSON = {
-    "train.py": 200,
+    "train.py": 190,
     "data.py": 340,
     "hybrid.py": 310,
     "sft.py": 65,

@@ -368,6 +368,17 @@ def test_a_flag_may_be_said_again_when_resuming(tmp_path, tiny_folder):
     )
 
 
+def test_a_run_from_before_there_was_rl_lr_goes_on_with_its_one_rate(tmp_path):
+    run(tmp_path, "--lr", 0.003, "--sft-warmup", 0, "--ppo-ratio", 0.5, "--scheduler", "constant")
+    out = tmp_path / "run"
+    config = json.loads((out / "config.json").read_text())
+    assert config.pop("rl_lr") == pytest.approx(0.0018)
+    (out / "config.json").write_text(json.dumps(config))
+    main(["--resume", str(out), "--steps", "8"])
+    rows = read_rows(out / "metrics.jsonl")
+    assert {row["lr"] for row in rows if row["step"] > 6 and "lr" in row} == {0.003}
+
+
 @pytest.mark.filterwarnings("ignore:Detected call of")
 def test_ten_lost_steps_in_a_row_end_the_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
