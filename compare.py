@@ -281,9 +281,21 @@ def parse_args(argv: list[str]):
             args.arms[label] = make_arm(own, args, train_flags)
         except UserError as problem:
             raise UserError(f"--arms {label}: {problem}") from None
+    args.rewards = {}  # arm -> its reward
     for job in tuning_grid(args):
-        flags.parse_args(command_line(job, args), ALGORITHMS, SCHEDULES)
+        of_run = flags.parse_args(command_line(job, args), ALGORITHMS, SCHEDULES)
+        args.rewards[job.arm] = of_run.reward
     return args, train_flags
+
+
+def say_different_rewards(rewards: dict[str, str | None]) -> None:
+    """One line before training if the arms do not have the same reward."""
+    if len(set(rewards.values())) > 1:
+        each = "; ".join(f"{arm}: {reward}" for arm, reward in rewards.items())
+        print(
+            f"note: the arms have different rewards ({each}), so eval/reward is another measure in "
+            "each; --metric and --select can name one that all have, such as eval/nll"
+        )
 
 
 def given_flags(words: list[str]) -> dict:
@@ -310,6 +322,7 @@ def main(argv: list[str] | None = None) -> dict:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     args, train_flags = parse_args(argv)
+    say_different_rewards(args.rewards)
     load_pyplot("compare")  # a missing package or text is an error now, not after an hour
     elsewhere = whole_texts(args.tax) if args.tax else []
     out = Path(args.out)

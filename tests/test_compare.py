@@ -508,6 +508,17 @@ def test_flags_of_train_pass_through_as_they_are():
     assert line[line.index("--keep-best") :][: len(words)] == words
 
 
+def test_different_rewards_are_said_before_training(capsys):
+    arms_of = ["--arms", "turns", "other=--reward bleu"]
+    args, _ = compare.parse_args([*arms_of, "--untuned"])
+    compare.say_different_rewards(args.rewards)
+    said = "the arms have different rewards (hybrid: sentiment; other: bleu)"
+    assert said in capsys.readouterr().out
+    args, _ = compare.parse_args([*arms_of[:2], "same=--kl-coef 0.1", "--untuned"])
+    compare.say_different_rewards(args.rewards)
+    assert capsys.readouterr().out == ""
+
+
 def test_equal_numbers_are_one_job_and_different_ones_have_different_folders():
     words = "--lrs 1e-4 0.0001 1.00000001e-4 1e-4 --kl-coefs 0.1 .1 -0.0 0 0.10000000000000001"
     args, _ = compare.parse_args(words.split())
