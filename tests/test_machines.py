@@ -4,9 +4,9 @@ open or mapped; a console may not know a character."""
 import ast
 import errno
 import fcntl
+import io
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 import checkpoints
 import ppo
 from data import batch_of, make_batch
+from data import main as data_main
 from distill import distill_step
 from dpo import dpo_step
 from engine import OPTIMIZERS
@@ -232,15 +233,17 @@ def test_a_file_that_cannot_be_flushed_for_another_reason_is_an_error(tmp_path, 
 # ---- the console
 
 
-def test_a_character_that_the_console_lacks_is_replaced(tmp_path):
+def test_a_character_that_the_console_lacks_is_replaced(tmp_path, monkeypatch):
     """`data.py` shows the prompt; cp1252, the code page of many consoles, has no arrow."""
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "caf\u00e9 \u2192 \u65e5", "target": "\U0001f600"}\n' * 3, "utf-8")
-    command = [sys.executable, ROOT / "data.py", data]
-    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
-    done = subprocess.run(command, capture_output=True, env=environment, cwd=tmp_path, timeout=120)
-    assert done.returncode == 0, done.stderr.decode("cp1252", "replace")
-    assert "caf\u00e9 ? ?" in done.stdout.decode("cp1252")
+    console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    with pytest.raises(UnicodeEncodeError):
+        console.write("\u2192")
+    monkeypatch.setattr(sys, "stdout", console)
+    data_main([str(data)])
+    console.flush()
+    assert "caf\u00e9 ? ?" in console.buffer.getvalue().decode("cp1252")
 
 
 def test_every_text_is_read_and_written_in_a_named_encoding():

@@ -5,10 +5,8 @@ one process that has torch loaded, since a start costs seconds; that is the only
 """
 
 import json
-import multiprocessing
 import os
 import re
-import runpy
 import shlex
 import shutil
 import signal
@@ -22,7 +20,7 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
-from script import PRELOAD
+from script import Torchrun
 
 from lock import one_writer
 from train import main
@@ -38,57 +36,13 @@ FLAGS = """--limit 60 --steps 4 --batch-size 5 --max-new-tokens 6 --eval-size 4 
 --reward length""".split()
 
 
-def as_torchrun(words: list[str], folder: Path, log: Path) -> None:
-    """The child of `Machine`: what torchrun does with its command line; its process is a fork."""
-    from torch.distributed import run
-    from torch.distributed.launcher.api import elastic_launch
-
-    os.chdir(folder)
-    for number in (1, 2):
-        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), number)
-    arguments = run.parse_args(words)
-    config, _, _ = run.config_from_args(arguments)
-    config.start_method = "fork"
-    script = str(ROOT / arguments.training_script)
-    elastic_launch(config, entrypoint=as_script)(script, *arguments.training_script_args)
-
-
-def as_script(*words: str) -> None:
-    torch.set_num_threads(1)
-    sys.argv = list(words)
-    runpy.run_path(words[0], run_name="__main__")
-
-
-class Machine:
-    """A torchrun that was started in a folder."""
-
-    def __init__(self, words: list[str], folder: Path, log: Path):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([*PRELOAD, "torch.distributed.run"])
-        folder.mkdir(parents=True, exist_ok=True)
-        self.log = log
-        self.process = context.Process(target=as_torchrun, args=(words, folder, log))
-        self.process.start()
-
-    def wait(self) -> tuple[int, str]:
-        """-> (exit status, what it printed). A hang is a failure."""
-        self.process.join(timeout=120)
-        hangs = self.process.is_alive()
-        if hangs:
-            self.process.terminate()  # it ends its process, too
-            self.process.join(timeout=40)
-        said = self.log.read_text(encoding="utf-8")
-        assert not hangs, said
-        return self.process.exitcode, said
-
-
 def free_port() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return str(free.getsockname()[1])
 
 
-def two_machines(folders, tmp_path: Path, *flags: list) -> list[Machine]:
+def two_machines(folders, tmp_path: Path, *flags: list) -> list[Torchrun]:
     """The two commands of the page, each in its folder, with flags of its own after `train.py`."""
     port = free_port()
     machines = []
@@ -97,7 +51,7 @@ def two_machines(folders, tmp_path: Path, *flags: list) -> list[Machine]:
         command = command.replace("--nproc_per_node=8", "--nproc_per_node=1")
         words = shlex.split(command)[1:]
         words = [*words[: words.index("train.py") + 1], *map(str, flags[i])]
-        machines.append(Machine(words, folders[i], tmp_path / f"log{i}"))
+        machines.append(Torchrun(words, folders[i], tmp_path / f"log{i}"))
     return machines
 
 
@@ -159,7 +113,7 @@ def test_machines_go_on_from_a_shared_folder_and_each_is_a_process_like_any(shar
     both = [tmp_path / "machines"] * 2
     ends = [m.wait() for m in two_machines(both, tmp_path, *[["--resume", "out"]] * 2)]
     words = ["--nproc_per_node=2", f"--master_port={free_port()}", "train.py", "--resume", "out"]
-    ends.append(Machine(words, tmp_path / "processes", tmp_path / "log").wait())
+    ends.append(Torchrun(words, tmp_path / "processes", tmp_path / "log").wait())
     assert [status for status, _ in ends] == [0, 0, 0], ends
     for name in ("machines", "processes"):
         assert largest_gap(tmp_path / name / "out/final", shared_run / "final") == 0

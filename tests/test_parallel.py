@@ -5,34 +5,37 @@ Each start has a time limit: a hang is a failure.
 
 import json
 import os
+import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from safetensors.torch import load_file
+from script import Torchrun
+
+from train import main
 
 sys.path.insert(0, str(Path(__file__).parent))
 import parallel_worker as worker
 
-pytestmark = pytest.mark.slow  # every test starts processes that load torch
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="the processes are forks"),
+]
+TWO = ["--standalone", "--nproc_per_node=2"]
 FLAGS = """--limit 120 --steps 8 --batch-size 7 --max-new-tokens 8 --eval-size 6 --save-every 4
 --device cpu --sft-warmup 2 --warmup-steps 0 --ppo-ratio 0.6 --micro-batch-size 2
 --reward ema(length)""".split()
 
 
-def start(*command, expect: int = 0, **environment) -> str:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
-    done = subprocess.run(
-        [str(c) for c in command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
-    )
-    assert (done.returncode == 0) == (expect == 0), done.stderr[-3000:]
-    return done.stdout + done.stderr
+def start(folder: Path, *command, fails: bool = False) -> str:
+    """Two processes with this command. -> what they print, which `folder` keeps."""
+    status, said = Torchrun([*TWO, *command], folder, folder / "log").wait()
+    assert (status != 0) == fails, said[-3000:]
+    return said
 
 
 def rows(out: Path, phase: str) -> list[dict]:
@@ -55,7 +58,7 @@ def close(a: dict, b: dict, atol: float) -> None:
 def two(tmp_path_factory):
     """What each of the two processes of `parallel_worker.py` saw."""
     folder = tmp_path_factory.mktemp("two")
-    start(*TORCHRUN, Path(__file__).parent / "parallel_worker.py", folder)
+    start(folder, Path(__file__).parent / "parallel_worker.py", folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
@@ -142,7 +145,7 @@ def test_a_reward_that_fails_on_one_process_fails_on_all(two):
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("ddp") / "out"
-    printed = start(*TORCHRUN, "train.py", *FLAGS, "--out", out)
+    printed = start(out.parent, "train.py", *FLAGS, "--out", out)
     assert printed.count("verdict:") == 1 and printed.count("before:") == 1, (
         "one process speaks for all"
     )
@@ -159,51 +162,46 @@ def test_a_run_of_two_processes_leaves_one_folder_and_resumes_bit_by_bit(whole_r
         for row in rows(whole_run, "ppo")
     )
     resumed = copy_until(whole_run, tmp_path / "again", 4)
-    start(*TORCHRUN, "train.py", "--resume", resumed)
+    start(tmp_path, "train.py", "--resume", resumed)
     for file in ("model.safetensors", "value_head.safetensors"):
         close(load_file(resumed / "final" / file), load_file(whole_run / "final" / file), atol=0)
 
 
 def test_one_process_goes_on_where_two_stopped(whole_run, tmp_path):
     resumed = copy_until(whole_run, tmp_path / "alone", 4)
-    start(sys.executable, "train.py", "--resume", resumed)
+    main(["--resume", str(resumed)])
     assert rows(resumed, "eval")[-1]["step"] == 8
 
 
 def copy_until(out: Path, to: Path, step: int) -> Path:
     """The run folder as it was when the process died after the checkpoint."""
-    import shutil
-
     shutil.copytree(out, to, ignore=shutil.ignore_patterns("final"))
     assert (to / f"checkpoint-{step:06d}").is_dir()
     return to
 
 
 def test_sigterm_to_the_launcher_ends_all_processes_after_the_step_and_the_run_can_go_on(tmp_path):
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     endless = "--steps 100000 --eval-every 0 --save-every 0".split()
-    command = [*TORCHRUN, "train.py", *FLAGS, *endless, "--out", str(tmp_path / "out")]
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    words = [*TWO, "train.py", *FLAGS, *endless, "--out", tmp_path / "out"]
+    torchrun = Torchrun(words, tmp_path, tmp_path / "log")
     deadline = time.time() + 90
     while not ((tmp_path / "out" / "metrics.jsonl").exists() and rows(tmp_path / "out", "ppo")):
-        assert time.time() < deadline and process.poll() is None, process.stdout.read()
+        assert time.time() < deadline and torchrun.process.is_alive(), torchrun.log.read_text()
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=60)
+    os.kill(torchrun.process.pid, signal.SIGTERM)
+    status, said = torchrun.wait()
+    assert status != 0
     saved = [path.name for path in (tmp_path / "out").glob("checkpoint-*")]
     assert len(saved) == 1, said
     [saved] = saved
     assert int(saved[11:]) >= 1
     one_more = str(int(saved[11:]) + 1)
-    start(sys.executable, "train.py", "--resume", tmp_path / "out", "--steps", one_more)
+    main(["--resume", str(tmp_path / "out"), "--steps", one_more])
 
 
 def test_an_error_on_two_processes_is_a_line_of_each(tmp_path):
-    printed = start(
-        *TORCHRUN, "train.py", *FLAGS, "--batch-size", "1", "--out", tmp_path / "out", expect=1
-    )
+    flags = [*FLAGS, "--batch-size", "1", "--out", tmp_path / "out"]
+    printed = start(tmp_path, "train.py", *flags, fails=True)
     assert (
         "--batch-size 1 counts all 2 processes together" in printed
         and not (tmp_path / "out").exists()
@@ -214,15 +212,16 @@ def test_an_error_on_two_processes_is_a_line_of_each(tmp_path):
 
 
 @pytest.fixture(params=[1, 2])
-def zero_json(request, tmp_path) -> Path:
+def zero_json(request, tmp_path, monkeypatch) -> Path:
     pytest.importorskip("deepspeed", reason="deepspeed is an optional package")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": request.param}}))
     return tmp_path / "zero.json"
 
 
 def test_zero_equals_ddp_and_its_checkpoints_are_plain(whole_run, zero_json, tmp_path):
     flags = ["--deepspeed", zero_json]
-    start(*TORCHRUN, "train.py", *FLAGS, *flags, "--out", tmp_path / "zero", DS_ACCELERATOR="cpu")
+    start(tmp_path, "train.py", *FLAGS, *flags, "--out", tmp_path / "zero")
     for file in ("model.safetensors", "value_head.safetensors"):
         close(
             load_file(tmp_path / "zero" / "final" / file),
@@ -242,7 +241,7 @@ def test_zero_equals_ddp_and_its_checkpoints_are_plain(whole_run, zero_json, tmp
     # DDP goes on from ZeRO's checkpoint, ZeRO from DDP's, and both arrive where the whole run did
     for source, more in ((tmp_path / "zero", []), (whole_run, flags)):
         resumed = copy_until(source, tmp_path / f"resumed{len(more)}", 4)
-        start(*TORCHRUN, "train.py", "--resume", resumed, *more, DS_ACCELERATOR="cpu")
+        start(tmp_path, "train.py", "--resume", resumed, *more)
         close(
             load_file(resumed / "final" / "model.safetensors"),
             load_file(whole_run / "final" / "model.safetensors"),

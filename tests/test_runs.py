@@ -9,7 +9,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -19,8 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FAST, ROOT
+from conftest import FAST
 from safetensors.torch import load_file
+from script import run_script
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -221,15 +221,10 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(tmp_path):
     out = tmp_path / "run"
     script = (
         "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (6_000_000, "
-        "resource.RLIM_INFINITY)); import sys; import train; train.main(sys.argv[2:])"
+        "resource.RLIM_INFINITY)); import sys; import train; train.main(sys.argv[1:])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, "x", *SHORT, "--out", str(out)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    (tmp_path / "full.py").write_text(script)
+    done = run_script(["full.py", *SHORT, "--out", str(out)], tmp_path)
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert (
