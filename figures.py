@@ -6,6 +6,7 @@ Left out on purpose: a choice of axes (compare.json has every number).
 """
 
 import math
+import textwrap
 from pathlib import Path
 
 from budgets import mean_curve
@@ -42,9 +43,9 @@ def draw_pareto(results: dict, tuned: list[tuple], metric: str, title: str, path
                   xycoords="axes fraction", arrowprops=arrow)  # fmt: skip
     axis.set_xlabel("held-out NLL, nats a token (less is better)")
     axis.set_ylabel(f"{metric.removeprefix('eval/')} (more is better)")
-    axis.set_title(title, fontsize=10)
+    write_title(figure, title)
     axis.grid(alpha=0.2)
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    figure.legend(loc="outside right center", fontsize=8, frameon=False)
     figure.draw_without_rendering()  # the layout is known now
     place_labels(axis, labels, points)
     figure.savefig(path, dpi=110)
@@ -100,11 +101,17 @@ def draw_razor(results: dict, title: str, path: Path) -> None:
         nice_ticks(axis.yaxis, perplexities)
     axis.set_xlabel("KL(before || after) on held-out prompts, nats a response")
     axis.set_ylabel("perplexity elsewhere (less is better)")
-    axis.set_title(title, fontsize=10)
+    write_title(figure, title)
     axis.grid(alpha=0.2)
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    figure.legend(loc="outside right center", fontsize=8, frameon=False)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def write_title(figure, title: str) -> None:
+    """Above the axes and the legend, in as many lines as it needs."""
+    lines = textwrap.wrap(title, int(11 * figure.get_figwidth()))  # characters of this size
+    figure.suptitle("\n".join(lines), fontsize=10)
 
 
 def nice_ticks(axis, values: list[float]) -> None:

@@ -48,6 +48,12 @@ def describe(args, results: dict, chosen: dict, tuned: list) -> str:
     )
 
 
+def named(source: str | list[str]) -> str:
+    """A source of data in a title: a file without its folder, a hub dataset with what is of it."""
+    words = [source] if isinstance(source, str) else source
+    return " ".join([Path(words[0]).name if Path(words[0]).exists() else words[0], *words[1:]])
+
+
 def write_report(args, argv: list[str], tuned: list, best: dict, finished: list) -> dict:
     """Write compare.json, compare.md and the figures, print the table. Returns the JSON."""
     out = Path(args.out)
@@ -74,13 +80,12 @@ def write_report(args, argv: list[str], tuned: list, best: dict, finished: list)
     (out / "compare.md").write_text(text, encoding="utf-8")
     print(text)
     config = read_config(finished[0][0].folder(out))
-    data = config.get("data") or "reviews"
-    data = data if isinstance(data, str) else " ".join(data)
+    data = named(config.get("data") or "reviews")
     model = Path(config.get("model", "tiny"))
     model = f"{model.parent.name}/final" if model.name == "final" else model.name
     title = f"{data}, model {model}: {args.steps} steps, {args.seeds} seeds (mean, 95 % interval)"
     draw_pareto(results, tuned, metric, title, out / "pareto.png")
     if any("KL from the start" in run for runs in results.values() for run in runs):
-        title = f"{title.partition(' (')[0]}; elsewhere: {' '.join(args.tax)}"
+        title = f"{title.partition(' (')[0]}; elsewhere: {named(args.tax)}"
         draw_razor(results, title, out / "razor.png")
     return report

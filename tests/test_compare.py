@@ -436,8 +436,8 @@ def test_labels_cover_no_point_and_no_other_label():
     pyplot.close(figure)
 
 
-def test_the_figures_of_one_seed_and_of_far_values_are_drawn(tmp_path):
-    pytest.importorskip("matplotlib", reason="matplotlib is an optional package")
+def test_the_figures_of_one_seed_and_of_far_values_are_drawn(tmp_path, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason="matplotlib is an optional package")
 
     def run(nll, reward, kl, perplexity):
         curve = [{"eval/nll": 2.0, "eval/reward": -0.1}, {"eval/nll": nll, "eval/reward": reward}]
@@ -448,12 +448,23 @@ def test_the_figures_of_one_seed_and_of_far_values_are_drawn(tmp_path):
     near = {"SFT": [run(1.7, 0.1, 0.3, 80.0)], "PPO": [run(1.9, 0.7, 0.5, 99.0)]}
     far = {**near, "PPO": [run(6.5, 0.7, 31.0, 2e4)]}
     job = compare.Job("PPO", 0, 1e-3, 0.02)
+    closed = []
+    monkeypatch.setattr(pyplot, "close", closed.append)
+    title = "stories_of_a_long_name.txt, model stories: 120 steps; elsewhere: another long file.txt"
     for name, results in (("near", near), ("far", far)):
         path = tmp_path / f"{name}.png"
-        figures.draw_pareto(results, [(job, results["PPO"][0])], "eval/reward", "a title", path)
-        figures.draw_razor(results, "a title", tmp_path / f"razor-{name}.png")
+        figures.draw_pareto(results, [(job, results["PPO"][0])], "eval/reward", title, path)
+        figures.draw_razor(results, title, tmp_path / f"razor-{name}.png")
         for drawn in (path, tmp_path / f"razor-{name}.png"):
             assert drawn.stat().st_size > 10_000
+    monkeypatch.undo()
+    for figure in closed:
+        [legend] = figure.legends
+        assert figure.get_suptitle().split() == title.split()
+        box = figure._suptitle.get_window_extent()
+        assert figure.bbox.x0 < box.x0 and box.x1 < figure.bbox.x1
+        assert not box.overlaps(legend.get_window_extent())
+        pyplot.close(figure)
 
 
 @pytest.mark.parametrize(
