@@ -114,9 +114,12 @@ def test_compute_gae():
         if not isinstance(found, tuple) or len(found) != 2:
             wrong("return two tensors: advantages, returns")
         gap, all_on = "the next value must skip the columns off the mask", mask | True
+        before_gap = torch.tensor([[False, True, False, False, False]])
+        each_alone = [gae(r, v, part, 1.0, lam)[0] for part in (before_gap, mask & ~before_gap)]
         mistakes = {
             gap: gae(r, v, all_on, 1.0, lam)[0] * mask,
             f"{gap}: they have no value": gae(r * mask, v * mask, all_on, 1.0, lam)[0] * mask,
+            f"{gap}: a gap is not the end of the response": sum(each_alone),
         }
         agree(found[0] * mask, [expected], mistakes)
         agree(found[0], [expected], {"advantages must be 0 off the mask": found[0]})

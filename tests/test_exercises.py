@@ -112,6 +112,17 @@ def gae_over_columns(rewards, values, mask, gamma=1.0, lam=0.95):
     return advantages * mask, (advantages + values) * mask
 
 
+def gae_that_ends_at_a_gap(rewards, values, mask, gamma=1.0, lam=0.95):
+    """What docs/lesson.md types, whose rows have no gaps."""
+    advantages = torch.zeros_like(rewards)
+    next_value = next_advantage = torch.zeros(len(rewards))
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantages[:, t] = torch.where(mask[:, t], delta + gamma * lam * next_advantage, 0)
+        next_value, next_advantage = torch.where(mask[:, t], values[:, t], 0), advantages[:, t]
+    return advantages, torch.where(mask, advantages + values, 0)
+
+
 def gae_of_the_repository_but(**changes):
     def wrong(rewards, values, mask, gamma=1.0, lam=0.95):
         given = dict(gamma=gamma, lam=lam)
@@ -178,6 +189,7 @@ MISTAKES = [
     ("kl_k3", lambda new, ref: ppo.kl_estimate(ref, new, "k3"), "changed places"),
     ("kl_k3", lambda new, ref: -ppo.kl_estimate(new, ref, "k3"), "the sign is wrong"),
     ("compute_gae", gae_over_columns, "must skip the columns off the mask"),
+    ("compute_gae", gae_that_ends_at_a_gap, "a gap is not the end of the response"),
     ("compute_gae", gae_of_the_repository_but(gamma=1.0), "gamma is missing"),
     ("compute_gae", gae_of_the_repository_but(lam=1.0), "found"),
     ("clipped_surrogate", lambda *x: ppo.masked_mean(-x[2] * (x[0] - x[1]).exp(), x[3]), "no clip"),
