@@ -2,7 +2,7 @@
 
     row             prompt ids + response ids (+ EOS), right padded
     attention_mask  1 for real tokens
-    response_mask   1 for the tokens that the model is responsible for
+    response_mask   1 for the tokens of responses, which are trained
 
 Prompt and response are tokenised apart and their ids joined, for SFT and PPO alike, so that no
 token belongs to both. Masks come from lengths, never from `ids != pad`: EOS is trained even when it
@@ -56,7 +56,7 @@ class Batch:
 
     input_ids: torch.Tensor  # (B, T) long
     attention_mask: torch.Tensor  # (B, T) bool, True for real tokens
-    response_mask: torch.Tensor  # (B, T) bool, True where the model is responsible for the token
+    response_mask: torch.Tensor  # (B, T) bool, True for tokens of responses: they are trained
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -67,7 +67,7 @@ class Batch:
         return type(self)(**{f.name: getattr(self, f.name)[index, :width] for f in fields(self)})
 
     def weight(self, index: torch.Tensor) -> torch.Tensor:
-        """What a mean over these rows is taken over, a scalar: their response tokens."""
+        """The divisor of a mean over these rows, a scalar: the number of their response tokens."""
         return self.response_mask[index].sum()
 
     def lengths(self) -> torch.Tensor:
@@ -107,7 +107,7 @@ def make_batch(
 
 
 def batch_of(tokenizer, rows: list[list[int]], masks: list[list[bool]]) -> Batch:
-    """Rows of token ids, and for each token whether the model is responsible for it -> a Batch."""
+    """Rows of token ids, and for each token whether it is of a response -> a Batch."""
     lengths = torch.tensor([len(row) for row in rows])  # (B,)
     width = int(lengths.max())
     filler = pad_id(tokenizer)
@@ -134,8 +134,9 @@ def demonstration_batch(
 ) -> Batch:
     """Prompts and answers of the examples as one Batch, for an SFT step or the held-out NLL.
 
-    A prompt is cut on its left to `max_prompt_length`, an answer on its right to what remains, and
-    then it has no EOS. None: the prompt gives way to the answer, but never more than half the row.
+    A prompt is cut on its left to `max_prompt_length`. An answer is cut on its right to the room
+    that remains; an answer that was cut has no EOS. With None, the prompt leaves the answer the
+    room that it needs, but at most half of the row.
     """
     ends, prompts, answers = end_ids(tokenizer), [], []
     for example in examples:
@@ -175,10 +176,10 @@ def split_examples(
 ) -> tuple[list[Example], list[Example]]:
     """(train, held out), by a hash of the prompt: the order does not matter. No prompt is on both.
 
-    All turns of a dialogue are on one side, and dialogues that only begin alike ("Hi") may be on
-    different ones; what they share is then in train alone. If a side would be empty, the prompt
-    with the smallest hash is held out. If there is only one prompt, records are split by their
-    target too; a single record serves on both sides.
+    All turns of a dialogue are on one side. Two dialogues that only begin alike ("Hi") may be on
+    different sides; the prompt that both have is then in train alone. If a side would be empty, the
+    prompt with the smallest hash is held out. If there is only one prompt, records are split by
+    their target too; a single record is on both sides.
     """
     keys = [_key(example) for example in examples]
     if len(set(keys)) == 1:  # nothing else tells the records apart

@@ -4,9 +4,9 @@ Rafailov et al. 2305.18290, eq. 7, with log pi and log ref summed over a respons
 
     loss = -log sigmoid(beta * [(log pi - log ref)(chosen) - (log pi - log ref)(rejected)])
 
-The worked example of a fork. The layout is the one of data.py: a pair is two rows of a Batch, and
-`forward(...).logprobs.sum(1)` is the log-probability of a response. Left out on purpose: the
-other losses of the family (IPO, SimPO, ...); they differ from `dpo_loss` in a line or two.
+An example of a new algorithm in one file. The layout is the one of data.py: a pair is two rows of a
+Batch, and `forward(...).logprobs.sum(1)` is the log-probability of a response. Left out on purpose:
+the other losses of the family (IPO, SimPO, ...); they differ from `dpo_loss` in a line or two.
 
     python train.py --algorithm dpo --out out-dpo
 """

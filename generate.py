@@ -2,7 +2,7 @@
 
 Hugging Face's `generate` reads the model's `generation_config`, and with it a top-k, a penalty or a
 minimum length that nobody asked for: the sampled distribution is then no longer the scored one, and
-the KL turns negative. Here a token is drawn from softmax(logits / temperature) and nothing else.
+the KL may turn negative. Here a token is drawn from softmax(logits / temperature) and nothing else.
 Left out on purpose: top-k, top-p, penalties, beams. This is the only file that pads on the left:
 decoding needs all rows to end in the same column; the rows it returns are plain lists of ids.
 

@@ -71,9 +71,9 @@ def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 class HybridModel(nn.Module):
     """`lm` is any Hugging Face causal LM; `value_head` starts at zero.
 
-    So the first advantages are discounted sums of rewards. Raises UserError for an architecture
-    that the code cannot train (`check_architecture`), or that does something between hidden states
-    and logits that `logits` cannot repeat (`find_logit_transform`).
+    So the first advantages are sums of rewards, discounted by gamma * lam. Raises UserError for an
+    architecture that the code cannot train (`check_architecture`), or that does something between
+    hidden states and logits that `logits` cannot repeat (`find_logit_transform`).
     """
 
     def __init__(self, lm: nn.Module):
@@ -160,8 +160,8 @@ class HybridModel(nn.Module):
     def logits(self, hidden: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
         """`lm_head` and what the model does after it. hidden (..., H) -> (..., V) float32.
 
-        V may exceed the number of tokens (Qwen, Pythia). The other ids stay possible, as in the
-        LM's own loss, which a mask would change; SFT makes them rare, `chat.decode` skips them.
+        V may exceed the number of tokens (Qwen, Pythia). The ids without a token are not masked: a
+        mask would change the LM's own loss. SFT makes them rare, `chat.decode` skips them.
         """
         with self.autocast():
             logits = self.lm.get_output_embeddings()(hidden)  # (..., V)

@@ -34,8 +34,8 @@ BASE_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
 class LoRA(nn.Module):
-    """A frozen layer and its adapter. It has no `weight`, so code that reads the weight of a layer
-    instead of calling it fails; else it would leave the adapter out."""
+    """A frozen layer and its adapter. It has no `weight`: code that reads the weight of a layer
+    instead of calling it fails, and does not leave the adapter out in silence."""
 
     def __init__(self, base: nn.Module, rank: int, alpha: float, generator: torch.Generator):
         super().__init__()
@@ -79,8 +79,8 @@ def is_own(name: str) -> bool:
 
 
 class LoraModel(HybridModel):
-    """It trains an adapter and the value head. Copies share the frozen base; its state is the rest.
-    Raises UserError for an LM that cannot compute so."""
+    """It trains an adapter and the value head. Copies share the frozen base, and `state_dict` is
+    without it. Raises UserError for an LM that fails with an adapter."""
 
     def __init__(self, lm: nn.Module, rank: int, alpha: float, base_dtype="float32", seed=0):
         super().__init__(lm)  # tries the plain model, in float32

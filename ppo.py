@@ -16,8 +16,8 @@ The episode is over after the last response token: the next value is 0, after EO
 length limit truncated the response.
 
 Left out on purpose: an entropy bonus, a separate critic, rewards themselves (any function of text,
-rewards.py), a threshold that drops batches. Only an update whose gradient is not finite is skipped
-(engine.py), and a step whose reward is not finite (runs.py); both are counted.
+rewards.py), a limit of the ratio above which an update is skipped. Skipped, and counted, are only
+an update whose gradient is not finite (engine.py) and a step whose reward is not finite (runs.py).
 
     python train.py --ppo-ratio 1 --out out-ppo-only          # PPO alone
 """
@@ -54,7 +54,7 @@ def masked_whiten(x: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) 
     """(x - mean) / std over the True positions of mask, 0 elsewhere.
 
     `shift_mean=False` adds the mean back. The variance is the biased one, as in the code of Ziegler
-    et al. (N+ details). Equal elements, or a single one, become exactly 0 (or, with the mean, it).
+    et al. (N+ details). Equal elements, or a single one, become exactly 0 (or the mean, if added).
 
     >>> x, mask = torch.tensor([1.0, 3.0, 99.0]), torch.tensor([True, True, False])
     >>> masked_whiten(x, mask).round(decimals=3).tolist()
@@ -181,9 +181,9 @@ def ppo_loss(
     return policy_loss + vf_coef * value_loss, stats
 
 
-# A hundred times the default 0.05 outweighs any reward of unit scale; a hundredth is next to free.
-# Where the KL misses its target even so, the price does not decide it, and each factor beyond would
-# have to be undone, 1.22 a horizon, before the price acts again.
+# A hundred times the default 0.05 is a higher price than any reward of unit scale can pay, and a
+# hundredth is next to free. If the KL still misses its target there, another price will not help.
+# Without a bound the price would go on to grow or shrink, and would need as long to come back.
 KL_COEF_RANGE = 100.0
 
 
@@ -191,10 +191,10 @@ class AdaptiveKLController:
     """Moves `value`, the KL coefficient, until the KL of a response is `target` nats.
 
     Ziegler et al. 1909.08593, section 2.2. `horizon` is in episodes: while the KL is 20 % or more
-    off its target, the coefficient changes by a factor e^0.2 = 1.22 per horizon. (The paper has a
-    constant K_beta = 0.1 per batch; n_steps / horizon is the authors' code.) With a target of None
-    the coefficient never changes. It stays within init_kl_coef / KL_COEF_RANGE and init_kl_coef *
-    KL_COEF_RANGE (the authors have no bounds), and one line says when it first reaches one.
+    off its target, the coefficient changes by a factor e^0.2 = 1.22 per horizon, or e^-0.2 = 0.82.
+    (The paper has a constant K_beta = 0.1 per batch; n_steps / horizon is the authors' code.) With
+    a target of None it never changes. It stays between init_kl_coef / KL_COEF_RANGE and
+    init_kl_coef * KL_COEF_RANGE (the authors have no bounds); one line says when it reaches one.
     """
 
     def __init__(self, init_kl_coef: float, target: float | None, horizon: float):

@@ -26,11 +26,11 @@ from engine import UserError
 def is_ppo_step(
     step: int, ppo_ratio: float | tuple[float, float], steps: int | None = None
 ) -> bool:
-    """Is step `step` (from 0) a PPO step? By error diffusion: of the first k steps,
-    floor(k * ppo_ratio) are PPO, for every k.
+    """Is step `step` (from 0) a PPO step? Of the first k steps, floor(k * ppo_ratio) are PPO, for
+    every k: so the steps of both kinds are spread evenly.
 
-    A pair (start, end) is a ramp over `steps` steps, the curriculum: k * ratio above becomes the
-    area under the ramp.
+    A pair (start, end) is a ramp over `steps` steps: the ratio moves in a line from start to end,
+    and k * ppo_ratio above becomes the area under this line.
 
     >>> [is_ppo_step(step, 0.5) for step in range(4)]
     [False, True, False, True]

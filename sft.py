@@ -3,7 +3,7 @@
     loss = - mean over target tokens of log pi(token | everything before it)      (cross-entropy)
 
 The prompt is read but not trained on. The EOS of a complete target is trained like any other token
-(a model that never learns to stop is the most common SFT bug). The mean is over the whole update.
+(else the model never learns to stop, a common bug of SFT). The mean is over the whole update.
 Left out on purpose: label smoothing, anything that needs a Trainer.
 
     python train.py --ppo-ratio 0        # SFT alone
