@@ -22,6 +22,7 @@ import compare
 import evaluate
 import report
 from flags import make_parser
+from prepare import ROLLOUT_FLAGS
 from runs import read_rows
 from train import ALGORITHMS, main
 
@@ -92,9 +93,10 @@ def flags_of_train() -> list[argparse.Action]:
 
 def test_every_flag_is_used_and_explained():
     source = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("*.py"))
-    given_to_steps = {flag for entry in ALGORITHMS.values() for flag in entry.step_flags}
+    given_on = {flag for entry in ALGORITHMS.values() for flag in entry.step_flags}
+    given_on |= set(ROLLOUT_FLAGS)
     for action in flags_of_train():
-        is_read = re.search(rf"\bargs\.{action.dest}\b", source) or action.dest in given_to_steps
+        is_read = re.search(rf"\bargs\.{action.dest}\b", source) or action.dest in given_on
         assert is_read, f"--{action.dest} is never read"
         assert action.help and f"`{action.option_strings[0]}`" in TEXT, (
             f"{action.option_strings[0]} is not in the documents"
