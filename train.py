@@ -90,8 +90,8 @@ def is_due(step: int, every: int) -> bool:
 def take_step(run: Run, args: argparse.Namespace) -> tuple[str, dict[str, float]]:
     """One step: learn from demonstrations, or from the reward. -> its name and its metrics."""
     if run.schedule.phase(run.step) == "sft":
-        enter_phase(run.optimizer, "sft", args.lr * run.lr_factor(run.step))
-        return "sft", train_on_demonstrations(run, args)
+        run.drawn = run.schedule.demonstrations() or run.sft_stream.next()
+        return "sft", train_on_demonstrations(run, args, run.drawn)
     renew_reference(run, args)
     enter_phase(run.optimizer, args.algorithm, args.rl_lr * run.lr_factor(run.step))
     metrics = {f"{args.algorithm}/skipped_steps": 1.0}  # stays if the reward is not finite
@@ -104,10 +104,10 @@ def take_step(run: Run, args: argparse.Namespace) -> tuple[str, dict[str, float]
     return args.algorithm, metrics
 
 
-def train_on_demonstrations(run: Run, args: argparse.Namespace) -> dict[str, float]:
-    """SFT: one update on the next examples."""
-    run.drawn = run.schedule.demonstrations() or run.sft_stream.next()
-    batch = demonstration_batch(run.tokenizer, run.drawn, **run.limits).to(run.device)
+def train_on_demonstrations(run: Run, args: argparse.Namespace, examples) -> dict[str, float]:
+    """SFT: one update on these examples."""
+    enter_phase(run.optimizer, "sft", args.lr * run.lr_factor(run.step))
+    batch = demonstration_batch(run.tokenizer, examples, **run.limits).to(run.device)
     return sft_step(run.model, batch, run.optimizer, **run.update)
 
 
@@ -133,9 +133,7 @@ def train_on_reward(run: Run, args: argparse.Namespace) -> dict[str, float]:
     options |= mixed_in(run)  # --schedule mix
     metrics |= algorithm.step(run.model, rollout, run.optimizer, **options)
     if hard:
-        enter_phase(run.optimizer, "sft", args.lr * run.lr_factor(run.step))
-        batch = demonstration_batch(run.tokenizer, hard, **run.limits).to(run.device)
-        metrics |= sft_step(run.model, batch, run.optimizer, **run.update)
+        metrics |= train_on_demonstrations(run, args, hard)
 
     metrics |= {**run.schedule.metrics(), "ppo/kl_coef": kl_coef}
     if metrics["ppo/unscored"] < 1:
