@@ -22,6 +22,7 @@ import compare
 import evaluate
 import report
 from flags import make_parser
+from prepare import ROLLOUT_FLAGS
 from runs import read_rows
 from train import ALGORITHMS, main
 
@@ -93,6 +94,7 @@ def flags_of_train() -> list[argparse.Action]:
 def test_every_flag_is_used_and_explained():
     source = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("*.py"))
     given_to_steps = {flag for entry in ALGORITHMS.values() for flag in entry.step_flags}
+    given_to_steps |= set(ROLLOUT_FLAGS)
     for action in flags_of_train():
         is_read = re.search(rf"\bargs\.{action.dest}\b", source) or action.dest in given_to_steps
         assert is_read, f"--{action.dest} is never read"
@@ -222,12 +224,13 @@ def test_the_padding_exercise_is_caught_by_the_test_that_it_names(tmp_path):
 
 
 def test_the_fork_in_the_documents_is_what_stands_in_train_py_and_in_flags_py():
-    dpo, grpo, flags = (
+    text = section(DOCS["extensions.md"], "A new algorithm")
+    grpo, dpo, flags = (
         [line[1:] for line in diff.splitlines()]
-        for diff in re.findall(
-            r"```diff\n(.*?)```", section(DOCS["extensions.md"], "A new algorithm"), re.DOTALL
-        )[:3]
+        for diff in re.findall(r"```diff\n(.*?)```", text, re.DOTALL)[:3]
     )
+    entry = re.search(r"```python\n(ALGORITHM = .*?)```", text, re.DOTALL).group(1)
+    assert (ROOT / "dpo.py").read_text(encoding="utf-8").endswith(entry)
     assert "\n".join(flags) in (ROOT / "flags.py").read_text(encoding="utf-8")
     lines = (ROOT / "train.py").read_text(encoding="utf-8").splitlines()
     assert len(dpo) <= 10 and all(line in lines for line in dpo + grpo)
