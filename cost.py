@@ -220,7 +220,7 @@ def print_estimate(args, algorithm: Algorithm) -> None:
     if args.optimizer != "adamw":
         print(f"--optimizer {args.optimizer} is counted like adamw")
     data = load_data(args, algorithm)
-    print(data_line(args, len(data.train), len(data.held_out), len(data.pairs)))
+    print(data_line(args, data.train, len(data.held_out), len(data.pairs)))
     if args.model == "tiny":
         lm, tokenizer = build_tiny([e.prompt + e.target for e in data.train], args.seed)
         sizes, model = model_of("tiny", lm.config)

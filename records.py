@@ -417,6 +417,9 @@ def to_pair(record: dict, raw: bool = False, counts: Counter | None = None) -> P
     record = _other_fields(record)
     counts = Counter() if counts is None else counts
     sides = [record.get(name) for name in ("chosen", "rejected")]
+    if None in sides:
+        needed = "a preference pair has 'chosen' and 'rejected'"
+        raise UserError(f"{needed}, the record has {', '.join(record) or 'nothing'}")
     if all(is_dialogue(side) for side in sides):
         return _message_pair(record)
     chosen, rejected = (checked_text(record.get(name), name) for name in ("chosen", "rejected"))

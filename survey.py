@@ -138,24 +138,24 @@ def say_cuts(
     for prompt, answer in lengths:
         if min(prompt, max_prompt_length) + answer > max_length:
             long_answers.append(prompt + answer)
-    n = len(lengths)
+    n, n_answers = len(lengths), sum(answer > 0 for _, answer in lengths)
     if len(long_prompts) > WORTH_SAYING * n:
         say(
             f"note: {len(long_prompts)} of {n} prompts are cut on their left to "
             f"{max_prompt_length} tokens (--max-length less --max-new-tokens); the longest has "
             f"{max(long_prompts)}"
         )
-    if len(long_answers) > WORTH_SAYING * n:
+    if len(long_answers) > WORTH_SAYING * n_answers:
         say(
-            f"note: {len(long_answers)} of {n} answers are cut on their right and get no EOS; "
-            f"--max-length {max(long_answers)} would keep the longest, {max_length} is set"
+            f"note: {len(long_answers)} of {n_answers} answers are cut on their right and get no "
+            f"EOS; --max-length {max(long_answers)} would keep the longest, {max_length} is set"
         )
     room = max_length - max_prompt_length  # for what is sampled
     longer = [answer for _, answer in lengths if answer > room]
-    if len(longer) > OFTEN * n:
+    if len(longer) > OFTEN * n_answers:
         say(
-            f"note: {len(longer)} of {n} answers are longer than any response that is sampled: "
-            f"--max-new-tokens leaves {room} tokens, the longest answer has {max(longer)}"
+            f"note: {len(longer)} of {n_answers} answers are longer than any response that is "
+            f"sampled: --max-new-tokens leaves {room} tokens, the longest answer has {max(longer)}"
         )
 
 

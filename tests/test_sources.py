@@ -558,6 +558,14 @@ def test_empty_prompts_and_pairs_that_are_read_as_prompts_are_counted(tmp_path, 
     assert "note: 3 of 4 examples are preference pairs" in capsys.readouterr().err
 
 
+def test_a_record_without_both_sides_is_no_pair(tmp_path):
+    source = write(tmp_path / "a.jsonl", [{"prompt": "p", "chosen": "c", "rejected": None}])
+    with pytest.raises(UserError) as caught:
+        load_pairs(source)
+    expected = "a preference pair has 'chosen' and 'rejected', the record has prompt, chosen"
+    assert str(caught.value) == f"{source}:1: {expected}"
+
+
 @pytest.mark.parametrize("name", ["chosen", "rejected"])
 def test_an_empty_side_is_left_out_of_the_pairs_as_text_and_as_messages(tmp_path, capsys, name):
     pair = {"prompt": "p", "chosen": "c", "rejected": "r"}
@@ -920,7 +928,7 @@ def test_pairs_that_cannot_be_used_are_left_out_and_counted(tmp_path, capsys):
     for words in (
         "6 of 7 records",
         "do not begin with the messages of prompt",
-        "field 'rejected' must be a string, found NoneType",
+        "a preference pair has 'chosen' and 'rejected', the record has prompt, chosen",
         "'chosen' and 'rejected' are the same",
         "differ in more than their last turn",
         "field 'chosen' must be a string, found list",
@@ -930,7 +938,7 @@ def test_pairs_that_cannot_be_used_are_left_out_and_counted(tmp_path, capsys):
     with pytest.raises(UserError, match="hold replies alone"):
         to_pair(records[-1])
     assert not load_pairs(source, raw=True)[0].is_chat
-    with pytest.raises(UserError, match="a.jsonl:2: field 'rejected'"):
+    with pytest.raises(UserError, match="a.jsonl:2: a preference pair has"):
         load_pairs(source, strict=True)
 
 

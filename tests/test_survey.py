@@ -110,7 +110,8 @@ def test_answers_longer_than_any_response_are_said():
     limits = dict(max_length=100, max_prompt_length=93, say=said.append)
     survey.say_cuts([(9, 7)] * 9 + [(9, 8)], **limits)
     assert said == [], "one in ten is not more than one in ten"
-    survey.say_cuts([(9, 7)] * 8 + [(9, 8), (9, 31)], **limits)
+    prompts_alone = [(9, 0)] * 5
+    survey.say_cuts([(9, 7)] * 8 + [(9, 8), (9, 31)] + prompts_alone, **limits)
     assert said == [
         "note: 2 of 10 answers are longer than any response that is sampled: --max-new-tokens "
         "leaves 7 tokens, the longest answer has 31"
