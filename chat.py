@@ -364,6 +364,26 @@ def _arguments_as_text(message: dict) -> dict:
     return {**message, "tool_calls": calls} if calls else message
 
 
+def words_of_its_own(tokenizer) -> str:
+    """What the chat template says before a dialogue that has no system turn; "" if nothing.
+
+    It is what stands before the first turn of the user and not before a later one, without control
+    tokens. One or two words are a header.
+    """
+    user = {"role": "user", "content": MARK}
+    try:
+        first = render(tokenizer, [user]).partition(MARK)[0]
+        later = render(tokenizer, [user, {"role": "assistant", "content": "answer"}, user])
+    except UserError:
+        return ""  # a template that refuses the plainest dialogue; training will say so
+    header = os.path.commonprefix([first[::-1], later.rpartition(MARK)[0][::-1]])
+    own = first[: len(first) - len(header)]
+    for token in tokenizer.all_special_tokens:
+        own = own.replace(token, " ")
+    words = own.split()
+    return " ".join(words) if len(words) > 2 else ""
+
+
 def unwritten(tokenizer, example: Example) -> list[str]:
     """What the data say and the model does not read: of `tools` and reasoning."""
     missing = []

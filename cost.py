@@ -59,7 +59,7 @@ from engine import AMP_DTYPES, UserError, first_line, pick_device, trained
 from flags import limits_of
 from hybrid import LOGIT_CHUNK, build_tiny
 from lm import accepts, context_in, load_tokenizer, pack
-from plan import disk_line, size_of
+from plan import data_line, disk_line, size_of
 from prepare import Data, load_data, resolve_defaults
 from runs import Algorithm
 
@@ -220,6 +220,7 @@ def print_estimate(args, algorithm: Algorithm) -> None:
     if args.optimizer != "adamw":
         print(f"--optimizer {args.optimizer} is counted like adamw")
     data = load_data(args, algorithm)
+    print(data_line(args, data.train, len(data.held_out), len(data.pairs)))
     if args.model == "tiny":
         lm, tokenizer = build_tiny([e.prompt + e.target for e in data.train], args.seed)
         sizes, model = model_of("tiny", lm.config)
@@ -305,6 +306,7 @@ def kinds_of_steps(args, algorithm: Algorithm, tokenizer, data: Data) -> list[Ki
     demonstrations = survey.lengths_of(tokenizer, examples)
     both = [survey.lengths_of(tokenizer, list(pair.sides())) for pair in survey.spread(data.pairs)]
     survey.say_cuts(sum(both, demonstrations), **limits, say=print)
+    survey.say_unwritten(tokenizer, examples, print)
 
     def cut(row: tuple[int, int]) -> tuple[int, int]:
         prompt = min(row[0], limits["max_prompt_length"])

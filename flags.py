@@ -127,7 +127,8 @@ def make_parser(algorithms: dict | None = None, schedules: dict | None = None) -
         help="torch.compile the model: slow to start, then faster on a GPU (on the CPU hardly)")
     add("--deepspeed", metavar="JSON",
         help="DeepSpeed configuration with ZeRO stage 1 or 2, under torchrun (optional package)")
-    add("--dry-run", action="store_true", help="print the memory that this run would take on 1 to 8 devices, and exit")
+    add("--dry-run", action="store_true",
+        help="print what the data become and the memory that this run would take on 1 to 8 devices, and exit")
     # fmt: on
     add_extension_flags(parser, schedules)
     return parser

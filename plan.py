@@ -36,14 +36,20 @@ def device_line(args, device: torch.device) -> str:
     return f"device: {name}; precision: {precision}"
 
 
-def data_line(args, n_train: int, n_held_out: int, n_pairs: int) -> str:
-    """What is learnt from, with counts."""
+def data_line(args, train: list, n_held_out: int, n_pairs: int) -> str:
+    """What is learnt from, with counts. `train` are the examples."""
     source = args.data if isinstance(args.data, str) else " ".join(args.data or ["the pairs"])
     task = task_of(args.data)
     if task is not None:
         source = task.said
     pairs = f", {n_pairs:,} preference pairs" if n_pairs else ""
-    return f"data: {source}: {n_train:,} examples to train on, {n_held_out:,} held out{pairs}"
+    if args.prompts is not None:
+        prompts = args.prompts if isinstance(args.prompts, str) else " ".join(args.prompts)
+        source += f"; prompts: {prompts}"
+    n_targets = sum(bool(example.target) for example in train)
+    targets = f", {n_targets:,} of them with a target" if n_targets < len(train) else ""
+    known = f"{len(train):,} examples to train on{targets}, {n_held_out:,} held out{pairs}"
+    return f"data: {source}: {known}"
 
 
 def model_line(args, run: Run, examples: list) -> str:

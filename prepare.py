@@ -98,7 +98,7 @@ def assemble(args, algorithm: Algorithm, device: torch.device, checkpoint: Path 
     those of `checkpoint`, if there is one; `load_checkpoint` puts the rest of its state back."""
     say(plan.device_line(args, device))
     data = load_data(args, algorithm)
-    say(plan.data_line(args, len(data.train), len(data.held_out), len(data.pairs)))
+    say(plan.data_line(args, data.train, len(data.held_out), len(data.pairs)))
     learns_from = fingerprint.take(args, data)
     start = functools.partial(starting_model, args, data.train)
     model, tokenizer = load_policy(args, start, device, checkpoint)

@@ -32,6 +32,13 @@ SYSTEM_FIELDS = ("system", "system_prompt", "system_message", "system_instructio
 # What a reader counts and says: {n} is how many, {all} how many examples there are.
 NO_TARGET = "{n} of {all} examples have no target: they serve the reward steps only"
 WEIGHT_0 = "{n} assistant turns of {source} have weight 0: they are read, but not trained"
+SILENT = "{n} assistant turns of {source} are empty: they are read, but not trained"
+FIRST = "{n} assistant turns of {source} stand before any user turn: they are read, but not trained"
+EMPTY_PROMPT = "{n} of {all} examples have an empty prompt"
+PAIRS = (
+    "{n} of {all} examples are preference pairs, of which the prompts alone are used here: "
+    "--algorithm dpo --preference-data learns from them"
+)
 UNWANTED = "{n} completions of {source} have label false: their prompts serve the reward steps only"
 SCRIPTS_WITHOUT_SPACES = re.compile("[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]")  # Thai, Chinese
 REPEATED = (
@@ -171,8 +178,10 @@ def _prompt_examples(
     record: dict, prompt_field: str | None, target_field: str | None, raw: bool, counts: Counter
 ) -> list[Example]:
     """A prompt and its target, each a string or messages. Without a target it is a prompt alone."""
+    asked_for = prompt_field, target_field
     prompt_field = _pick_field(record, prompt_field, PROMPT_FIELDS, "prompt")
     target_field = _pick_target(record, target_field, prompt_field)
+    _count_choices(record, (prompt_field, target_field), asked_for, counts)
     start = _prompt_of(record, prompt_field, target_field, raw)
     fields = _other_fields(record, prompt_field, target_field)
     named = {name: record[name] for name in (prompt_field, target_field) if name in record}
@@ -337,6 +346,8 @@ def _turn_examples(
         why = "has no assistant turn with content" if not weight_0 else "has only turns of weight 0"
         raise UserError(f"'{name}' {why}, so there is nothing to learn from it")
     counts[WEIGHT_0] += len(weight_0 & set(replies))
+    counts[SILENT] += len(set(replies) - weight_0 - set(trained))
+    counts[FIRST] += max(0, first - start)
     return [_dialogue_example(messages, i, record, name, answer=messages[i]) for i in trained]
 
 
@@ -406,6 +417,9 @@ def to_pair(record: dict, raw: bool = False, counts: Counter | None = None) -> P
     record = _other_fields(record)
     counts = Counter() if counts is None else counts
     sides = [record.get(name) for name in ("chosen", "rejected")]
+    if None in sides:
+        needed = "a preference pair has 'chosen' and 'rejected'"
+        raise UserError(f"{needed}, the record has {', '.join(record) or 'nothing'}")
     if all(is_dialogue(side) for side in sides):
         return _message_pair(record)
     chosen, rejected = (checked_text(record.get(name), name) for name in ("chosen", "rejected"))
@@ -426,6 +440,9 @@ def to_pair(record: dict, raw: bool = False, counts: Counter | None = None) -> P
         prompt, args = before + header, {}
         messages = _turns_of(prompt, raw)
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+    for name, response in (("chosen", chosen), ("rejected", rejected)):
+        if not response.strip():
+            raise UserError(f"'{name}' is empty, so there is nothing to compare")
     is_chat = messages is not None or not raw
     return Pair(prompt, chosen, rejected, fields, messages, is_chat=is_chat, template_args=args)
 
@@ -516,6 +533,20 @@ def _pick_target(record: dict, wanted: str | None, prompt_field: str) -> str | N
         if _similar(rest, TARGET_FIELDS) is None:
             return None
     return _pick_field(rest, wanted, TARGET_FIELDS, "target")
+
+
+def _count_choices(record: dict, chosen: tuple, asked_for: tuple, counts: Counter) -> None:
+    """Count the record where other fields hold texts that could be its prompt or target too.
+
+    `input` beside another prompt is a part of it. `chosen` and `asked_for`: (prompt, target).
+    """
+    for kind, known, i in (("prompt", PROMPT_FIELDS, 0), ("target", TARGET_FIELDS, 1)):
+        used = (*chosen, "input") if kind == "prompt" else chosen
+        others = [n for n in known if n not in used and n in record and _is_answer(record[n])]
+        if chosen[i] in known and asked_for[i] is None and others:
+            rest = ", ".join(map(repr, others))
+            what = f"'{chosen[i]}' is the {kind}, and not {rest} (--{kind}-field chooses)"
+            counts[f"in {{n}} records of {{source}} {what}"] += 1
 
 
 def _similar(record: dict, names: Iterable[str]) -> str | None:

@@ -114,10 +114,11 @@ class FileReward:
         self.wants_messages = wants_messages or getattr(function, "wants_messages", False)
         self.has_state = hasattr(function, "state_dict") and hasattr(function, "load_state_dict")
         self._logged: list[tuple[str, float]] = []  # by log_metric, since the last `take_logged`
-        parameters = inspect.signature(function).parameters.values()
+        parameters = list(inspect.signature(function).parameters.values())
         kinds = inspect.Parameter
         by_name = (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)
         self._named = [p.name for p in parameters if p.kind in by_name]
+        self._needed = [p.name for p in parameters if p.kind in by_name and p.default is p.empty]
         self._takes_all = any(p.kind == kinds.VAR_KEYWORD for p in parameters)
         # `self` of a method is taken; a column of that name cannot be handed over beside it.
         bound = function if inspect.isroutine(function) else type(function).__call__
@@ -128,6 +129,13 @@ class FileReward:
         """What the function returns; it gets copies, so nobody else sees what it changes."""
         given = copy.deepcopy({**columns, "prompts": prompts, "completions": completions})
         given["log_metric"] = self.log_metric
+        missing = [name for name in self._needed if name not in given]
+        if missing:
+            raise UserError(
+                f"reward '{self.name}' asks for '{missing[0]}', and the data have no such field "
+                f"(they have {', '.join(columns) or 'none'}); a default, {missing[0]}=None, makes "
+                "it optional"
+            )
         if self._takes_all:
             given = {name: value for name, value in given.items() if name not in self._hidden}
         else:

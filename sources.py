@@ -14,10 +14,20 @@ from dataclasses import replace
 
 import parallel
 from engine import UserError
-from files import placed_records, read_records
+from files import PAIR_FIELDS, placed_records, read_records
 from flags import add_data_flags, data_options, pair_options
-from messages import plain_reply, render_dialogue
-from records import NO_TARGET, Example, Pair, to_examples, to_pair, to_prompts, without_target
+from messages import plain_reply, render_dialogue, said_in
+from records import (
+    EMPTY_PROMPT,
+    NO_TARGET,
+    PAIRS,
+    Example,
+    Pair,
+    to_examples,
+    to_pair,
+    to_prompts,
+    without_target,
+)
 from reviews import BLAME, PRAISE, review_texts, with_judgements
 from tasks import task_of
 
@@ -81,7 +91,10 @@ def load_examples(
     records = placed_records(source, limit, encoding, config, split, what)
     placed = _usable(records, examples_of, source, strict, what)
     if convert is to_examples:
-        counts[NO_TARGET] = sum(not example.target for _, example in placed)
+        without = [example for _, example in placed if not example.target]
+        counts[NO_TARGET] = len(without)
+        counts[PAIRS] = sum(set(PAIR_FIELDS) <= example.columns.keys() for example in without)
+    counts[EMPTY_PROMPT] = sum(asks_nothing(example) for _, example in placed)
     _say_counts(counts, len(placed), source)
     shared = template_args or {}
     return with_all_columns(
@@ -90,6 +103,12 @@ def load_examples(
             for place, example in placed
         ]
     )
+
+
+def asks_nothing(example: Example) -> bool:
+    """Is the prompt empty, or of a dialogue its last turn?"""
+    last = example.messages[-1] if example.messages else {"content": example.prompt}
+    return not said_in(last).strip()
 
 
 def with_all_columns(examples: list[Example]) -> list[Example]:

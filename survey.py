@@ -20,6 +20,7 @@ from chat import (
     end_ids,
     split_dialogue,
     unwritten,
+    words_of_its_own,
 )
 from cli import bar_pace
 from engine import UserError, visible
@@ -27,6 +28,7 @@ from sources import Example, Pair
 
 MOST = 2000  # examples whose tokens are counted; more would only make the start slow
 WORTH_SAYING = 0.01  # a share of cut rows above this is said
+OFTEN = 0.1  # a share of answers that no response can be as long as, above this, is said
 
 
 # --------------------------------------------------------------------------------- what is left out
@@ -129,23 +131,31 @@ def say_read(tokenizer, examples: list[Example], limits: dict[str, int], say: Ca
 def say_cuts(
     lengths: list[tuple[int, int]], max_length: int, max_prompt_length: int, say: Callable
 ) -> None:
-    """Say how many rows are cut, if it is more than one in a hundred."""
+    """Say how many rows are cut, if it is more than one in a hundred, and how many answers are
+    longer than any response of the run, if it is more than one in ten."""
     long_prompts = [prompt for prompt, _ in lengths if prompt > max_prompt_length]
     long_answers = []
     for prompt, answer in lengths:
         if min(prompt, max_prompt_length) + answer > max_length:
             long_answers.append(prompt + answer)
-    n = len(lengths)
+    n, n_answers = len(lengths), sum(answer > 0 for _, answer in lengths)
     if len(long_prompts) > WORTH_SAYING * n:
         say(
             f"note: {len(long_prompts)} of {n} prompts are cut on their left to "
             f"{max_prompt_length} tokens (--max-length less --max-new-tokens); the longest has "
             f"{max(long_prompts)}"
         )
-    if len(long_answers) > WORTH_SAYING * n:
+    if len(long_answers) > WORTH_SAYING * n_answers:
         say(
-            f"note: {len(long_answers)} of {n} answers are cut on their right and get no EOS; "
-            f"--max-length {max(long_answers)} would keep the longest, {max_length} is set"
+            f"note: {len(long_answers)} of {n_answers} answers are cut on their right and get no "
+            f"EOS; --max-length {max(long_answers)} would keep the longest, {max_length} is set"
+        )
+    room = max_length - max_prompt_length  # for what is sampled
+    longer = [answer for _, answer in lengths if answer > room]
+    if len(longer) > OFTEN * n_answers:
+        say(
+            f"note: {len(longer)} of {n_answers} answers are longer than any response that is "
+            f"sampled: --max-new-tokens leaves {room} tokens, the longest answer has {max(longer)}"
         )
 
 
@@ -170,7 +180,20 @@ def say_unwritten(tokenizer, examples: list[Example], say: Callable) -> None:
             f"note: {len(asked)} of {len(examples)} examples are plain prompts: the model's chat "
             "template writes each as a question, and its target as the answer (--raw: plain text)"
         )
+    say_own_words(tokenizer, examples, say)
     say_touching([e for e in examples if dialogue_of(tokenizer, e) is None], say)
+
+
+def say_own_words(tokenizer, examples: list[Example], say: Callable) -> None:
+    """Say where the template writes a system turn that the data do not have."""
+    dialogues = [dialogue_of(tokenizer, example) for example in examples]
+    without = [turns for turns in dialogues if turns and turns[0]["role"] != "system"]
+    words = words_of_its_own(tokenizer) if without else ""
+    if words:
+        say(
+            f"note: {len(without)} of {len(examples)} examples have no system turn, and the "
+            f"model's chat template writes its own before them: {words[:100]!r}"
+        )
 
 
 def say_touching(examples: list[Example], say: Callable) -> None:

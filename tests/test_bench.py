@@ -127,7 +127,10 @@ def test_a_dry_run_prints_the_estimate_writes_nothing_and_never_loads_the_weight
         (tmp_path / "away").rename(tiny_folder / "model.safetensors")
     printed = capsys.readouterr().out
     assert (
-        "8 devices, each: " in printed and "ZeRO-2" in printed and not (tmp_path / "out").exists()
+        "examples to train on" in printed
+        and "8 devices, each: " in printed
+        and "ZeRO-2" in printed
+        and not (tmp_path / "out").exists()
     )
     caches = []
     for micro in ("1", "64"):

@@ -254,7 +254,7 @@ MISTAKES = [
     ),
     (
         "--reward mixture(bleu,length) --mixture-data {root}/pairs.jsonl",
-        "pairs.jsonl:1: field 'rejected' must be a string",
+        "pairs.jsonl:1: a preference pair has 'chosen' and 'rejected', the record has prompt",
     ),
     (
         "--reward mixture(bleu,length) --mixture-data {root}/same.jsonl",

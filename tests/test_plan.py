@@ -33,6 +33,19 @@ def test_the_disk_that_checkpoints_take(optimizer, ppo_ratio, keep, save_every, 
     assert expected in plan.disk_line(args, 135e6)
 
 
+def test_examples_and_those_with_a_target_are_counted_apart():
+    args = SimpleNamespace(data="a.json", prompts=["b.jsonl", "c.jsonl"])
+    train = [SimpleNamespace(target=target) for target in ("t", "", "u", "")]
+    assert plan.data_line(args, train[::2], 1, 0) == (
+        "data: a.json; prompts: b.jsonl c.jsonl: 2 examples to train on, 1 held out"
+    )
+    args.prompts = None
+    assert plan.data_line(args, train[:3], 4, 1200) == (
+        "data: a.json: 3 examples to train on, 2 of them with a target, 4 held out, "
+        "1,200 preference pairs"
+    )
+
+
 def test_the_time_left_is_said_once_both_kinds_of_steps_were_seen():
     phases = ["sft", "ppo"] * 50
     run = SimpleNamespace(schedule=SimpleNamespace(phase=lambda step: phases[step]), step=0)

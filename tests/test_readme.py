@@ -224,12 +224,13 @@ def test_the_padding_exercise_is_caught_by_the_test_that_it_names(tmp_path):
 
 
 def test_the_fork_in_the_documents_is_what_stands_in_train_py_and_in_flags_py():
-    dpo, grpo, flags = (
+    text = section(DOCS["extensions.md"], "A new algorithm")
+    grpo, dpo, flags = (
         [line[1:] for line in diff.splitlines()]
-        for diff in re.findall(
-            r"```diff\n(.*?)```", section(DOCS["extensions.md"], "A new algorithm"), re.DOTALL
-        )[:3]
+        for diff in re.findall(r"```diff\n(.*?)```", text, re.DOTALL)[:3]
     )
+    entry = re.search(r"```python\n(ALGORITHM = .*?)```", text, re.DOTALL).group(1)
+    assert (ROOT / "dpo.py").read_text(encoding="utf-8").endswith(entry)
     assert "\n".join(flags) in (ROOT / "flags.py").read_text(encoding="utf-8")
     lines = (ROOT / "train.py").read_text(encoding="utf-8").splitlines()
     assert len(dpo) <= 10 and all(line in lines for line in dpo + grpo)

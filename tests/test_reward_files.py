@@ -102,6 +102,19 @@ def test_a_function_that_misbehaves_is_named_with_the_text(tmp_path, body, messa
     assert message in str(caught.value)
 
 
+def test_a_field_that_the_data_lack_is_named_with_those_they_have(tmp_path):
+    (tmp_path / "f.py").write_text(
+        "def f(completions, target, level=2): return [float(level)] * len(completions)\n"
+    )
+    reward = build_reward(f"{tmp_path}/f.py:f")
+    assert reward(["p"], ["c"], target=["t"]).tolist() == [2.0]
+    with pytest.raises(UserError) as caught:
+        reward(["p"], ["c"], answer=["4"])
+    assert "reward 'f' asks for 'target', and the data have no such field (they have answer)" in (
+        str(caught.value)
+    )
+
+
 def test_a_file_that_cannot_be_imported_or_lacks_the_name(tmp_path):
     (tmp_path / "bad.py").write_text("import nothing_of_that_name\n")
     with pytest.raises(UserError, match="importing the file raised ModuleNotFoundError"):

@@ -519,6 +519,63 @@ def test_records_that_cannot_be_used_are_left_out_and_counted(tmp_path, capsys, 
     assert capsys.readouterr().err == ""
 
 
+def test_what_a_dialogue_says_and_nobody_learns_is_counted(tmp_path, capsys):
+    greeting, empty = says("assistant", "Welcome!"), says("assistant", " \n")
+    turns = [greeting, says("user", "u"), empty, says("user", "v"), says("assistant", "g")]
+    source = write(tmp_path / "a.jsonl", [{"messages": turns}] * 3 + [{"messages": turns[1:]}])
+    assert [e.target for e in load_examples(source)] == ["g"] * 4
+    assert capsys.readouterr().err.splitlines() == [
+        f"note: 4 assistant turns of {source} are empty: they are read, but not trained",
+        f"note: 3 assistant turns of {source} stand before any user turn: they are read, but not "
+        "trained",
+    ]
+
+
+def test_a_choice_between_fields_is_said_unless_the_user_made_it(tmp_path, capsys):
+    both = {"question": "q", "response": "long", "answer": "4"}
+    records = [both] * 2 + [{"prompt": "p", "instruction": "i", "output": "o", "input": "more"}]
+    records += [{"prompt": "p", "input": "more", "response": "r", "answer": " "}]
+    source = write(tmp_path / "a.jsonl", records)
+    assert [e.target for e in load_examples(source)] == ["long", "long", "o", "r"]
+    where = f"records of {source}"
+    assert capsys.readouterr().err.splitlines() == [
+        f"note: in 2 {where} 'response' is the target, and not 'answer' (--target-field chooses)",
+        f"note: in 1 {where} 'prompt' is the prompt, and not 'instruction' (--prompt-field "
+        "chooses)",
+    ]
+    source = write(tmp_path / "b.jsonl", [both])
+    assert load_examples(source, target_field="answer")[0].target == "4"
+    assert capsys.readouterr().err == ""
+
+
+def test_empty_prompts_and_pairs_that_are_read_as_prompts_are_counted(tmp_path, capsys):
+    blank = {"messages": [says("user", " "), says("assistant", "a")]}
+    records = [{"prompt": "\n", "target": "t"}, blank, {"prompt": "p", "target": "t"}]
+    load_examples(write(tmp_path / "a.jsonl", records))
+    assert capsys.readouterr().err == "note: 2 of 3 examples have an empty prompt\n"
+    pair = {"prompt": "p", "chosen": "c", "rejected": "r"}
+    load_examples(write(tmp_path / "b.jsonl", [pair] * 3 + records[2:]))
+    assert "note: 3 of 4 examples are preference pairs" in capsys.readouterr().err
+
+
+def test_a_record_without_both_sides_is_no_pair(tmp_path):
+    source = write(tmp_path / "a.jsonl", [{"prompt": "p", "chosen": "c", "rejected": None}])
+    with pytest.raises(UserError) as caught:
+        load_pairs(source)
+    expected = "a preference pair has 'chosen' and 'rejected', the record has prompt, chosen"
+    assert str(caught.value) == f"{source}:1: {expected}"
+
+
+@pytest.mark.parametrize("name", ["chosen", "rejected"])
+def test_an_empty_side_is_left_out_of_the_pairs_as_text_and_as_messages(tmp_path, capsys, name):
+    pair = {"prompt": "p", "chosen": "c", "rejected": "r"}
+    source = write(tmp_path / "a.jsonl", [pair, pair | {name: " "}])
+    assert [(p.chosen, p.rejected) for p in load_pairs(source)] == [("c", "r")]
+    assert f"1 of 2 records of {source} are left out: 1 x '{name}' is empty" in (
+        capsys.readouterr().err
+    )
+
+
 def test_turns_of_weight_0_and_unwanted_completions_are_counted(tmp_path, capsys):
     turns = [says("user", "u"), says("assistant", "BAD", weight=0), says("user", "v")]
     source = write(tmp_path / "a.jsonl", [{"messages": [*turns, says("assistant", "g", weight=1)]}])
@@ -871,7 +928,7 @@ def test_pairs_that_cannot_be_used_are_left_out_and_counted(tmp_path, capsys):
     for words in (
         "6 of 7 records",
         "do not begin with the messages of prompt",
-        "field 'rejected' must be a string, found NoneType",
+        "a preference pair has 'chosen' and 'rejected', the record has prompt, chosen",
         "'chosen' and 'rejected' are the same",
         "differ in more than their last turn",
         "field 'chosen' must be a string, found list",
@@ -881,7 +938,7 @@ def test_pairs_that_cannot_be_used_are_left_out_and_counted(tmp_path, capsys):
     with pytest.raises(UserError, match="hold replies alone"):
         to_pair(records[-1])
     assert not load_pairs(source, raw=True)[0].is_chat
-    with pytest.raises(UserError, match="a.jsonl:2: field 'rejected'"):
+    with pytest.raises(UserError, match="a.jsonl:2: a preference pair has"):
         load_pairs(source, strict=True)
 
 

@@ -3,10 +3,11 @@ updates, honest statistics."""
 
 import copy
 import math
+import re
 
 import pytest
 import torch
-from conftest import REVIEWS, build_lm, ragged_batch
+from conftest import REVIEWS, ROOT, build_lm, ragged_batch
 from test_ppo_math import gae_by_definition
 
 from data import (
@@ -20,7 +21,7 @@ from data import (
 )
 from engine import Backend, UserError, apply_gradients
 from hybrid import HybridModel
-from ppo import Rollout, collect_rollout, ppo_step
+from ppo import Rollout, collect_rollout, ppo_step, update_epochs
 from rewards import build_reward
 from sft import sft_step
 
@@ -130,6 +131,32 @@ def test_ppo_gradient_does_not_depend_on_micro_batches(model, micro_batch_size):
     for left, right in zip(*gradients, strict=True):
         assert_same_gradients(left, right)
     assert stats[0] == pytest.approx(stats[1], abs=1e-5)
+
+
+def test_a_loss_over_responses_is_weighed_by_responses_as_the_page_of_forks_says(model):
+    text = (ROOT / "docs" / "extensions.md").read_text(encoding="utf-8")
+    over_tokens = random_rollout(model)
+    names = dict(Rollout=Rollout, rollout=over_tokens, advantages=over_tokens.advantages)
+    exec(re.search(r"```python\n(class Responses.*?)```", text, re.DOTALL).group(1), names)
+
+    def loss_fn(rows):
+        mask = rows.response_mask
+        new = model(rows.input_ids, rows.attention_mask, mask).logprobs
+        log_ratio = ((new - rows.logprobs) * mask).sum(1) / mask.sum(1)
+        loss = -(log_ratio.exp() * rows.advantages.sum(1)).mean()
+        return loss, {"policy_loss": loss.detach()}
+
+    def gradients(rollout, micro_batch_size):
+        optimizer = CapturedGradients(model.parameters(), lr=0.1)
+        options = dict(ppo_epochs=1, minibatches=1, max_grad_norm=math.inf)
+        options["micro_batch_size"] = micro_batch_size
+        update_epochs(model, rollout, optimizer, loss_fn, **options)
+        return optimizer.seen[0]
+
+    over_responses = names["rollout"]
+    assert_same_gradients(gradients(over_responses, None), gradients(over_responses, 3))
+    with pytest.raises(AssertionError):
+        assert_same_gradients(gradients(over_tokens, None), gradients(over_tokens, 3))
 
 
 def test_every_row_is_used_once_an_epoch_and_minibatches_are_even(model):

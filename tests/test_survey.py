@@ -105,6 +105,40 @@ def test_cuts_are_said_when_they_are_more_than_one_in_a_hundred():
     assert "--max-length 99 would keep the longest, 40 is set" in said[1]
 
 
+def test_answers_longer_than_any_response_are_said():
+    said = []
+    limits = dict(max_length=100, max_prompt_length=93, say=said.append)
+    survey.say_cuts([(9, 7)] * 9 + [(9, 8)], **limits)
+    assert said == [], "one in ten is not more than one in ten"
+    prompts_alone = [(9, 0)] * 5
+    survey.say_cuts([(9, 7)] * 8 + [(9, 8), (9, 31)] + prompts_alone, **limits)
+    assert said == [
+        "note: 2 of 10 answers are longer than any response that is sampled: --max-new-tokens "
+        "leaves 7 tokens, the longest answer has 31"
+    ]
+
+
+@pytest.mark.parametrize(
+    "before, words",
+    [("<|system|>You are the helper.<|endoftext|>", "<|system|>You are the helper."), ("", "")],
+)
+def test_a_system_turn_that_the_template_adds_is_said(chat_tokenizer, before, words):
+    test = "{% if messages[0].role != 'system' %}" + before + "{% endif %}"
+    turns = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|endoftext|>{% endfor %}"
+    chat_tokenizer.chat_template = (
+        test + turns + "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    with_system = [{"role": "system", "content": "Be kind."}, *dialogue("b").messages]
+    examples = [dialogue("a"), Example("b", "Yes.", messages=with_system), dialogue("c", "d", "e")]
+    said = []
+    survey.say_unwritten(chat_tokenizer, examples, said.append)
+    expected = (
+        "note: 2 of 3 examples have no system turn, and the model's chat template writes its own "
+        f"before them: {words!r}"
+    )
+    assert said == ([expected] if words else [])
+
+
 def test_what_is_shown_is_the_row_that_is_trained(chat_tokenizer):
     example = dialogue("one two\nthree", place="f.jsonl:3", target="four\x1b five")
     prompt, answer = encode_demonstration(chat_tokenizer, example)
