@@ -85,7 +85,10 @@ def from_json(value, name: str):
 def checked_text(value, name: str) -> str:
     """The value of a field, a string. Raises UserError for anything else."""
     if not isinstance(value, str):
-        raise UserError(f"field '{name}' must be a string, found {type(value).__name__}")
+        found = type(value).__name__
+        if isinstance(value, int | float):
+            found += " (a number needs quotes)"
+        raise UserError(f"field '{name}' must be a string, found {found}")
     if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
         what = "half of a surrogate pair, which is no character (a truncated emoji?)"
         raise UserError(f"field '{name}' has {what}")

@@ -35,6 +35,7 @@ WEIGHT_0 = "{n} assistant turns of {source} have weight 0: they are read, but no
 SILENT = "{n} assistant turns of {source} are empty: they are read, but not trained"
 FIRST = "{n} assistant turns of {source} stand before any user turn: they are read, but not trained"
 EMPTY_PROMPT = "{n} of {all} examples have an empty prompt"
+REPEATS = "{n} of {all} examples repeat an earlier one, prompt and target: they are trained again"
 PAIRS = (
     "{n} of {all} examples are preference pairs, of which the prompts alone are used here: "
     "--algorithm dpo --preference-data learns from them"

@@ -21,6 +21,7 @@ from records import (
     EMPTY_PROMPT,
     NO_TARGET,
     PAIRS,
+    REPEATS,
     Example,
     Pair,
     to_examples,
@@ -94,6 +95,8 @@ def load_examples(
         without = [example for _, example in placed if not example.target]
         counts[NO_TARGET] = len(without)
         counts[PAIRS] = sum(set(PAIR_FIELDS) <= example.columns.keys() for example in without)
+        different = {(example.prompt, example.target) for _, example in placed}
+        counts[REPEATS] = len(placed) - len(different)
     counts[EMPTY_PROMPT] = sum(asks_nothing(example) for _, example in placed)
     _say_counts(counts, len(placed), source)
     shared = template_args or {}

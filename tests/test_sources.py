@@ -502,13 +502,16 @@ def test_records_that_cannot_be_used_are_left_out_and_counted(tmp_path, capsys, 
     source = write(tmp_path / "a.jsonl", records)
     examples = load_examples(source)
     assert [e.target for e in examples] == ["t"] * 5 + [""] and examples[5].place == f"{source}:9"
-    left_out, no_target = capsys.readouterr().err.splitlines()
+    left_out, no_target, repeats = capsys.readouterr().err.splitlines()
     assert left_out == (
         f"note: 3 of 9 records of {source} are left out: 2 x field 'output' is empty, so there is "
         f"nothing to learn from it (first: {source}:6); 1 x field 'prompt' must be a string, "
-        f"found int (first: {source}:8)"
+        f"found int (a number needs quotes) (first: {source}:8)"
     )
     assert no_target == "note: 1 of 6 examples have no target: they serve the reward steps only"
+    assert repeats == (
+        "note: 4 of 6 examples repeat an earlier one, prompt and target: they are trained again"
+    )
     with pytest.raises(UserError, match="a.jsonl:6: field 'output' is empty"):
         load_examples(source, strict=True)
     with pytest.raises(UserError, match="a.jsonl:1: field 'output' is empty"):
@@ -522,8 +525,9 @@ def test_records_that_cannot_be_used_are_left_out_and_counted(tmp_path, capsys, 
 def test_what_a_dialogue_says_and_nobody_learns_is_counted(tmp_path, capsys):
     greeting, empty = says("assistant", "Welcome!"), says("assistant", " \n")
     turns = [greeting, says("user", "u"), empty, says("user", "v"), says("assistant", "g")]
-    source = write(tmp_path / "a.jsonl", [{"messages": turns}] * 3 + [{"messages": turns[1:]}])
-    assert [e.target for e in load_examples(source)] == ["g"] * 4
+    records = [{"messages": [*turns[:-1], says("assistant", reply)]} for reply in "ghi"]
+    source = write(tmp_path / "a.jsonl", [*records, {"messages": turns[1:]}])
+    assert [e.target for e in load_examples(source)] == ["g", "h", "i", "g"]
     assert capsys.readouterr().err.splitlines() == [
         f"note: 4 assistant turns of {source} are empty: they are read, but not trained",
         f"note: 3 assistant turns of {source} stand before any user turn: they are read, but not "
@@ -533,7 +537,8 @@ def test_what_a_dialogue_says_and_nobody_learns_is_counted(tmp_path, capsys):
 
 def test_a_choice_between_fields_is_said_unless_the_user_made_it(tmp_path, capsys):
     both = {"question": "q", "response": "long", "answer": "4"}
-    records = [both] * 2 + [{"prompt": "p", "instruction": "i", "output": "o", "input": "more"}]
+    records = [both, {**both, "question": "another"}]
+    records += [{"prompt": "p", "instruction": "i", "output": "o", "input": "more"}]
     records += [{"prompt": "p", "input": "more", "response": "r", "answer": " "}]
     source = write(tmp_path / "a.jsonl", records)
     assert [e.target for e in load_examples(source)] == ["long", "long", "o", "r"]
