@@ -181,7 +181,8 @@ def falling_reward(rows: list[dict]) -> list[str]:
 
 
 def bad_evaluations(rows: list[dict]) -> list[str]:
-    """Is the held-out NLL far above its best, or does the model repeat itself? Sentences if so."""
+    """Is the held-out NLL far above its best, what a built-in task measures far below, or does the
+    model repeat itself? Sentences if so."""
     suspicions = []
     evaluations = [row for row in rows if row["phase"] == "eval"]
     nll = [row["eval/nll"] for row in evaluations if "eval/nll" in row]
@@ -191,6 +192,13 @@ def bad_evaluations(rows: list[dict]) -> list[str]:
             f"eval/nll {nll[-1]:.3g}, {nll[-1] - min(nll):.2g} above its best: "
             "PPO forgets the language; raise --kl-coef, lower --ppo-ratio"
         )
+    for name in ("eval/fluent", "eval/right"):
+        shares = [row[name] for row in evaluations if name in row]
+        if shares and shares[-1] < max(shares) - 0.2:
+            suspicions.append(
+                f"{name} {shares[-1]:.3g}, {max(shares) - shares[-1]:.2g} below its best: what SFT "
+                "taught is lost; raise --kl-coef, lower --rl-lr"
+            )
     distinct = evaluations[-1].get("eval/distinct", 1.0) if evaluations else 1.0
     if distinct < 0.5:
         suspicions += [f"eval/distinct {distinct:.3g}: more than half of the responses are repeats"]

@@ -856,6 +856,11 @@ def test_the_verdict_reads_the_held_out_numbers_too():
         "1.1 above its best: PPO forgets the language" in line
         and "more than half of the responses are repeats" in line
     )
+    rows[-1] |= {"eval/fluent": 0.38, "eval/right": 0.62}
+    better = {"eval/nll": 3.0, "eval/fluent": 0.93, "eval/right": 0.81}
+    line = verdict([{"step": 0, "phase": "eval", **better}, *rows])
+    assert "eval/fluent 0.38, 0.55 below its best: what SFT taught is lost" in line
+    assert "eval/right" not in line
     assert verdict([]) == "verdict: nothing was recorded"
     assert verdict(rows[:2] * 15).startswith("verdict: healthy")
     short = verdict(rows[:2] * 14)
