@@ -281,10 +281,12 @@ def parse_args(argv: list[str]):
             args.arms[label] = make_arm(own, args, train_flags)
         except UserError as problem:
             raise UserError(f"--arms {label}: {problem}") from None
-    args.rewards = {}  # arm -> its reward
+    args.rewards, args.rates = {}, {}  # arm -> its reward; the rates that matter to it
     for job in tuning_grid(args):
         of_run = flags.parse_args(command_line(job, args), ALGORITHMS, SCHEDULES)
         args.rewards[job.arm] = of_run.reward
+        has_price = "kl_coef" in ALGORITHMS[of_run.algorithm].flags  # of the KL
+        args.rates[job.arm] = ("lr", "rl_lr", "kl_coef") if has_price else ("lr", "rl_lr")
     return args, train_flags
 
 

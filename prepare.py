@@ -72,9 +72,16 @@ from schedules import SCHEDULES
 from sources import without_target
 from tasks import REVIEWS, task_of
 
-# Flags that collect_rollout (ppo.py) takes as keyword arguments, beside those of sampling
-ROLLOUT_FLAGS = ("kl_estimator", "gamma", "lam", "whiten_rewards", "missing_eos_penalty")
-ROLLOUT_FLAGS += ("micro_batch_size",)
+SAMPLING_FLAGS = ("max_length", "max_new_tokens", "temperature")
+ROLLOUT_FLAGS = (  # that collect_rollout (ppo.py) takes as keyword arguments
+    *SAMPLING_FLAGS,
+    "kl_estimator",
+    "gamma",
+    "lam",
+    "whiten_rewards",
+    "missing_eos_penalty",
+    "micro_batch_size",
+)
 
 
 def prepare(args, algorithm: Algorithm) -> Run:
@@ -425,7 +432,6 @@ def make_run(args, algorithm, model, tokenizer, data: Data) -> Run:
     with_target = [example for example in data.train if example.target]
     prompts, held_out_prompts = data.prompts(args.prompts is not None)
     prompts_at_once = args.batch_size // args.group_size
-    sampling = ("max_length", "max_new_tokens", "temperature")
     return Run(
         algorithm=algorithm,
         model=model,
@@ -450,8 +456,8 @@ def make_run(args, algorithm, model, tokenizer, data: Data) -> Run:
             max_grad_norm=args.max_grad_norm,
             backend=backend,
         ),
-        sampling={flag: getattr(args, flag) for flag in sampling},
-        rollout={flag: getattr(args, flag) for flag in (*sampling, *ROLLOUT_FLAGS)},
+        sampling={flag: getattr(args, flag) for flag in SAMPLING_FLAGS},
+        rollout={flag: getattr(args, flag) for flag in ROLLOUT_FLAGS},
     )
 
 

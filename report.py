@@ -23,10 +23,7 @@ CAVEAT = (
 def rates_of(job, args) -> dict[str, float]:
     """The rates of an arm, by the config.json of a run of its first seed."""
     config = read_config(job._replace(seed=0 if args.untuned else 1).folder(Path(args.out)))
-    names = ["lr", "rl_lr", "kl_coef"]
-    if config.get("algorithm") in ("distill", "dpo"):  # no KL has a price there
-        names.remove("kl_coef")
-    return {name: config[name] for name in names if name in config}
+    return {name: config[name] for name in args.rates[job.arm] if name in config}
 
 
 def describe(args, results: dict, chosen: dict, tuned: list) -> str:

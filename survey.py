@@ -174,24 +174,25 @@ def say_unwritten(tokenizer, examples: list[Example], say: Callable) -> None:
             f"note: {len(spelled)} of {len(looked_at)} examples hold a control token of the model "
             f"in their words, such as {spelled[0][0]}: it is read as such, and may end an answer"
         )
-    asked = [e for e in examples if e.messages is None and dialogue_of(tokenizer, e) is not None]
+    dialogues = [dialogue_of(tokenizer, example) for example in examples]
+    asked = [e for e, turns in zip(examples, dialogues) if e.messages is None and turns is not None]
     if asked:
         say(
             f"note: {len(asked)} of {len(examples)} examples are plain prompts: the model's chat "
             "template writes each as a question, and its target as the answer (--raw: plain text)"
         )
-    say_own_words(tokenizer, examples, say)
-    say_touching([e for e in examples if dialogue_of(tokenizer, e) is None], say)
+    say_own_words(tokenizer, dialogues, say)
+    say_touching([e for e, turns in zip(examples, dialogues) if turns is None], say)
 
 
-def say_own_words(tokenizer, examples: list[Example], say: Callable) -> None:
-    """Say where the template writes a system turn that the data do not have."""
-    dialogues = [dialogue_of(tokenizer, example) for example in examples]
+def say_own_words(tokenizer, dialogues: list[list[dict] | None], say: Callable) -> None:
+    """Say where the template writes a system turn that the data do not have. `dialogues` has what
+    the template writes of each example; None: nothing."""
     without = [turns for turns in dialogues if turns and turns[0]["role"] != "system"]
     words = words_of_its_own(tokenizer) if without else ""
     if words:
         say(
-            f"note: {len(without)} of {len(examples)} examples have no system turn, and the "
+            f"note: {len(without)} of {len(dialogues)} examples have no system turn, and the "
             f"model's chat template writes its own before them: {words[:100]!r}"
         )
 
