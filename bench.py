@@ -195,7 +195,7 @@ class Candidate:
             return row
         tokens = [sum(r["prompts"]) + sum(r["responses"]) for r in self.rounds]
         row["tokens_per_second"] = statistics.mean(tokens) / row["seconds"]
-        if self.ceiling and not load.model:
+        if self.ceiling and not load.model and load.lora is None:
             sizes = (load.what, load.layers, load.width, load.vocab)
             flops = [step_flops(*sizes, r["prompts"], r["responses"]) for r in self.rounds]
             row["flop_utilisation"] = statistics.mean(flops) / row["seconds"] / self.ceiling
@@ -285,9 +285,13 @@ def hybrid(load) -> Callable:
     from engine import AMP_DTYPES, OPTIMIZERS, compile_lm
     from generate import generate
     from hybrid import HybridModel
+    from lora import LoraModel
     from sft import sft_step
 
-    model = HybridModel(build_lm(load))
+    if load.lora is None:
+        model = HybridModel(build_lm(load))
+    else:
+        model = LoraModel(build_lm(load), load.lora, alpha=2 * load.lora)
     model.amp_dtype = AMP_DTYPES[load.amp]
     reference = model.frozen_copy()
     if load.compile:
@@ -364,6 +368,8 @@ def trl_old(load) -> Callable:
     """A PPO step of TRL up to 0.11: PPOTrainer.generate and .step, an LM with a value head."""
     import trl
 
+    if load.lora is not None:
+        sys.exit("--lora is not measured with TRL 0.11")
     batch, micro_batch = load.batch, load.micro_batch_size
     sizes = dict(batch_size=batch, mini_batch_size=micro_batch, ppo_epochs=PPO_EPOCHS)
     sizes |= dict(gradient_accumulation_steps=batch // micro_batch, learning_rate=LR)
@@ -407,7 +413,14 @@ def trl_last(load, rounds: "Rounds") -> None:
     from transformers import AutoModelForSequenceClassification
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-    lm, reference = build_lm(load), build_lm(load)
+    lm, reference, adapter = build_lm(load), None, None
+    if load.lora is None:
+        reference = build_lm(load)
+    else:  # of the layers that lora.py takes; TRL's reference is then the model without it
+        from peft import LoraConfig
+
+        sizes = dict(r=load.lora, lora_alpha=2 * load.lora)
+        adapter = LoraConfig(target_modules="all-linear", lora_dropout=0.0, **sizes)
     critic_config = copy.deepcopy(lm.config)
     critic_config.num_labels, critic_config.pad_token_id = 1, EOS
     critic = AutoModelForSequenceClassification.from_config(critic_config)
@@ -435,7 +448,7 @@ def trl_last(load, rounds: "Rounds") -> None:
     config = PPOConfig(**sizes, **how, **quiet)
     data = Dataset.from_dict({"input_ids": [[1]] * n_rows})
     models = (lm, reference, NoReward(), data, critic)
-    options = dict(data_collator=collate, eval_dataset=data.select(range(8)))
+    options = dict(data_collator=collate, eval_dataset=data.select(range(8)), peft_config=adapter)
     PPOTrainer(config, numbered_words(pad + 1), *models, **options).train()
 
 
@@ -535,6 +548,8 @@ def parse_args(argv: list[str]):
     add("--ragged", action="store_true", help=f"{what}, after 30 tokens on average")
     add("--amp", choices=list(DTYPES), default="no", help="precision of all sides")
     add("--compile", action="store_true", help="torch.compile, this project only")
+    what = "train adapters of this rank; TRL 1.x (with peft) has a critic without one"
+    add("--lora", type=count, metavar="RANK", help=what)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", choices=("cpu", "cuda"), default=device)
     repeated = dict(action="append", default=[])
@@ -560,6 +575,8 @@ def measure(argv: list[str] | None) -> list[dict]:
                     f"--against {peer}: trl is measured by ppo, generate by rollout, "
                     f"not by {args.what}"
                 )
+        if args.lora is not None and "generate" in args.against:
+            raise UserError("--lora is measured in whole steps, beside trl")
         if args.model:
             args.vocab = sizes_of(args.model).vocab
         args.micro_batch_size = args.micro_batch_size or args.batch

@@ -304,8 +304,9 @@ def kinds_of_steps(args, algorithm: Algorithm, tokenizer, data: Data) -> list[Ki
     limits = limits_of(args)
     examples = survey.writable(tokenizer, data.train, False, print)
     demonstrations = survey.lengths_of(tokenizer, examples)
-    both = [survey.lengths_of(tokenizer, list(pair.sides())) for pair in survey.spread(data.pairs)]
-    survey.say_cuts(sum(both, demonstrations), **limits, say=print)
+    both = survey.pair_lengths(tokenizer, data.pairs)
+    own = demonstrations if args.data is not None else []  # else they are sides of the pairs
+    survey.say_cuts(own, **limits, say=print, pairs=both)
     survey.say_unwritten(tokenizer, examples, print)
 
     def cut(row: tuple[int, int]) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from chat import dialogue_of
 from engine import seconds_of_product, trained
 from lora import BASE_DTYPES
 from runs import Run
+from sources import name_of
 from tasks import task_of
 
 GB = 1e9
@@ -38,14 +39,13 @@ def device_line(args, device: torch.device) -> str:
 
 def data_line(args, train: list, n_held_out: int, n_pairs: int) -> str:
     """What is learnt from, with counts. `train` are the examples."""
-    source = args.data if isinstance(args.data, str) else " ".join(args.data or ["the pairs"])
+    source = name_of(args.data or "the pairs")
     task = task_of(args.data)
     if task is not None:
         source = task.said
     pairs = f", {n_pairs:,} preference pairs" if n_pairs else ""
     if args.prompts is not None:
-        prompts = args.prompts if isinstance(args.prompts, str) else " ".join(args.prompts)
-        source += f"; prompts: {prompts}"
+        source += f"; prompts: {name_of(args.prompts)}"
     n_targets = sum(bool(example.target) for example in train)
     targets = f", {n_targets:,} of them with a target" if n_targets < len(train) else ""
     known = f"{len(train):,} examples to train on{targets}, {n_held_out:,} held out{pairs}"

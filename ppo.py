@@ -24,6 +24,7 @@ an update whose gradient is not finite (engine.py) and a step whose reward is no
 
 import math
 from dataclasses import dataclass
+from statistics import pstdev
 
 import torch
 from tqdm import tqdm
@@ -43,7 +44,9 @@ def masked_variance(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
 
 
-def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor):
+def explained_variance(
+    values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
     """1 - var(returns - values) / var(returns) over the mask: 1 is a perfect value head, 0 one that
     always says the mean. All (B, T) -> scalar."""
     unexplained = masked_variance(returns - values, mask)
@@ -316,14 +319,6 @@ def collect_rollout(
     return rollout, {f"ppo/{name}": float(value) for name, value in metrics.items()}
 
 
-def spread(numbers: list[float]) -> float:
-    """The standard deviation (biased) of some numbers; NaN for fewer than two."""
-    if len(numbers) < 2:
-        return math.nan
-    mean = math.fsum(numbers) / len(numbers)
-    return math.sqrt(sum((x - mean) * (x - mean) for x in numbers) / len(numbers))
-
-
 def rollout_metrics(
     rollout: Rollout,
     episodes: list[Episode],
@@ -347,7 +342,7 @@ def rollout_metrics(
     n_truncated = sum(sum(episode.truncated) for episode in episodes)
     metrics = {
         "score": scores.nanmean(),
-        "score_std": spread(finite),
+        "score_std": pstdev(finite) if len(finite) > 1 else math.nan,
         "unscored": (~has_score).float().mean(),
         "kl": kl_of(rollout.ref_logprobs, "k3"),
         "kl_k1": kl_of(rollout.ref_logprobs, "k1"),

@@ -69,7 +69,7 @@ from references import ReferenceMixture, load_references
 from rewards import build_reward
 from runs import FAILED, Algorithm, Run
 from schedules import SCHEDULES
-from sources import without_target
+from sources import name_of, without_target
 from tasks import REVIEWS, task_of
 
 SAMPLING_FLAGS = ("max_length", "max_new_tokens", "temperature")
@@ -392,7 +392,7 @@ def check_data(args, tokenizer, data: Data) -> None:
 
     Raises UserError where the data lack what the flags ask of them.
     """
-    source = args.data if isinstance(args.data, str) else " ".join(args.data or ["given"])
+    source = name_of(args.data or "given")
     has_sft = args.ppo_ratio != 1 or args.sft_warmup or args.schedule != "ratio"
     if has_sft and not any(example.target for example in data.train):
         raise UserError(
@@ -413,10 +413,8 @@ def check_data(args, tokenizer, data: Data) -> None:
         survey.comparable(tokenizer, pairs, limits, args.strict, say)
         for pairs in (data.pairs, data.held_out_pairs)
     ]
-    read = [side for pair in data.pairs for side in pair.sides()]
-    if args.data is not None:  # else the demonstrations are sides of the pairs
-        read = data.train + read
-    survey.say_read(tokenizer, read, limits, say)
+    own = data.train if args.data is not None else []  # else they are sides of the pairs
+    survey.say_read(tokenizer, own, limits, say, data.pairs)
 
 
 def make_run(args, algorithm, model, tokenizer, data: Data) -> Run:

@@ -193,17 +193,18 @@ def _usable(
         reason, place = next(iter(first_places.items()))
         raise UserError(f"{place}: {reason}")
     if not placed:
-        raise UserError(f"{what} {_name(source)} holds no record that can be used")
+        raise UserError(f"{what} {name_of(source)} holds no record that can be used")
     reasons = [f"{n} x {why} (first: {first_places[why]})" for why, n in counts.most_common(5)]
     if len(counts) > len(reasons):
         reasons.append(f"and {len(counts) - len(reasons)} other reasons")
     if counts:
-        left_out = f"{counts.total()} of {n_records} records of {_name(source)} are left out"
+        left_out = f"{counts.total()} of {n_records} records of {name_of(source)} are left out"
         parallel.note(f"{left_out}: {'; '.join(reasons)}")
     return placed
 
 
-def _name(source: str | list[str]) -> str:
+def name_of(source: str | list[str]) -> str:
+    """A source as it is written in a line for people."""
     return source if isinstance(source, str) else ", ".join(source)
 
 
@@ -211,7 +212,7 @@ def _say_counts(counts: Counter, n_all: int, source: str | list[str]) -> None:
     """A note for each count above 0; its text is the key."""
     for text, n in counts.items():
         if n:
-            parallel.note(text.format(n=n, all=n_all, source=_name(source)))
+            parallel.note(text.format(n=n, all=n_all, source=name_of(source)))
 
 
 def make_reviews(n: int, seed: int = 0) -> list[Example]:

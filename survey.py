@@ -122,23 +122,44 @@ def spread(records: list) -> list:
     return [records[i * len(records) // MOST] for i in range(MOST)]
 
 
-def say_read(tokenizer, examples: list[Example], limits: dict[str, int], say: Callable) -> None:
-    """Say what of the examples the model will not read as it stands in the data."""
-    say_cuts(lengths_of(tokenizer, examples), **limits, say=say)
-    say_unwritten(tokenizer, examples, say)
+def pair_lengths(tokenizer, pairs: list[Pair]) -> list[list[tuple[int, int]]]:
+    """`lengths_of` both sides of at most MOST pairs."""
+    return [lengths_of(tokenizer, list(pair.sides())) for pair in spread(pairs)]
+
+
+def say_read(
+    tokenizer,
+    examples: list[Example],
+    limits: dict[str, int],
+    say: Callable,
+    pairs: list[Pair] = (),
+) -> None:
+    """Say what of the examples and pairs the model will not read as it stands in the data."""
+    both = pair_lengths(tokenizer, pairs)
+    say_cuts(lengths_of(tokenizer, examples), **limits, say=say, pairs=both)
+    sides = [side for pair in pairs for side in pair.sides()]
+    say_unwritten(tokenizer, examples + sides, say)
 
 
 def say_cuts(
-    lengths: list[tuple[int, int]], max_length: int, max_prompt_length: int, say: Callable
+    lengths: list[tuple[int, int]],
+    max_length: int,
+    max_prompt_length: int,
+    say: Callable,
+    pairs: list[list[tuple[int, int]]] = (),
 ) -> None:
     """Say how many rows are cut, if it is more than one in a hundred, and how many answers are
-    longer than any response of the run, if it is more than one in ten."""
-    long_prompts = [prompt for prompt, _ in lengths if prompt > max_prompt_length]
+    longer than any response of the run, if it is more than one in ten. A pair has one prompt and
+    two answers."""
+    prompts = [prompt for prompt, _ in lengths]
+    prompts += [max(prompt for prompt, _ in pair) for pair in pairs]
+    long_prompts = [prompt for prompt in prompts if prompt > max_prompt_length]
+    lengths = lengths + [side for pair in pairs for side in pair]
     long_answers = []
     for prompt, answer in lengths:
         if min(prompt, max_prompt_length) + answer > max_length:
             long_answers.append(prompt + answer)
-    n, n_answers = len(lengths), sum(answer > 0 for _, answer in lengths)
+    n, n_answers = len(prompts), sum(answer > 0 for _, answer in lengths)
     if len(long_prompts) > WORTH_SAYING * n:
         say(
             f"note: {len(long_prompts)} of {n} prompts are cut on their left to "

@@ -37,7 +37,7 @@ def test_examples_and_those_with_a_target_are_counted_apart():
     args = SimpleNamespace(data="a.json", prompts=["b.jsonl", "c.jsonl"])
     train = [SimpleNamespace(target=target) for target in ("t", "", "u", "")]
     assert plan.data_line(args, train[::2], 1, 0) == (
-        "data: a.json; prompts: b.jsonl c.jsonl: 2 examples to train on, 1 held out"
+        "data: a.json; prompts: b.jsonl, c.jsonl: 2 examples to train on, 1 held out"
     )
     args.prompts = None
     assert plan.data_line(args, train[:3], 4, 1200) == (

@@ -21,7 +21,6 @@ from ppo import (
     place_rewards,
     ppo_loss,
     rollout_metrics,
-    spread,
     update_epochs,
 )
 
@@ -382,16 +381,6 @@ def test_the_value_after_a_truncated_response_counts_as_zero():
     rewards, values = torch.tensor([[0.0, 0.0, 2.0]]), torch.tensor([[0.3, 0.7, 1.5]])
     advantages, returns = compute_gae(rewards, values, torch.ones(1, 3).bool(), gamma=0.9, lam=0.0)
     assert advantages[0, -1].item() == pytest.approx(0.5) and returns[0, -1].item() == 2.0
-
-
-def test_the_spread_of_scores_equals_torchs_own():
-    generator = torch.Generator().manual_seed(0)
-    for n in (2, 3, 17, 64):
-        scores = 1e6 + torch.randn(n, generator=generator)
-        expected = scores.double().std(unbiased=False).item()
-        assert spread(scores.tolist()) == pytest.approx(expected, rel=1e-12)
-    alike = torch.full((6,), 87.3).tolist()
-    assert math.isnan(spread([3.0])) and spread(alike) == 0
 
 
 # ---- what is logged

@@ -105,6 +105,15 @@ def test_cuts_are_said_when_they_are_more_than_one_in_a_hundred():
     assert "--max-length 99 would keep the longest, 40 is set" in said[1]
 
 
+def test_a_pair_has_one_prompt_and_two_answers():
+    said = []
+    pairs = [[(31, 4), (31, 60)], [(9, 5), (9, 6)], [(8, 77), (8, 1)]]
+    survey.say_cuts([(9, 5)], max_length=40, max_prompt_length=30, say=said.append, pairs=pairs)
+    assert said[0].startswith("note: 1 of 4 prompts are cut on their left to 30 tokens")
+    assert said[1].startswith("note: 2 of 7 answers are cut on their right")
+    assert said[2].startswith("note: 2 of 7 answers are longer than any response")
+
+
 def test_answers_longer_than_any_response_are_said():
     said = []
     limits = dict(max_length=100, max_prompt_length=93, say=said.append)
