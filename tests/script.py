@@ -9,6 +9,7 @@ processes; elsewhere each is a process of its own.
 import multiprocessing
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -105,3 +106,10 @@ class Torchrun:
         said = self.log.read_text(encoding="utf-8")
         assert not hangs, said
         return self.process.exitcode, said
+
+
+def copy_until(out: Path, to: Path, step: int) -> Path:
+    """The run folder as it was when the process died after a checkpoint."""
+    later = [path.name for path in out.glob("checkpoint-*") if int(path.name[11:]) > step]
+    shutil.copytree(out, to, ignore=shutil.ignore_patterns("final", *later))
+    return to

@@ -20,7 +20,7 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
-from script import Torchrun
+from script import Torchrun, copy_until
 
 from lock import one_writer
 from train import main
@@ -94,13 +94,6 @@ def shared_run(tiny_folder, tmp_path_factory) -> Path:
     ends = [machine.wait() for machine in two_machines(both, tmp_path, flags, flags)]
     assert [status for status, _ in ends] == [0, 0], ends
     return both[0] / "out"
-
-
-def copy_until(out: Path, to: Path, step: int) -> Path:
-    """The run folder as it was when the process died after a checkpoint."""
-    later = [path.name for path in out.glob("checkpoint-*") if int(path.name[11:]) > step]
-    shutil.copytree(out, to, ignore=shutil.ignore_patterns("final", *later))
-    return to
 
 
 def test_machines_go_on_from_a_shared_folder_and_each_is_a_process_like_any(shared_run, tmp_path):

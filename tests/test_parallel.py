@@ -5,7 +5,6 @@ Each start has a time limit: a hang is a failure.
 
 import json
 import os
-import shutil
 import signal
 import sys
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from script import Torchrun
+from script import Torchrun, copy_until
 
 from train import main
 
@@ -171,13 +170,6 @@ def test_one_process_goes_on_where_two_stopped(whole_run, tmp_path):
     resumed = copy_until(whole_run, tmp_path / "alone", 4)
     main(["--resume", str(resumed)])
     assert rows(resumed, "eval")[-1]["step"] == 8
-
-
-def copy_until(out: Path, to: Path, step: int) -> Path:
-    """The run folder as it was when the process died after the checkpoint."""
-    shutil.copytree(out, to, ignore=shutil.ignore_patterns("final"))
-    assert (to / f"checkpoint-{step:06d}").is_dir()
-    return to
 
 
 def test_sigterm_to_the_launcher_ends_all_processes_after_the_step_and_the_run_can_go_on(tmp_path):
