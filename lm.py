@@ -371,18 +371,17 @@ def find_cache(lm: nn.Module) -> str | None:
     Tried on eight tokens as the sampler uses it: two rows, one padded on its left; a cached step;
     the other row is dropped; another cached step. Both must give the states of the whole row.
     """
-    names = [name for name in ("cache", "past_key_values") if name in accepts(lm.base_model)]
-    if not names:
-        return None
+    known = accepts(lm.base_model)
+    name = next((name for name in ("cache", "past_key_values") if name in known), None)
     was_training = lm.training
     lm.eval()
     try:
-        problem = _cache_problem(lm, names[0])
+        problem = _cache_problem(lm, name)
     except Exception as error:  # a model's own cache may raise anything
         problem = first_line(error)
     lm.train(was_training)
     if problem is None:
-        return names[0]
+        return name
     line = f"{type(lm).__name__} samples without a cache, which is slower: {problem}"
     if line not in _without_cache:
         _without_cache.add(line)
@@ -390,10 +389,12 @@ def find_cache(lm: nn.Module) -> str | None:
     return None
 
 
-def _cache_problem(lm: nn.Module, name: str) -> str | None:
+def _cache_problem(lm: nn.Module, name: str | None) -> str | None:
     """None where a cache works on eight tokens. What it raises is a problem too."""
     if getattr(lm, "_is_stateful", False):  # Mamba, ...
         return "it is recurrent, and its decoding step cannot skip padding on the left"
+    if name is None:
+        return "it takes no DynamicCache"
     ids = eight_tokens(lm)  # (1, 8)
     rows = torch.cat([ids, ids.roll(3, dims=1)])  # (2, 8)
     mask = torch.ones_like(rows)

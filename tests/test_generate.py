@@ -11,6 +11,7 @@ from transformers import DynamicCache
 from data import decode, make_batch
 from generate import draw, generate
 from hybrid import HybridModel
+from lm import find_cache
 
 EOS = 2
 
@@ -226,6 +227,13 @@ def test_a_cache_that_cannot_drop_rows_is_not_used_and_that_is_said_once(
     assert said.count("samples without a cache, which is slower: ") == (
         architecture in WITHOUT_CACHE
     ), said
+
+
+def test_an_lm_that_takes_no_cache_is_said(capsys, monkeypatch):
+    monkeypatch.setattr("lm._without_cache", set())
+    monkeypatch.setattr("lm.accepts", lambda module: {"input_ids", "attention_mask"})
+    assert find_cache(build_lm("llama")) is None
+    assert "samples without a cache, which is slower: it takes no Dyn" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("fault", ["keeps the wrong row", "forgets a token", "does not select"])
