@@ -1,6 +1,6 @@
 """Train any Hugging Face causal LM by alternating supervised fine-tuning (SFT) and PPO.
 
-    python train.py                               # built-in task, tiny model, about a minute
+    python train.py                               # built-in task, tiny model, one to two minutes
     python train.py --model gpt2 --ppo-ratio 0.5  # any hub id or local folder
     torchrun --nproc_per_node=2 train.py          # data parallel (parallel.py)
 
