@@ -419,8 +419,7 @@ def trl_last(load, rounds: "Rounds") -> None:
     else:  # of the layers that lora.py takes; TRL's reference is then the model without it
         from peft import LoraConfig
 
-        sizes = dict(r=load.lora, lora_alpha=2 * load.lora)
-        adapter = LoraConfig(target_modules="all-linear", lora_dropout=0.0, **sizes)
+        adapter = LoraConfig(r=load.lora, lora_alpha=2 * load.lora, target_modules="all-linear")
     critic_config = copy.deepcopy(lm.config)
     critic_config.num_labels, critic_config.pad_token_id = 1, EOS
     critic = AutoModelForSequenceClassification.from_config(critic_config)

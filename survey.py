@@ -108,11 +108,19 @@ def rows_of(
 
 def lengths_of(tokenizer, examples: list[Example]) -> list[tuple[int, int]]:
     """Tokens of prompt and answer, before any cut, of at most MOST examples evenly spread."""
-    ends, lengths = end_ids(tokenizer), []
-    for example in spread(examples):
-        whole = rows_of(tokenizer, example, 10**9, 10**9, ends)
-        lengths.append((len(whole[0]), len(whole[1])))
-    return lengths
+    ends = end_ids(tokenizer)
+    return [_length_of(tokenizer, example, ends) for example in spread(examples)]
+
+
+def pair_lengths(tokenizer, pairs: list[Pair]) -> list[list[tuple[int, int]]]:
+    """The same of both sides of at most MOST pairs."""
+    ends = end_ids(tokenizer)
+    return [[_length_of(tokenizer, side, ends) for side in pair.sides()] for pair in spread(pairs)]
+
+
+def _length_of(tokenizer, example: Example, ends: list[int]) -> tuple[int, int]:
+    prompt, answer = rows_of(tokenizer, example, 10**9, 10**9, ends)
+    return len(prompt), len(answer)
 
 
 def spread(records: list) -> list:
@@ -120,11 +128,6 @@ def spread(records: list) -> list:
     if len(records) <= MOST:
         return records
     return [records[i * len(records) // MOST] for i in range(MOST)]
-
-
-def pair_lengths(tokenizer, pairs: list[Pair]) -> list[list[tuple[int, int]]]:
-    """`lengths_of` both sides of at most MOST pairs."""
-    return [lengths_of(tokenizer, list(pair.sides())) for pair in spread(pairs)]
 
 
 def say_read(

@@ -112,4 +112,5 @@ def copy_until(out: Path, to: Path, step: int) -> Path:
     """The run folder as it was when the process died after a checkpoint."""
     later = [path.name for path in out.glob("checkpoint-*") if int(path.name[11:]) > step]
     shutil.copytree(out, to, ignore=shutil.ignore_patterns("final", *later))
+    assert (to / f"checkpoint-{step:06d}").is_dir()
     return to

@@ -442,6 +442,22 @@ def test_the_metrics_of_a_rollout_by_hand():
     assert got == pytest.approx(expected, abs=1e-5)
 
 
+def test_the_spread_of_scores_equals_torchs_own():
+    def spread(scores: torch.Tensor) -> float:
+        n = len(scores)
+        mask, zero = torch.ones(n, 1).bool(), torch.zeros(n, 1)
+        rollout = Rollout(zero, mask, mask, zero, zero, zero, zero, zero, zero)
+        episodes = [episode_of([[0.0]], [False])] * n
+        return rollout_metrics(rollout, episodes, mask, scores, {})["score_std"]
+
+    generator = torch.Generator().manual_seed(0)
+    for n in (2, 3, 17, 64):
+        scores = 1e6 + torch.randn(n, generator=generator)
+        expected = scores.double().std(unbiased=False).item()
+        assert spread(scores) == pytest.approx(expected, rel=1e-12)
+    assert math.isnan(spread(torch.tensor([3.0]))) and spread(torch.full((6,), 87.3)) == 0
+
+
 def test_returns_that_are_all_equal_leave_no_division_by_zero():
     mask = torch.tensor([[False, True, True]])
     zero, returns = torch.zeros(1, 3), torch.full((1, 3), 0.7)
